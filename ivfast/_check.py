@@ -1,0 +1,65 @@
+"""Argument checks whose messages name the argument and both sides; they run before any kernel does."""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def samples(name: str, x: Tensor, *, at_least: int = 1) -> None:
+    """`x` is a set of n samples in d dimensions, `[..., n, d]`."""
+    floating(name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{name} must have shape [..., n, d], got {tuple(x.shape)}")
+    if x.shape[-2] < at_least or x.shape[-1] < 1:
+        raise ValueError(f"{name} must hold n >= {at_least} samples of d >= 1 dimensions, got {tuple(x.shape)}")
+
+
+def same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """`x` has the shape, dtype and device of `other`."""
+    alike(name, x, other_name, other)
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must match {other_name}: {tuple(other.shape)}, got {tuple(x.shape)}")
+
+
+def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """`x` has the dtype and device of `other`."""
+    floating(name, x)
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must match {other_name}: {other.dtype}, got {x.dtype}")
+    if x.device != other.device:
+        raise ValueError(f"{name} must match {other_name}: device {other.device}, got {x.device}")
+
+
+def two_samples(x_name: str, x: Tensor, y_name: str, y: Tensor, *, at_least: int = 1) -> None:
+    """`x [..., n, d]` and `y [..., m, d]` share everything but the number of samples."""
+    samples(x_name, x, at_least=at_least)
+    samples(y_name, y, at_least=at_least)
+    alike(y_name, y, x_name, x)
+    if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
+        raise ValueError(f"{y_name} must match {x_name} but for n: {tuple(x.shape)}, got {tuple(y.shape)}")
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def number(name: str, value: float, *, positive: bool = False, non_negative: bool = False) -> None:
+    if not math.isfinite(value) or (positive and value <= 0) or (non_negative and value < 0):
+        kind = "finite and positive" if positive else "finite and >= 0" if non_negative else "finite"
+        raise ValueError(f"{name} must be {kind}, got {value}")
+
+
+def count(name: str, value: int, *, at_least: int = 1) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")

@@ -1,0 +1,148 @@
+"""An operator is a schema, a reference that runs anywhere, and faster implementations of the same schema.
+
+PyTorch's dispatcher is the registry. `register` defines the operator, gives it the reference as the fallback for every
+device (and for fake tensors), and, for CUDA tensors, a launcher that takes the best implementation present. Kernels in
+csrc/ add themselves by name: C++ CPU kernels to `ivfast::<name>`, CUDA C++ kernels to the overload `ivfast::<name>.cuda`.
+"""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
+OPS: dict[str, "Op"] = {}
+
+_library = torch.library.Library("ivfast", "DEF")
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Force one implementation (`reference`, `cpu`, `triton` or `cuda`) for every op called inside the block.
+
+    An op that cannot be served so raises `RuntimeError`, naming the op and what is missing; it never falls back. A
+    backward pass is covered where it runs inside the block too. The choice is process-wide, not per thread.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    global _forced
+    previous, _forced = _forced, implementation
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def register(
+    schema: str,
+    *,
+    reference: Callable,
+    triton: str | None = None,
+    cuda: bool = False,
+    prefer: Callable[..., Sequence[str]] | None = None,
+) -> "Op":
+    """Define `schema` and return its handle.
+
+    `triton` names the launcher as `<module>.<function>` below `ivfast.kernels`; `cuda` declares a CUDA C++ kernel in
+    csrc/cuda; `prefer(*args)` orders the two by shape (default: Triton, then CUDA C++, then the reference).
+    """
+    name, _, signature = schema.partition("(")
+    _library.define(schema)
+    _library.impl(name, reference, "CompositeExplicitAutograd")
+    op = OPS[name] = Op(name, reference, triton, cuda, prefer or (lambda *args: ("triton", "cuda")))
+    if cuda:
+        _library.define(f"{name}.cuda({signature}")
+    if triton or cuda:
+        _library.impl(name, op.on_cuda, "CUDA")
+    return op
+
+
+class Op:
+    """Handle of one operator: calls the dispatcher, or the implementation that `use` forces."""
+
+    def __init__(self, name, reference, triton, cuda, prefer):
+        self.name, self.reference, self.triton, self.cuda, self.prefer = name, reference, triton, cuda, prefer
+        self.default = getattr(torch.ops.ivfast, name).default
+        self._served: dict[str, bool] = {}
+
+    def __call__(self, *args):
+        if _forced is None:
+            return self.default(*args)
+        missing = self.missing(_forced, args[0].device.type)
+        if missing:
+            raise RuntimeError(f"{self.name} has no {_forced!r} implementation here: {missing}")
+        return self.implementation(_forced)(*args)
+
+    def on_cuda(self, *args):
+        """The best implementation present for these CUDA tensors."""
+        for name in self.prefer(*args):
+            if name not in self._served:
+                self._served[name] = not self.missing(name, "cuda")
+            if self._served[name]:
+                return self.implementation(name)(*args)
+        return self.reference(*args)
+
+    def implementation(self, name: str) -> Callable:
+        if name == "reference":
+            return self.reference
+        if name == "triton":
+            return self.launch_triton
+        return self.default if name == "cpu" else getattr(torch.ops.ivfast, self.name).cuda
+
+    def launch_triton(self, *args):
+        with torch.cuda.device_of(args[0]):
+            return self._launcher(*args)
+
+    @functools.cached_property
+    def _launcher(self):
+        module, function = self.triton.split(".")
+        return getattr(importlib.import_module(f"ivfast.kernels.{module}"), function)
+
+    def missing(self, name: str, device: str) -> str | None:
+        """Why implementation `name` cannot serve tensors on `device`; None where it can."""
+        if name == "reference":
+            return None
+        if name == "cpu":
+            if device != "cpu":
+                return f"the C++ kernel serves CPU tensors, not {device}"
+            return None if self._has_kernel(self.name, "CPU") else _no_kernel(self.name, "_C", "C++")
+        if name == "triton":
+            if self.triton is None:
+                return "no Triton kernel is written for it"
+            if importlib.util.find_spec("triton") is None:
+                return "the package triton is not installed"
+            interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+            return None if device == "cuda" or interpreted else f"Triton does not run on {device} tensors"
+        if not self.cuda:
+            return "no CUDA C++ kernel is written for it"
+        key = {"cuda": "CUDA", "cpu": "CPU"}.get(device)  # CPU: the shim of tests/simt
+        if key and self._has_kernel(f"{self.name}.cuda", key):
+            return None
+        return _no_kernel(self.name, "_cuda", "CUDA C++") if key == "CUDA" else f"CUDA does not run on {device} tensors"
+
+    @staticmethod
+    def _has_kernel(name: str, key: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"ivfast::{name}", key)
+
+
+EXTENSION_ERRORS: dict[str, str] = {}
+
+
+def load_extensions() -> None:
+    """Load csrc's compiled modules, CPU and CUDA apart, and keep the reason of each that is absent."""
+    for module in ("_C", "_cuda"):
+        try:
+            importlib.import_module(f"ivfast.{module}")
+        except ImportError as error:
+            EXTENSION_ERRORS[module] = str(error)
+
+
+def _no_kernel(name: str, module: str, language: str) -> str:
+    if module in EXTENSION_ERRORS:
+        return f"the extension ivfast.{module} is not there ({EXTENSION_ERRORS[module]})"
+    return f"no {language} kernel is written for {name}"
