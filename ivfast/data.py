@@ -1,0 +1,187 @@
+"""Image data sets as uint8 tensors `[N, C, H, W]`, decoded once.
+
+Digits come with scikit-learn; everything else is read where the user has it, in the layout torchvision uses. Sets of
+encoded files (CelebA, LSUN, an image folder) are decoded by parallel workers and kept in `<root>/.ivfast/`.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import _check
+from .sources import DATASETS, DataNotFound, Encoded
+
+__all__ = ["DATASETS", "DataNotFound", "Dataset", "load"]
+
+
+class Dataset(NamedTuple):
+    name: str
+    train: Tensor  # uint8 [N, C, H, W]
+    train_labels: Tensor | None  # int64 [N], −1 where unlabelled
+    test: Tensor
+    test_labels: Tensor | None
+    classes: tuple[str, ...]  # one name per label
+
+
+def load(
+    name: str,
+    root: str | Path = "data",
+    image_size: int | None = None,
+    channels: int | None = None,
+    limit: int | None = None,
+    *,
+    download: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Dataset:
+    """The data set `name`, as square uint8 images in memory.
+
+    Args:
+        name: one of `DATASETS`; LSUN takes its category behind a colon, `lsun:church_outdoor`.
+        root: the folder that holds it, as torchvision lays it out (`root/MNIST/raw`, `root/cifar-10-batches-py`, ...);
+            for `folder` the image folder itself; not used by digits.
+        image_size: side in pixels, by antialiased bilinear resizing; None is the data set's own (64 for file sets).
+        channels: 1 (luma) or 3 (grey repeated); None is the data set's own.
+        limit: at most so many images of each split, drawn once by a fixed seed.
+        download: fetch what is missing, where torchvision can.
+        workers: decoding threads; None is one per core.
+        progress: show a bar while decoding.
+
+    Raises:
+        ValueError: an unknown name, or a size, channel count or limit that makes no sense.
+        DataNotFound: the files are not there.
+
+    Splits: digits, each sixth image is a test image (1,497 and 300); MNIST, CIFAR-10, SVHN, STL-10 and CelebA, their
+    own; LSUN, `val`; folder, its `train` and `test` (or `val`) subfolders, else each tenth image in path order is a
+    test image. CelebA is cropped to the central 140 x 140 pixels as in S1; other files to their central square.
+    """
+    family, _, category = name.partition(":")
+    if family not in DATASETS:
+        near = difflib.get_close_matches(family, DATASETS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
+    recipe, root = DATASETS[family], Path(root).expanduser()
+    size = recipe.size if image_size is None else image_size
+    channels = recipe.channels if channels is None else channels
+    _check.count("image_size", size, at_least=4)
+    if channels not in (1, 3):
+        raise ValueError(f"channels must be 1 or 3, got {channels}")
+    if limit is not None:
+        _check.count("limit", limit, at_least=2)
+
+    def finish(images, label):
+        return _finish(images, size, channels, workers or os.cpu_count() or 1, f"{name} {label}" if progress else None)
+
+    cache = None
+    if recipe.stamp is not None:
+        stamp = json.dumps([name, size, channels, limit, *recipe.stamp(root, category)])
+        key = hashlib.sha256(stamp.encode()).hexdigest()[:12]
+        cache = root / ".ivfast" / f"{name.replace(':', '-')}-{channels}x{size}x{size}-{key}.safetensors"
+        if cache.is_file():
+            return _from_cache(name, cache)
+    train, train_labels, test, test_labels, classes = recipe.read(root, category, download)
+    train, train_labels = _some(train, train_labels, limit)
+    test, test_labels = _some(test, test_labels, limit)
+    dataset = Dataset(name, finish(train, "train"), train_labels, finish(test, "test"), test_labels, tuple(classes))
+    if cache is not None:
+        _to_cache(dataset, cache)
+    return dataset
+
+
+def _some(images, labels, limit):
+    n = len(images.keys) if isinstance(images, Encoded) else len(images)
+    if limit is None or n <= limit:
+        return images, labels
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit].sort().values
+    labels = None if labels is None else labels[rows]
+    if isinstance(images, Encoded):
+        return images._replace(keys=[images.keys[i] for i in rows.tolist()]), labels
+    return images[rows], labels
+
+
+def _finish(images: Tensor | Encoded, size: int, channels: int, workers: int, title: str | None) -> Tensor:
+    """uint8 `[N, channels, size, size]`."""
+    if isinstance(images, Encoded):
+        return _decode(images, size, channels, workers, title)
+    from torchvision.transforms.v2 import functional as transforms
+
+    def fit(chunk):
+        if chunk.shape[1] != channels:
+            chunk = chunk.expand(-1, 3, -1, -1) if channels == 3 else transforms.rgb_to_grayscale(chunk)
+        return chunk if chunk.shape[-2:] == (size, size) else transforms.resize(chunk, [size, size], antialias=True)
+
+    return torch.cat([fit(chunk) for chunk in images.split(4096)]).contiguous()
+
+
+def _decode(images: Encoded, size: int, channels: int, workers: int, title: str | None) -> Tensor:
+    import numpy as np
+    from PIL import Image
+
+    out = torch.empty(len(images.keys), channels, size, size, dtype=torch.uint8)
+
+    def decode(row):
+        key = images.keys[row]
+        try:
+            with images.open(key) as file:
+                side = min(*file.size, images.crop or math.inf)
+                left, top = (file.width - side) // 2, (file.height - side) // 2
+                image = file.convert("L" if channels == 1 else "RGB")
+            image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
+        except OSError as error:
+            raise ValueError(f"{key} is not a readable image: {error}") from error
+        out[row] = torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
+
+    def chunk(rows: Iterable[int]) -> int:
+        return sum(1 for row in rows if decode(row) is None)
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    rows = range(len(out))
+    with (
+        Progress(console=Console(stderr=True), disable=title is None, transient=True) as bar,
+        ThreadPoolExecutor(workers) as pool,  # Pillow decodes and resizes without the interpreter's lock
+    ):
+        task = bar.add_task(f"decoding {title}", total=len(rows))
+        try:
+            for done in pool.map(chunk, [rows[i : i + 64] for i in range(0, len(rows), 64)]):
+                bar.advance(task, done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return out
+
+
+def _to_cache(dataset: Dataset, path: Path) -> None:
+    tensors = {k: v for k, v in dataset._asdict().items() if isinstance(v, Tensor)}
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, metadata={"classes": json.dumps(dataset.classes)})
+        partial.replace(path)
+    except OSError as error:
+        warnings.warn(f"{path} could not be written, so the next start decodes again: {error}", stacklevel=3)
+
+
+def _from_cache(name: str, path: Path) -> Dataset:
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
+            classes = json.loads(file.metadata()["classes"])
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and start again") from error
+    return Dataset(
+        name, tensors["train"], tensors.get("train_labels"), tensors["test"], tensors.get("test_labels"), tuple(classes)
+    )
