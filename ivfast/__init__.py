@@ -1,13 +1,39 @@
-"""ivfast: fast kernels for the intervention / adversarial auto-encoder family, and its models."""
+"""ivfast: fast kernels for the intervention / adversarial auto-encoder family, and the models that use them."""
 
 import torch  # noqa: F401  loads libtorch, which the extensions link against
 
 from ._registry import load_extensions, use
+from .ops.as_distance import as_distance, log_gaussian_kernel_sums
+from .ops.bridge import block_substitute, blockwise_bridge, radial_bridge, svgd_bridge
+from .ops.frechet import fld, frechet_distance, frechet_distance_from_samples
+from .ops.gaussian import gaussian_kl
+from .ops.importance import importance_weighted_loss
 from .ops.median import median_bandwidth
+from .ops.mmd import mmd
 from .ops.multi_js import multi_js_divergence, multi_js_loss
 from .ops.svgd import svgd_direction
+from .statistics import GaussianStatistics
 
 load_extensions()
 
 __version__ = "0.1.0"
-__all__ = ["median_bandwidth", "multi_js_divergence", "multi_js_loss", "svgd_direction", "use"]
+__all__ = [
+    "GaussianStatistics",
+    "as_distance",
+    "block_substitute",
+    "blockwise_bridge",
+    "fld",
+    "frechet_distance",
+    "frechet_distance_from_samples",
+    "gaussian_kl",
+    "importance_weighted_loss",
+    "log_gaussian_kernel_sums",
+    "median_bandwidth",
+    "mmd",
+    "multi_js_divergence",
+    "multi_js_loss",
+    "radial_bridge",
+    "svgd_bridge",
+    "svgd_direction",
+    "use",
+]

@@ -2,7 +2,7 @@
 
 PyTorch's dispatcher is the registry. `register` defines the operator, gives it the reference as the fallback for every
 device (and for fake tensors), and, for CUDA tensors, a launcher that takes the best implementation present. Kernels in
-csrc/ add themselves by name: C++ CPU kernels to `ivfast::<name>`, CUDA C++ kernels to the overload `ivfast::<name>.cuda`.
+csrc/ add themselves by name: C++ CPU kernels to `ivfast::<name>`, CUDA C++ kernels to its overload `<name>.cuda`.
 """
 
 import contextlib
@@ -138,7 +138,7 @@ def load_extensions() -> None:
     for module in ("_C", "_cuda"):
         try:
             importlib.import_module(f"ivfast.{module}")
-        except ImportError as error:
+        except ImportError as error:  # noqa: PERF203
             EXTENSION_ERRORS[module] = str(error)
 
 

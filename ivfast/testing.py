@@ -20,6 +20,8 @@ class Case(NamedTuple):
     draw: Callable[[torch.Generator], tuple[Tensor, ...]]  # float64 inputs, each differentiable
     slack: float = 1.0  # factor on TOLERANCES, with its reason beside it
     gradcheck: bool = True  # False where part of the value is detached on purpose
+    unit: float = 0.0  # for a difference of means: what its terms measure; values are compared on that scale at least
+    constants: int = 0  # how many of the drawn tensors, the last ones, carry no gradient
 
     def __str__(self):
         return f"{self.op}-{self.label}"
@@ -28,7 +30,10 @@ class Case(NamedTuple):
 def inputs(case: Case, dtype: torch.dtype, *, device="cpu", seed: int | None = None) -> list[Tensor]:
     """Fresh leaves for `case`; without a seed PyTorch's default generator picks one."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
-    return [x.to(dtype).to(device).requires_grad_() for x in case.draw(generator)]
+    tensors = [x.to(dtype).to(device) for x in case.draw(generator)]
+    for x in tensors[: len(tensors) - case.constants]:
+        x.requires_grad_()
+    return tensors
 
 
 def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -36,21 +41,35 @@ def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def value_and_gradients(case: Case, tensors: list[Tensor], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of `case`, and the gradients of their sum weighted by fixed random numbers."""
+    """Outputs of `case`, and the gradients of their sum weighted by fixed random numbers that every dtype holds."""
     out = outputs(case.function(*tensors))
+    tensors = [x for x in tensors if x.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in out]
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.bfloat16).to(o) for o in out]
     gradients = torch.autograd.grad(out, tensors, weights, allow_unused=True)
     return [o.detach() for o in out], [
         torch.zeros_like(x) if g is None else g for x, g in zip(tensors, gradients, strict=True)
     ]
 
 
-def error(actual: Tensor, expected: Tensor) -> float:
-    """Largest absolute difference over the largest expected value; infinite where a value is NaN."""
-    difference = (actual.double() - expected.double()).abs().max() if expected.numel() else torch.zeros(())
-    ratio = difference / expected.double().abs().max().clamp_min(1e-30) if expected.numel() else difference
-    return float(ratio.nan_to_num(nan=float("inf")))
+def error(actual: Tensor, expected: Tensor, unit: float = 0.0) -> float:
+    """Largest absolute difference over the largest expected value, or `unit`; infinite where a value is NaN."""
+    if expected.numel() == 0:
+        return 0.0
+    floor = max(unit, torch.finfo(actual.dtype).tiny)
+    difference = (actual.double() - expected.double()).abs().max()
+    return float((difference / expected.double().abs().max().clamp_min(floor)).nan_to_num(nan=float("inf")))
+
+
+def gradient_units(tensors: list[Tensor], gradients: list[Tensor]) -> list[float]:
+    """The scale of each input's gradient: what moves the value as much as the largest gradient does.
+
+    A scalar's gradient, such as a bandwidth's, can cancel to nothing against random weights; |∂L/∂x||x| of all inputs
+    together does not.
+    """
+    sizes = [float(x.detach().abs().max()) for x in tensors if x.requires_grad]
+    effect = max(float(g.abs().max()) * size for g, size in zip(gradients, sizes, strict=True))
+    return [effect / max(size, 1e-30) for size in sizes]
 
 
 def _normal(*shapes: tuple[int, ...], scale: float = 1.0, shift: float = 0.0):
@@ -78,6 +97,52 @@ def _svgd(label, draw, *, bandwidth=None, **keywords):
     return Case("svgd_direction", label, function, draw, **keywords)
 
 
+def _median(convention):
+    return lambda x: ivfast.median_bandwidth(x, convention=convention)
+
+
+def _gaussians(n: int, m: int, d: int, batch: tuple[int, ...] = ()):
+    """Means and log-variances of n and m posteriors, log-variances over the range of a trained VAE."""
+
+    def draw(generator):
+        def one(rows):
+            mu = torch.randn(*batch, rows, d, generator=generator, dtype=torch.float64)
+            return mu, torch.rand(*batch, rows, d, generator=generator, dtype=torch.float64) * 4 - 3
+
+        return *one(n), *one(m)
+
+    return draw
+
+
+def _as_distance(label, draw, *, slack=1.0, unit=0.0, **form):
+    return Case("as_distance", label, lambda *q: ivfast.as_distance(*q, **form), draw, slack=slack, unit=unit)
+
+
+def _mmd(label, draw, *, gradcheck=True, **form):
+    """Each kernel is 1 at distance 0, and their sum over scales a few times that."""
+    return Case("mmd", label, lambda x, y: ivfast.mmd(x, y, **form), draw, gradcheck=gradcheck, unit=0.1)
+
+
+def _cycle(z: Tensor, k: int) -> Tensor:
+    """Block indices 0, 1, …, k − 1, 0, … for the rows of z."""
+    rows = z.shape[:-1]
+    return (torch.arange(rows.numel(), device=z.device) % k).view(rows)
+
+
+def _moments(d: int, batch: tuple[int, ...] = (), rank: int | None = None):
+    """Two means and two covariances `[..., d, d]` of samples of `rank` (default: more than d) points."""
+
+    def draw(generator):
+        def one():
+            a = torch.randn(*batch, rank or 2 * d, d, generator=generator, dtype=torch.float64)
+            return torch.randn(*batch, d, generator=generator, dtype=torch.float64), a.mT @ a / a.shape[-2]
+
+        (mu1, sigma1), (mu2, sigma2) = one(), one()
+        return mu1, sigma1, mu2, sigma2
+
+    return draw
+
+
 def _with_bandwidth(draw, batch=(), scale=1.0):
     """Adds h of about d per particle set, so that the kernel is neither 0 nor 1."""
 
@@ -89,6 +154,8 @@ def _with_bandwidth(draw, batch=(), scale=1.0):
     return drawn
 
 
+# one case a line
+# fmt: off
 CASES: list[Case] = [
     _svgd("score", _with_bandwidth(_normal((64, 16), (64, 16)))),
     _svgd("small", _with_bandwidth(_normal((5, 3), (5, 3)))),
@@ -106,8 +173,8 @@ CASES: list[Case] = [
     _svgd("shifted", _with_bandwidth(_normal((64, 16), (64, 16), shift=10.0)), slack=10),
     Case("median_bandwidth", "liu-wang", lambda x: ivfast.median_bandwidth(x), _normal((20, 5))),
     *(
-        Case("median_bandwidth", f"{c}-batch", lambda x, c=c: ivfast.median_bandwidth(x, convention=c), _normal((2, 11, 3)))
-        for c in ("liu-wang", "blackjax", "numpyro", "paper")
+        Case("median_bandwidth", f"{name}-batch", _median(name), _normal((2, 11, 3)))
+        for name in ("liu-wang", "blackjax", "numpyro", "paper")
     ),
     Case("multi_js_loss", "paper", lambda x: ivfast.multi_js_loss(x), _normal((320, 5), scale=3)),
     Case("multi_js_loss", "small", lambda x: ivfast.multi_js_loss(x), _normal((6, 2))),
@@ -122,4 +189,44 @@ CASES: list[Case] = [
         _normal((3, 9, 3)),
     ),
     Case("multi_js_divergence", "paper", lambda x: ivfast.multi_js_divergence(x), _normal((320, 5))),
-]  # fmt: skip
+    Case("blockwise_bridge", "paper", lambda z, e: ivfast.blockwise_bridge(z, 4, draws=e), _normal((64, 16), (64, 16)), constants=1),
+    Case("blockwise_bridge", "batch", lambda z, e: ivfast.blockwise_bridge(z, 3, draws=e), _normal((2, 3, 6), (2, 3, 6)), constants=1),
+    Case("radial_bridge", "paper", lambda z, e: ivfast.radial_bridge(z, 4, draws=e), _normal((64, 16), (64, 16)), constants=1),
+    Case("radial_bridge", "batch", lambda z, e: ivfast.radial_bridge(z, 3, draws=e), _normal((2, 3, 5), (2, 3, 5)), constants=1),
+    Case("svgd_bridge", "paper", lambda z, e: ivfast.svgd_bridge(z, 4, draws=e), _normal((64, 16), (7, 64, 16)), constants=1, gradcheck=False),
+    Case("svgd_bridge", "batch", lambda z, e: ivfast.svgd_bridge(z, 3, iterations=1, draws=e), _normal((2, 9, 5), (3, 2, 9, 5)), constants=1, gradcheck=False),
+    Case("svgd_bridge", "one-step", lambda z, e: ivfast.svgd_bridge(z, 1, draws=e), _normal((4, 3), (1, 4, 3)), constants=1),
+    Case("block_substitute", "paper", lambda z, e: ivfast.block_substitute(z, 4, _cycle(z, 4), draws=e), _normal((64, 100), (64, 100)), constants=1),
+    Case("block_substitute", "batch", lambda z, e: ivfast.block_substitute(z, 2, _cycle(z, 2), draws=e), _normal((2, 3, 6), (2, 3, 6)), constants=1),
+    Case("gaussian_kl", "paper", lambda mu, logvar: ivfast.gaussian_kl(mu, logvar), _normal((128, 128), (128, 128))),
+    Case("gaussian_kl", "batch", lambda mu, logvar: ivfast.gaussian_kl(mu, logvar), _normal((2, 3, 5), (2, 3, 5))),
+    Case("gaussian_kl", "near-prior", lambda mu, logvar: ivfast.gaussian_kl(mu, logvar), _normal((7, 4), (7, 4), scale=1e-3)),
+    Case("importance_weighted_loss", "paper", lambda l: ivfast.importance_weighted_loss(l), _normal((64,)), gradcheck=False),
+    Case("importance_weighted_loss", "batch", lambda l: ivfast.importance_weighted_loss(l), _normal((3, 7), scale=4), gradcheck=False),
+    Case("importance_weighted_loss", "extreme", lambda l: ivfast.importance_weighted_loss(l), _normal((9,), scale=200), gradcheck=False),
+    _mmd("imq", _normal((100, 64), (100, 64))),
+    _mmd("imq-small", _normal((5, 3), (6, 3))),
+    _mmd("imq-batch", _normal((2, 5, 3), (2, 4, 3)), unbiased=False),
+    _mmd("rbf", _normal((33, 7), (20, 7)), kernel="rbf", scales=(0.5, 1.0, 2.0), bandwidth=7.0),
+    _mmd("rbf-median", _normal((17, 5), (12, 5)), kernel="rbf", gradcheck=False),
+    _as_distance("product", _gaussians(5, 4, 3), unit=0.01),
+    _as_distance("product-paper", _gaussians(64, 64, 32), log=True),
+    _as_distance("product-batch", _gaussians(3, 4, 2, batch=(2,)), unbiased=True, unit=0.01),
+    _as_distance("product-d=512", _gaussians(17, 9, 512), log=True, slack=50),  # |log k| up to 3,000, so exp(log k − log Σ) is off by 3,000 eps
+    _as_distance("prior", _gaussians(5, 4, 3), measure="prior", unit=0.01),
+    _as_distance("prior-log", _gaussians(9, 9, 40), measure="prior", log=True),
+    _as_distance("additive", _gaussians(5, 4, 3), kernel="additive", unit=0.01),
+    _as_distance("additive-paper", _gaussians(64, 64, 32), kernel="additive", unbiased=True, unit=0.05),
+    _as_distance("additive-prior", _gaussians(6, 7, 5), kernel="additive", measure="prior", log=True),
+    Case("log_gaussian_kernel_sums", "d=512", lambda *q: ivfast.log_gaussian_kernel_sums(*q), _gaussians(8, 9, 512), slack=50),  # as above
+    Case("log_gaussian_kernel_sums", "unbiased", lambda *q: ivfast.log_gaussian_kernel_sums(*q, unbiased=True), _gaussians(3, 4, 2)),
+    Case("fld", "paper", lambda z: ivfast.fld(z), _normal((200, 16))),
+    Case("fld", "batch", lambda z: ivfast.fld(z), _normal((2, 9, 3))),
+    Case("fld", "rank-deficient", lambda z: ivfast.fld(z), _normal((6, 12))),
+    Case("frechet_distance_from_samples", "full-rank", lambda x, y: ivfast.frechet_distance_from_samples(x, y), _normal((9, 3), (8, 3))),
+    Case("frechet_distance_from_samples", "batch", lambda x, y: ivfast.frechet_distance_from_samples(x, y), _normal((2, 30, 7), (2, 40, 7))),
+    Case("frechet_distance_from_samples", "rank-deficient", lambda x, y: ivfast.frechet_distance_from_samples(x, y), _normal((5, 12), (4, 12)), gradcheck=False),
+    Case("frechet_distance", "full-rank", lambda *m: ivfast.frechet_distance(*m), _moments(4)),
+    Case("frechet_distance", "batch", lambda *m: ivfast.frechet_distance(*m), _moments(6, batch=(2,))),
+]
+# fmt: on

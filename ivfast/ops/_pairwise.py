@@ -15,10 +15,3 @@ def squared_distances(x: Tensor) -> Tensor:
     norms = gram.diagonal(dim1=-2, dim2=-1)  # from the same rounded products
     d2 = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram).clamp_min(0)
     return d2.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
-
-
-def squared_distances_between(x: Tensor, y: Tensor) -> Tensor:
-    """‖x_i − y_j‖² `[..., n, m]` of x `[..., n, d]` and y `[..., m, d]`, centred together first."""
-    centre = y.mean(-2, keepdim=True)
-    x, y = x - centre, y - centre
-    return (x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)).clamp_min(0)

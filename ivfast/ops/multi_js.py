@@ -20,8 +20,7 @@ def multi_js_loss(logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
         weights: π `[C]`, the weight of each block, taken as given (they should sum to 1); None is 1/C each.
 
     Returns:
-        the loss `[...]` in nats, in logits' dtype, computed in float32 for half precision. Differentiable once, in
-        the logits.
+        the loss `[...]` in nats, float32 for half precision. Differentiable once, in the logits.
 
     Raises:
         TypeError, ValueError: a wrong dtype, a number of rows that C does not divide, weights of another length.
@@ -83,14 +82,14 @@ def multi_js_loss_reference(logits: Tensor, weights: Tensor | None) -> tuple[Ten
     lse = x.logsumexp(-1)
     per_block = (lse - x.diagonal(dim1=-3, dim2=-1).mT).mean(-1)  # [..., C]
     loss = per_block.mean(-1) if weights is None else (per_block * weights).sum(-1)
-    return loss.to(logits.dtype), lse
+    return loss, lse
 
 
 def _backward_reference(grad, logits, weights, lse):
     # ∂CE/∂logits = (softmax − onehot) π_c/n, scaled before it is rounded
     x = arithmetic(logits)
     classes, n = x.shape[-1], x.shape[-2]
-    scale = arithmetic(grad)[..., None] * (1 / classes if weights is None else weights) / n  # [..., C]
+    scale = grad[..., None] * (1 / classes if weights is None else weights) / n  # [..., C]
     onehot = torch.eye(classes, dtype=x.dtype, device=x.device).unsqueeze(1)  # [C, 1, C]
     return ((torch.exp(x - lse.unsqueeze(-1)) - onehot) * scale.expand(x.shape[:-2])[..., None, None]).to(logits.dtype)
 

@@ -1,6 +1,6 @@
 """Stein variational gradient descent: the direction that moves particles towards a target.
 
-k(x, y) = exp(−‖x − y‖²/h),  φ_i = (1/n) Σ_j [k_ij s_j + ∇_{x_j} k(x_j, x_i)],  ∇_{x_j} k(x_j, x_i) = (2/h)(x_i − x_j) k_ij.
+φ_i = (1/n) Σ_j [k_ij s_j + ∇_{x_j} k(x_j, x_i)],  k(x, y) = exp(−‖x − y‖²/h),  ∇_{x_j} k_ij = (2/h)(x_i − x_j) k_ij.
 
 It is attention without the softmax: with V = S − (2/h) X and r = K 1,  φ = (1/n) [K V + (2/h) r∘X].
 """

@@ -1,0 +1,298 @@
+"""Bridges from codes to the prior N(0, I): distributions T_0 (the identity), …, T_t (the prior) that a classifier tells
+apart (S1), and the block substitution O_i of S2. Each leaves N(0, I) unchanged."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check
+from .._registry import register
+from . import median, svgd
+from ._pairwise import arithmetic
+
+
+def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=None) -> Tensor:
+    """T_k z for k = 0..t: the first k of t equal blocks of z replaced with standard normal draws.
+
+    Args:
+        z: codes `[..., n, d]`.
+        t: number of steps; it divides d.
+        draws: standard normal `[..., n, d]` shared by all k, taken as a constant; None draws them.
+        generator: for `draws`.
+
+    Returns:
+        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once, in z.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape, t < 1, t that does not divide d.
+
+    Source: S1 (IVAAE) section 2, "blockwise substitution".
+    """
+    _check_z(z, t)
+    if z.shape[-1] % t:
+        raise ValueError(f"t must divide the dimension d = {z.shape[-1]} of z, got t = {t}")
+    return _Blockwise.apply(z, _draws(z, draws, generator), t)
+
+
+def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=None) -> Tensor:
+    """T_k z = cos(kπ/2t) z + sin(kπ/2t) ε for k = 0..t.
+
+    Args, returns and derivative order as `blockwise_bridge`'s, with any t >= 1.
+
+    Source: S1 (IVAAE) section 2, "radial substitution".
+    """
+    _check_z(z, t)
+    return _Radial.apply(z, _draws(z, draws, generator), t)
+
+
+def svgd_bridge(
+    z: Tensor,
+    t: int,
+    *,
+    iterations: int = 2,
+    step_size: float = 1.0,
+    scale: float = 100.0,
+    noise: float = 0.1,
+    draws: Tensor | None = None,
+    generator=None,
+) -> Tensor:
+    """T_0 = z, then t − 1 iterates of SVGD towards N(0, I), `iterations` steps apart, then T_t from the prior.
+
+    One step: z ← z + step_size φ(z) + noise ε with h = scale·med²/log n of the current particles ("paper"
+    convention), through which no gradient flows. Gradients flow through the steps.
+
+    Args:
+        z: codes `[..., n, d]`; leading dimensions are independent particle sets.
+        t: number of steps of the bridge.
+        iterations: SVGD steps from one bridge to the next.
+        step_size, scale, noise: ε, the factor on h₀ and the standard deviation of the noise after each step.
+        draws: standard normal `[(t−1)·iterations + 1, ..., n, d]`, the last the prior's; None draws them.
+        generator: for `draws`.
+
+    Returns:
+        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once, in z.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape, counts < 1, numbers that are not finite.
+
+    Source: S1 (IVAAE) section 4, "MNIST" and Eq. 2.
+    """
+    _check_z(z, t)
+    _check.count("iterations", iterations)
+    _check.number("step_size", step_size)
+    _check.number("scale", scale, positive=True)
+    _check.number("noise", noise, non_negative=True)
+    draws = _draws(z, draws, generator, leading=((t - 1) * iterations + 1,))
+    return _Svgd.apply(z, draws, t, iterations, step_size, scale, noise)[0]
+
+
+def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None = None, generator=None) -> Tensor:
+    """O_i z: block i of k equal blocks of each row replaced with standard normal draws.
+
+    Args:
+        z: codes `[..., n, d]`.
+        k: number of blocks; it divides d.
+        index: the block to replace in each row, integers in [0, k), `[..., n]`. On the CPU the range is checked; on
+            other devices, where that would wait for the device, a row with any other value is left as it is.
+        draws: standard normal `[..., n, d]`, taken as a constant; None draws them.
+        generator: for `draws`.
+
+    Returns:
+        `[..., n, d]` in z's dtype. Differentiable once, in z.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape, k that does not divide d, an index outside [0, k).
+
+    Source: S2 (IVGAN) section 3, "block substitution".
+    """
+    _check.samples("z", z)
+    _check.count("k", k)
+    if z.shape[-1] % k:
+        raise ValueError(f"k must divide the dimension d = {z.shape[-1]} of z, got k = {k}")
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"index must be int64 or int32, got {index.dtype}")
+    if index.shape != z.shape[:-1] or index.device != z.device:
+        raise ValueError(
+            f"index must have shape {tuple(z.shape[:-1])} on {z.device}, got {tuple(index.shape)} on {index.device}"
+        )
+    if index.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(value) for value in index.aminmax()) if index.numel() else (0, 0)
+        if low < 0 or high >= k:
+            raise ValueError(f"index must lie in [0, k) with k = {k}, got values from {low} to {high}")
+    return _BlockSubstitute.apply(z, _draws(z, draws, generator), index, k)
+
+
+def _check_z(z: Tensor, t: int) -> None:
+    _check.samples("z", z)
+    _check.count("t", t)
+
+
+def _draws(z: Tensor, draws: Tensor | None, generator, leading: tuple[int, ...] = ()) -> Tensor:
+    shape = (*leading, *z.shape)
+    if draws is None:
+        return torch.randn(shape, generator=generator, dtype=z.dtype, device=z.device)
+    _check.alike("draws", draws, "z", z)
+    if draws.shape != shape:
+        raise ValueError(f"draws must have shape {shape}, got {tuple(draws.shape)}")
+    return draws.detach()
+
+
+def blockwise_bridge_reference(z: Tensor, draws: Tensor, t: int) -> Tensor:
+    return torch.where(_replaced(z, t), draws, z)
+
+
+def _blockwise_backward_reference(grad, t):
+    return grad.masked_fill(_replaced(grad[0], t), 0).sum(0)
+
+
+def _replaced(z: Tensor, t: int) -> Tensor:
+    """Whether T_k replaces dimension j, `[t+1, 1, …, 1, d]`."""
+    d = z.shape[-1]
+    block = torch.arange(d, device=z.device) // (d // t)
+    mask = torch.arange(t + 1, device=z.device).unsqueeze(1) > block
+    return mask.view(t + 1, *[1] * (z.dim() - 1), d)
+
+
+def radial_bridge_reference(z: Tensor, draws: Tensor, t: int) -> Tensor:
+    return torch.stack([(c * arithmetic(z) + s * arithmetic(draws)).to(z.dtype) for c, s in _angles(t)])
+
+
+def _radial_backward_reference(grad, t):
+    return sum(c * arithmetic(g) for g, (c, _) in zip(grad, _angles(t), strict=True)).to(grad.dtype)
+
+
+def _angles(t: int) -> list[tuple[float, float]]:
+    """cos and sin of kπ/2t, exact at both ends."""
+    inner = [(math.cos(k * math.pi / (2 * t)), math.sin(k * math.pi / (2 * t))) for k in range(1, t)]
+    return [(1.0, 0.0), *inner, (0.0, 1.0)]
+
+
+def svgd_bridge_reference(z, draws, t, iterations, step_size, scale, noise):
+    """The bridge, and for backward every particle set `[L, ..., n, d]` that φ was taken at, its h `[L, ...]` and
+    its row sums `[L, ..., n]`, L = (t−1)·iterations."""
+    x = arithmetic(z)
+    bridges, states, bandwidths, row_sums = [z], [], [], []
+    for step, draw in enumerate(draws[:-1].unbind(0)):
+        h = scale * median._forward(x, "paper")[0]
+        phi, row_sum = svgd._forward(x, None, h)
+        states.append(x)
+        bandwidths.append(h)
+        row_sums.append(row_sum)
+        x = x + step_size * phi + noise * arithmetic(draw)
+        if (step + 1) % iterations == 0:
+            bridges.append(x.to(z.dtype))
+    bridges.append(draws[-1])
+
+    def stacked(tensors, shape):
+        return torch.stack(tensors) if tensors else x.new_empty(0, *shape)
+
+    return (
+        torch.stack(bridges),
+        stacked(states, z.shape),
+        stacked(bandwidths, z.shape[:-2]),
+        stacked(row_sums, z.shape[:-1]),
+    )
+
+
+def _svgd_backward_reference(grad, states, bandwidths, row_sums, iterations, step_size):
+    g = torch.zeros_like(arithmetic(grad[0]))
+    for step in reversed(range(states.shape[0])):
+        if (step + 1) % iterations == 0:
+            g = g + arithmetic(grad[(step + 1) // iterations])
+        dx, _, _ = svgd._backward(step_size * g, states[step], None, bandwidths[step], row_sums[step])
+        g = g + dx
+    return (g + arithmetic(grad[0])).to(grad.dtype)
+
+
+def block_substitute_reference(z: Tensor, draws: Tensor, index: Tensor, k: int) -> Tensor:
+    return torch.where(_chosen(z, index, k), draws, z)
+
+
+def _block_substitute_backward_reference(grad, index, k):
+    return grad.masked_fill(_chosen(grad, index, k), 0)
+
+
+def _chosen(z: Tensor, index: Tensor, k: int) -> Tensor:
+    d = z.shape[-1]
+    return torch.arange(d, device=z.device) // (d // k) == index.unsqueeze(-1)
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, draws, t):
+        ctx.t = t
+        return _blockwise(z, draws, t)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _blockwise_backward(grad, ctx.t), None, None
+
+
+class _Radial(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, draws, t):
+        ctx.t = t
+        return _radial(z, draws, t)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _radial_backward(grad, ctx.t), None, None
+
+
+class _Svgd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, draws, t, iterations, step_size, scale, noise):
+        bridges, *saved = _svgd(z, draws, t, iterations, step_size, scale, noise)
+        ctx.save_for_backward(*saved)
+        ctx.steps = iterations, step_size
+        ctx.mark_non_differentiable(*saved)
+        return bridges, *saved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        return _svgd_backward(grad, *ctx.saved_tensors, *ctx.steps), *[None] * 6
+
+
+class _BlockSubstitute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, draws, index, k):
+        ctx.save_for_backward(index)
+        ctx.k = k
+        return _block_substitute(z, draws, index, k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _block_substitute_backward(grad, *ctx.saved_tensors, ctx.k), None, None, None
+
+
+_blockwise = register("blockwise_bridge(Tensor z, Tensor draws, int t) -> Tensor", reference=blockwise_bridge_reference)
+_blockwise_backward = register(
+    "blockwise_bridge_backward(Tensor grad, int t) -> Tensor", reference=_blockwise_backward_reference
+)
+_radial = register("radial_bridge(Tensor z, Tensor draws, int t) -> Tensor", reference=radial_bridge_reference)
+_radial_backward = register(
+    "radial_bridge_backward(Tensor grad, int t) -> Tensor", reference=_radial_backward_reference
+)
+_svgd = register(
+    "svgd_bridge(Tensor z, Tensor draws, int t, int iterations, float step_size, float scale, float noise)"
+    " -> (Tensor bridges, Tensor states, Tensor bandwidths, Tensor row_sums)",
+    reference=svgd_bridge_reference,
+)
+_svgd_backward = register(
+    "svgd_bridge_backward(Tensor grad, Tensor states, Tensor bandwidths, Tensor row_sums, int iterations,"
+    " float step_size) -> Tensor",
+    reference=_svgd_backward_reference,
+)
+_block_substitute = register(
+    "block_substitute(Tensor z, Tensor draws, Tensor index, int k) -> Tensor", reference=block_substitute_reference
+)
+_block_substitute_backward = register(
+    "block_substitute_backward(Tensor grad, Tensor index, int k) -> Tensor",
+    reference=_block_substitute_backward_reference,
+)

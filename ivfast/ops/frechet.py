@@ -1,0 +1,172 @@
+"""Fréchet distances between Gaussians, without a matrix square root.
+
+With Σ = CᵀC, Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_* (nuclear norm), and its gradient goes through the polar factor P of C₁C₂ᵀ. Exact
+under rank deficiency, where square roots of Σ₁Σ₂ are not. Computed in float64: these are metrics.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check
+from .._registry import register
+
+
+def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
+    """‖μ₁ − μ₂‖² + Tr Σ₁ + Tr Σ₂ − 2 Tr √(Σ₁Σ₂).
+
+    Args:
+        mu1, mu2: means `[..., d]`.
+        sigma1, sigma2: covariances `[..., d, d]`, positive semi-definite of any rank; their symmetric part is used.
+
+    Returns:
+        distance `[...]` in squared units of the samples, float32 for half precision. Differentiable once, in all
+        four; at a singular covariance with the subgradient of least norm.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that do not fit.
+
+    Source: S1 (IVAAE) section 4; Heusel et al. 2017 (FID); Dowson & Landau 1982.
+    """
+    _check.floating("mu1", mu1)
+    if mu1.dim() < 1:
+        raise ValueError(f"mu1 must have shape [..., d], got {tuple(mu1.shape)}")
+    _check.same("mu2", mu2, "mu1", mu1)
+    square = (*mu1.shape, mu1.shape[-1])
+    for name, sigma in (("sigma1", sigma1), ("sigma2", sigma2)):
+        _check.alike(name, sigma, "mu1", mu1)
+        if sigma.shape != square:
+            raise ValueError(f"{name} must have shape {square} for mu1 {tuple(mu1.shape)}, got {tuple(sigma.shape)}")
+    sigma1, sigma2 = sigma1.double(), sigma2.double()
+    trace = _CovarianceTrace.apply(sigma1, sigma2)[0]
+    totals = sum(sigma.diagonal(dim1=-2, dim2=-1).sum(-1) for sigma in (sigma1, sigma2))
+    distance = _square(mu1.double() - mu2.double()) + totals - 2 * trace
+    return distance.to(torch.promote_types(mu1.dtype, torch.float32))
+
+
+def frechet_distance_from_samples(x: Tensor, y: Tensor) -> Tensor:
+    """Fréchet distance between the Gaussians of two samples, straight from the samples; right where n < d.
+
+    Args:
+        x, y: samples `[..., n, d]` and `[..., m, d]`, n, m >= 2; covariances are over n − 1.
+
+    Returns, errors and derivative order as `frechet_distance`'s.
+
+    Source: as `frechet_distance`; Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_* with C the centred samples over √(n − 1).
+    """
+    _check.two_samples("x", x, "y", y, at_least=2)
+    mu1, c1 = _factor(x)
+    mu2, c2 = _factor(y)
+    trace = _FactorTrace.apply(c1, c2)[0]
+    distance = _square(mu1 - mu2) + c1.square().sum((-2, -1)) + c2.square().sum((-2, -1)) - 2 * trace
+    return distance.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def fld(z: Tensor) -> Tensor:
+    """Fréchet latent distance of the codes z to the prior N(0, I): ‖μ‖² + Tr(Σ + I) − 2 Tr √Σ.
+
+    Args:
+        z: codes `[..., n, d]`, n >= 2; the covariance is over n − 1.
+
+    Returns, errors and derivative order as `frechet_distance`'s.
+
+    Source: S1 (IVAAE) section 4.
+    """
+    _check.samples("z", z, at_least=2)
+    mu, c = _factor(z)
+    distance = _square(mu) + c.square().sum((-2, -1)) + z.shape[-1] - 2 * _FactorTrace.apply(c, None)[0]
+    return distance.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _square(x: Tensor) -> Tensor:
+    return x.square().sum(-1)
+
+
+def _factor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `[..., d]` and C `[..., n, d]` with CᵀC the covariance, in float64."""
+    x = x.double()
+    mu = x.mean(-2)
+    return mu, (x - mu.unsqueeze(-2)) / (x.shape[-2] - 1) ** 0.5
+
+
+def _polar(m: Tensor) -> tuple[Tensor, Tensor]:
+    """Nuclear norm `[...]` and polar factor U Vᵀ over the numerical rank of m `[..., p, q]`."""
+    U, S, Vh = torch.linalg.svd(m, full_matrices=False)
+    floor = S[..., :1] * max(m.shape[-2:]) * torch.finfo(S.dtype).eps
+    return S.sum(-1), (U * (floor < S).unsqueeze(-2)) @ Vh
+
+
+def frechet_factor_trace_reference(c1: Tensor, c2: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """‖C₁C₂ᵀ‖_* and its gradients in C₁ and C₂; C₂ None is the identity (and its gradient empty)."""
+    # C = QR:  C₁C₂ᵀ = Q₁ R₁R₂ᵀ Q₂ᵀ, so a polar factor of min(n, d) rows and columns is enough
+    Q1, R1 = torch.linalg.qr(c1)
+    if c2 is None:
+        trace, P = _polar(R1)
+        return trace, Q1 @ P, c1.new_empty(0)
+    Q2, R2 = torch.linalg.qr(c2)
+    trace, P = _polar(R1 @ R2.mT)
+    return trace, Q1 @ (P @ R2), Q2 @ (P.mT @ R1)
+
+
+def frechet_covariance_trace_reference(sigma1: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Tr √(Σ₁Σ₂) and its gradients ½ R₁⁺ P R₂ and ½ R₂⁺ Pᵀ R₁, with Σ = RᵀR, R = √Λ Vᵀ."""
+    R1, inverse1 = _root(sigma1)
+    R2, inverse2 = _root(sigma2)
+    trace, P = _polar(R1 @ R2.mT)
+    return trace, _symmetric(0.5 * inverse1 @ (P @ R2)), _symmetric(0.5 * inverse2 @ (P.mT @ R1))
+
+
+def _symmetric(a: Tensor) -> Tensor:
+    return (a + a.mT) / 2
+
+
+def _root(sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """R with RᵀR = Σ, and its pseudo-inverse."""
+    values, V = torch.linalg.eigh(_symmetric(sigma))
+    floor = values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
+    kept = values > floor.clamp_min(0)
+    roots = torch.where(kept, values, 0).sqrt()
+    inverse = torch.where(kept, 1 / torch.where(kept, roots, 1), 0)
+    return roots.unsqueeze(-1) * V.mT, V * inverse.unsqueeze(-2)
+
+
+class _FactorTrace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, c1, c2):
+        trace, d1, d2 = _factor_trace(c1, c2)
+        ctx.save_for_backward(d1, d2)
+        ctx.prior = c2 is None
+        ctx.mark_non_differentiable(d1, d2)
+        return trace, d1, d2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        d1, d2 = ctx.saved_tensors
+        g = grad[..., None, None]
+        return g * d1, None if ctx.prior else g * d2
+
+
+class _CovarianceTrace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, sigma1, sigma2):
+        trace, d1, d2 = _covariance_trace(sigma1, sigma2)
+        ctx.save_for_backward(d1, d2)
+        ctx.mark_non_differentiable(d1, d2)
+        return trace, d1, d2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        g = grad[..., None, None]
+        return tuple(g * d for d in ctx.saved_tensors)
+
+
+_factor_trace = register(
+    "frechet_factor_trace(Tensor c1, Tensor? c2) -> (Tensor trace, Tensor d1, Tensor d2)",
+    reference=frechet_factor_trace_reference,
+)
+_covariance_trace = register(
+    "frechet_covariance_trace(Tensor sigma1, Tensor sigma2) -> (Tensor trace, Tensor d1, Tensor d2)",
+    reference=frechet_covariance_trace_reference,
+)
