@@ -1,0 +1,186 @@
+"""What a trained system is worth: FLD, reconstruction, FID, and distances in a classifier's features.
+
+Images come as uint8 `[n, C, H, W]`; systems take and return floats in [-1, 1]. A system is anything with `encode`,
+`decode`, `sample` and `train(mode)`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _check
+from .classifier import Classifier
+from .ops.frechet import fld, frechet_distance
+from .statistics import GaussianStatistics
+
+BATCH = 500
+
+
+class Reconstruction(NamedTuple):
+    mse: float  # per pixel and channel, images in [0, 1]
+    psnr: float  # dB, mean over images
+
+
+class Modes(NamedTuple):
+    covered: int  # of the 1,000 triples, among confident samples
+    kl: float  # of the histogram of confident samples to the uniform one, nats
+    confident: float  # share of samples whose three digits are all classified with the confidence asked for
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 0..255 to float32 [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] to uint8 on the CPU, rounded as a PNG file is; what lies outside is clamped.
+
+    Raises:
+        ValueError: a pixel that is not finite.
+    """
+    if not bool(images.isfinite().all()):
+        raise ValueError("images must be finite; the system has diverged")
+    return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+
+@contextlib.contextmanager
+def _evaluating(system) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; yields the system's device. Training mode follows, as in the loop."""
+    system.train(False)
+    try:
+        with torch.no_grad():
+            yield torch.device(system.settings.device)
+    finally:
+        system.train(True)
+
+
+def codes(system, images: Tensor) -> Tensor:
+    """E(x) of every image, float32 `[n, d]` on the CPU."""
+    with _evaluating(system) as device:
+        return torch.cat([system.encode(to_float(x.to(device))).float().cpu() for x in images.split(BATCH)])
+
+
+def latent_frechet_distance(z: Tensor) -> float:
+    """FLD of codes `[n, d]` to the prior N(0, I) (S1, section 4).
+
+    Raises:
+        ValueError: a code that is not finite.
+    """
+    if not bool(z.isfinite().all()):
+        raise ValueError("codes must be finite; the encoder has diverged")
+    return float(fld(z.double()))
+
+
+def reconstruction(system, images: Tensor) -> Reconstruction:
+    """Mean squared error and PSNR of G(E x) against x, on images in [0, 1]."""
+    errors = []
+    with _evaluating(system) as device:
+        for x in images.split(BATCH):
+            x = to_float(x.to(device))
+            back = system.decode(system.encode(x)).float().clamp(-1, 1)
+            errors.append((back - x).div(2).square().flatten(1).mean(1).cpu())  # [batch]
+    mse = torch.cat(errors).double()
+    return Reconstruction(float(mse.mean()), float(-10 * mse.clamp_min(1e-10).log10().mean()))
+
+
+def generate(system, n: int, seed: int = 0) -> Tensor:
+    """n samples as uint8 `[n, C, H, W]`, the same ones for the same seed."""
+    _check.count("n", n)
+    with _evaluating(system) as device:
+        generator = torch.Generator(device).manual_seed(seed)
+        sizes = [min(BATCH, n - i) for i in range(0, n, BATCH)]
+        return torch.cat([to_bytes(system.sample(size, generator=generator)) for size in sizes])
+
+
+def feature_distance(features: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, device="cpu") -> float:
+    """Fréchet distance between the features of two sets of uint8 images, any extractor `[n, C, H, W] -> [n, d]`.
+
+    `features` gets uint8 batches on `device`. Source: Heusel et al. 2017.
+    """
+    first, second = (feature_statistics(features, images, device) for images in (real, fake))
+    return float(frechet_distance(first.mean, first.covariance, second.mean, second.covariance))
+
+
+@torch.no_grad()
+def feature_statistics(features: Callable[[Tensor], Tensor], images: Tensor, device="cpu") -> GaussianStatistics:
+    """Mean and covariance of the features of uint8 images, streamed."""
+    statistics = None
+    for batch in images.split(BATCH if images.shape[-1] <= 96 else 50):
+        x = features(batch.to(device))
+        statistics = statistics or GaussianStatistics(x.shape[1], device=x.device)
+        statistics.update(x)
+    return statistics
+
+
+def frechet_inception_distance(
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weights: str | Path | None = None,
+    download: bool = False,
+    features: int = 2048,
+    device="cpu",
+) -> float:
+    """FID of two sets of uint8 images; one-channel images are repeated to three.
+
+    Arguments and errors as `ivfast.inception.inception`'s. Below 2,048 images a side the covariances are rank
+    deficient: exact, but biased upwards.
+    """
+    from .inception import inception
+
+    network = inception(weights, download=download, features=features).to(device)
+
+    def extract(x):
+        # Inception works at 299 x 299: batches of 50, as in pytorch-fid
+        maps = [network(part.expand(-1, 3, -1, -1).float() / 255)[0].mean((2, 3)) for part in x.split(50)]
+        return torch.cat(maps)
+
+    return feature_distance(extract, real, fake, device)
+
+
+def frechet_classifier_distance(classifier: Classifier, real: Tensor, fake: Tensor, device="cpu") -> float:
+    """Fréchet distance in the penultimate features of a classifier trained on the data set itself.
+
+    Not FID, and not comparable with it or across data sets: each classifier has its own scale. The distance between
+    training and test images, in the same features, is the yardstick.
+    """
+    return feature_distance(lambda x: classifier.features(to_float(x)), real, fake, device)
+
+
+@torch.no_grad()
+def probabilities(classifier: Classifier, images: Tensor, device="cpu") -> Tensor:
+    """Class probabilities `[n, classes]`, float64."""
+    logits = torch.cat([classifier(to_float(x.to(device))).cpu() for x in images.split(BATCH)])
+    return logits.double().softmax(1)
+
+
+def classifier_score(classifier: Classifier, images: Tensor, device="cpu") -> float:
+    """exp E KL(p(y|x) ‖ p(y)) under the data set's own classifier: the Inception score's formula, from 1 to classes.
+
+    Source: Salimans et al. 2016; S3 (On Unifying) scores MNIST so.
+    """
+    p = probabilities(classifier, images, device)
+    log_p = p.clamp_min(1e-300).log()
+    return float((p * (log_p - p.mean(0).clamp_min(1e-300).log())).sum(1).mean().exp())
+
+
+def modes(classifier: Classifier, images: Tensor, *, confidence: float = 0.9, device="cpu") -> Modes:
+    """Mode coverage of stacked images `[n, 3, H, W]`, by a ten-class classifier of each channel.
+
+    Pixel noise too "covers" 1,000 modes, so samples count only where all three digits have `confidence`.
+
+    Source: S2 (IVGAN), stacked MNIST; Metz et al. 2017.
+    """
+    n = len(images)
+    p = probabilities(classifier, images.flatten(0, 1)[:, None], device).view(n, 3, -1)
+    best, digit = p.max(2)
+    sure = (best >= confidence).all(1)
+    number = (digit @ torch.tensor([100, 10, 1]))[sure]
+    histogram = torch.bincount(number, minlength=1000).double()
+    q = histogram / histogram.sum().clamp_min(1)
+    kl = float((q * (q * 1000).clamp_min(1e-300).log()).sum()) if len(number) else float("inf")
+    return Modes(int((histogram > 0).sum()), kl, float(sure.double().mean()))
