@@ -1,0 +1,154 @@
+"""Multi-class Jensen–Shannon loss in Triton: one pass over the logits forward, one backward.
+
+CE = −Σ_c π_c (1/n) Σ_j log softmax(D(z_jc))_c: row r = c·n + j of a set [C·n, C] has the label c = r // n.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+# A tile is ROWS rows by COLUMNS columns of logits. Chosen by register count (tests/test_kernels.py), not yet by a clock.
+TILE = {torch.float32: 2048, torch.float64: 1024}  # elements, by the dtype of the arithmetic
+ONE_PROGRAM = 16  # tiles that a single program sums, so that a small loss takes one launch
+PARTS = 4096  # programs per set at most: what one program can add up
+WARPS = 8
+
+ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@triton.jit
+def _rows(i_tile, n, R, ROWS: tl.constexpr):
+    """The first row of a tile in 64 bits; the tile's rows from there, which of them exist, and their labels, in 32."""
+    first = tl.cast(i_tile, tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    label = tl.cast(first // n, tl.int32) + (tl.cast(first % n, tl.int32) + row) // n
+    return first, row, row < R - first, label
+
+
+@triton.jit
+def _forward_kernel(p_logits, p_weights, p_out, p_lse, n, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    dtype = p_lse.dtype.element_ty  # of the arithmetic
+    i_set, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+
+    total = tl.zeros([ROWS], dtype)
+    for i_tile in range(i_part, tl.cdiv(R, ROWS), tl.num_programs(1)):
+        first, row, inside, label = _rows(i_tile, n, R, ROWS)
+        p_tile = p_logits + (i_set * R + first) * C
+        b_label = tl.load(p_tile + row * C + label, mask=inside, other=0.0).to(dtype)
+        b_max = tl.full([ROWS], float("-inf"), dtype)
+        b_sum = tl.zeros([ROWS], dtype)
+        for start in range(0, C, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            mask = inside[:, None] & (column < C)[None, :]
+            b_x = tl.load(p_tile + row[:, None] * C + column[None, :], mask=mask, other=float("-inf")).to(dtype)
+            b_new = tl.maximum(b_max, tl.max(b_x, 1))
+            # a maximum of ±inf would give inf − inf; 0 in its place leaves exp(±inf)
+            b_shift = tl.where(tl.abs(b_new) == float("inf"), 0.0, b_new)
+            b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_x - b_shift[:, None]), 1)
+            b_max = b_new
+        b_lse = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max) + tl.log(tl.where(inside, b_sum, 1.0))
+        b_loss = b_lse - b_label
+        if p_weights is not None:
+            b_loss *= tl.load(p_weights + label, mask=inside, other=0.0).to(dtype)
+        total += tl.where(inside, b_loss, 0.0)
+        tl.store(p_lse + i_set * R + first + row, b_lse, mask=inside)
+
+    mean = tl.sum(total, 0) / (R if p_weights is None else n)
+    tl.store(p_out + i_set * tl.num_programs(1) + i_part, mean)
+
+
+@triton.jit
+def _sum_kernel(p_parts, p_loss, parts, BLOCK: tl.constexpr):
+    i_set = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, BLOCK)
+    b_parts = tl.load(p_parts + i_set * parts + part, mask=part < parts, other=0.0)
+    tl.store(p_loss + i_set, tl.sum(b_parts, 0))
+
+
+@triton.jit
+def _backward_kernel(p_grad, p_logits, p_weights, p_lse, p_dlogits, n, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    dtype = p_lse.dtype.element_ty
+    i_set, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+
+    grad = tl.load(p_grad + i_set).to(dtype) / (R if p_weights is None else n)
+    for i_tile in range(i_part, tl.cdiv(R, ROWS), tl.num_programs(1)):
+        first, row, inside, label = _rows(i_tile, n, R, ROWS)
+        tile = (i_set * R + first) * C
+        b_lse = tl.load(p_lse + i_set * R + first + row, mask=inside, other=0.0)
+        b_scale = tl.zeros([ROWS], dtype) + grad
+        if p_weights is not None:
+            b_scale *= tl.load(p_weights + label, mask=inside, other=0.0).to(dtype)
+        for start in range(0, C, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            mask = inside[:, None] & (column < C)[None, :]
+            offset = row[:, None] * C + column[None, :]
+            b_x = tl.load(p_logits + tile + offset, mask=mask, other=0.0).to(dtype)
+            # ∂CE/∂x = (softmax − onehot) π_c/n, scaled before it is rounded
+            b_onehot = tl.where(column[None, :] == label[:, None], 1.0, 0.0)
+            b_dx = (tl.exp(b_x - b_lse[:, None]) - b_onehot) * b_scale[:, None]
+            tl.store(p_dlogits + tile + offset, b_dx, mask=mask)
+
+
+class _Shape(NamedTuple):
+    sets: int
+    n: int
+    R: int  # rows of a set, C·n
+    C: int
+    arithmetic: torch.dtype
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """ROWS and COLUMNS; above TILE classes a row takes several tiles."""
+        elements = TILE[self.arithmetic]
+        columns = min(triton.next_power_of_2(self.C), elements)
+        return min(elements // columns, triton.next_power_of_2(self.R)), columns
+
+    @property
+    def programs(self) -> int:
+        """Programs per set of the forward pass; their partial sums are added by a second launch unless there is one."""
+        rows, columns = self.tile
+        tiles = triton.cdiv(self.R, rows)
+        return 1 if tiles * triton.cdiv(self.C, columns) <= ONE_PROGRAM else min(tiles, PARTS)
+
+
+def _shape(logits) -> _Shape:
+    if logits.dtype not in ACCEPTED:
+        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+    C, n = logits.shape[-1], logits.shape[-2]
+    return _Shape(logits.shape[:-3].numel(), n, C * n, C, torch.promote_types(logits.dtype, torch.float32))
+
+
+def forward(logits, weights):
+    """The loss `[...]` in logits' dtype and the log-sum-exp of each row `[..., C, n]`, of logits `[..., C, n, C]`."""
+    shape = _shape(logits)
+    loss = torch.empty(logits.shape[:-3], dtype=logits.dtype, device=logits.device)
+    lse = torch.empty(logits.shape[:-1], dtype=shape.arithmetic, device=logits.device)
+    if shape.sets == 0:
+        return loss, lse
+    parts = shape.programs
+    out = loss if parts == 1 else lse.new_empty(shape.sets, parts)
+    weights = None if weights is None else weights.contiguous()
+    _forward_kernel[shape.sets, parts](
+        logits.contiguous(), weights, out, lse, shape.n, shape.R, shape.C, *shape.tile, num_warps=WARPS
+    )
+    if parts > 1:
+        _sum_kernel[shape.sets,](out, loss, parts, triton.next_power_of_2(parts), num_warps=WARPS)
+    return loss, lse
+
+
+def backward(grad, logits, weights, lse):
+    """∂L/∂logits `[..., C, n, C]` in logits' dtype, given grad = ∂L/∂loss `[...]`."""
+    shape = _shape(logits)
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if shape.sets == 0:
+        return dlogits
+    weights = None if weights is None else weights.contiguous()
+    programs = min(triton.cdiv(shape.R, shape.tile[0]), PARTS)
+    _backward_kernel[shape.sets, programs](
+        *(grad.contiguous(), logits.contiguous(), weights, lse.contiguous(), dlogits),
+        *(shape.n, shape.R, shape.C, *shape.tile),
+        num_warps=WARPS,
+    )
+    return dlogits
