@@ -2,6 +2,7 @@
 
 import torch  # noqa: F401  loads libtorch, which the extensions link against
 
+from . import nn
 from ._registry import load_extensions, use
 from .ops.as_distance import as_distance, log_gaussian_kernel_sums
 from .ops.bridge import block_substitute, blockwise_bridge, radial_bridge, svgd_bridge
@@ -32,6 +33,7 @@ __all__ = [
     "mmd",
     "multi_js_divergence",
     "multi_js_loss",
+    "nn",
     "radial_bridge",
     "svgd_bridge",
     "svgd_direction",
