@@ -1,0 +1,38 @@
+"""Every system of the papers by its name on the command line: objectives as phases, nothing else."""
+
+import torch
+
+from ..train.phase import System
+from ..train.settings import Settings
+from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
+
+SYSTEMS: dict[str, type[System]] = {
+    "wae-mmd": WaeMmd,
+    "wae-gan": WaeGan,
+    "ivaae-bw": IvaaeBlockwise,
+    "ivaae-rad": IvaaeRadial,
+    "ivaae-svgd": IvaaeSvgd,
+}
+ALIASES = {"aae": "wae-gan"}
+
+
+def find(system: str) -> tuple[str, type[System]]:
+    """The name in `SYSTEMS` and the factory of a system; ValueError for one that does not exist."""
+    name = ALIASES.get(system, system)
+    if name not in SYSTEMS:
+        raise ValueError(f"system must be one of {', '.join((*SYSTEMS, *ALIASES))}, got {system!r}")
+    return name, SYSTEMS[name]
+
+
+def build(settings: Settings, image_shape: tuple[int, int, int]) -> System:
+    """The system that `settings` describe, for images `(C, H, W)`, on `settings.device`, freshly initialised.
+
+    The weights follow from `settings.seed` alone; PyTorch's global generators are left as they were.
+
+    Raises:
+        ValueError: an unknown system, an image shape that its networks cannot take.
+    """
+    _, factory = find(settings.system)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(settings.stream("weights"))  # weights are drawn on the CPU, then moved
+        return factory(settings, tuple(image_shape))

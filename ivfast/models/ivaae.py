@@ -1,0 +1,190 @@
+"""S1: the intervention adversarial auto-encoder, and the two Wasserstein auto-encoders it is compared with.
+
+recon(x) = mean over the batch of ‖G(E x) − x‖² summed over pixels, images in [-1, 1] (Tolstikhin et al., 2017).
+E and G carry recon together and meet no other common term, so one phase moves both on one forward pass.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import ivfast
+
+from .. import nets
+from ..train.phase import Phase, System
+from ..train.settings import Settings
+
+
+class Encoded(NamedTuple):
+    x: Tensor  # [n, C, H, W]
+    z: Tensor  # [n, d]
+    bridge: Tensor | None = None  # [t+1, n, d]
+
+
+class AutoEncoder(System):
+    """A deterministic encoder and decoder, with a prior N(0, I) on the codes `[n, d]`."""
+
+    def __init__(self, settings: Settings, image_shape: tuple[int, int, int], discriminator_outputs: int = 0):
+        super().__init__(settings, image_shape)
+        self.latent_dim = settings.latent_dim
+        shape, d, width = self.image_shape, settings.latent_dim, settings.width
+        if settings.net == "mlp":
+            self.modules["encoder"] = nets.mlp_encoder(shape, d, width, settings.depth)
+            self.modules["decoder"] = nets.mlp_decoder(shape, d, width, settings.depth)
+        else:
+            self.modules["encoder"] = nets.conv_encoder(shape, d, width)
+            self.modules["decoder"] = nets.conv_decoder(shape, d, width)
+        if discriminator_outputs:
+            self.modules["discriminator"] = nets.mlp(
+                d, discriminator_outputs, settings.discriminator_width, settings.discriminator_depth
+            )
+        self.to_device()
+
+    @classmethod
+    def preset(cls, data: str) -> dict[str, object]:
+        return {**_S1, **_DATA.get(data, _IMAGES)}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images `[n, C, H, W]` in [-1, 1] -> codes `[n, d]`, float32 under autocast too."""
+        return self.modules["encoder"](x).float()
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Codes `[n, d]` -> images `[n, C, H, W]` in [-1, 1]."""
+        return self.modules["decoder"](z).float()
+
+    def discriminate(self, z: Tensor) -> Tensor:
+        return self.modules["discriminator"](z).float()
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n images decoded from the prior. The generator may live on the CPU while the system does not."""
+        place = self.settings.device if generator is None else generator.device
+        z = torch.randn(n, self.latent_dim, generator=generator, device=place)
+        return self.decode(z.to(self.settings.device))
+
+    def share(self, x: Tensor) -> Encoded:
+        return Encoded(x, self.encode(x))
+
+    def reconstruction(self, shared: Encoded) -> Tensor:
+        return (self.decode(shared.z) - shared.x).square().sum((1, 2, 3)).mean()
+
+
+class WaeMmd(AutoEncoder):
+    """WAE-MMD: recon + λ MMD²_U(E x, z), z ~ N(0, I), inverse multiquadratic kernels."""
+
+    def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
+        super().__init__(settings, image_shape)
+        self.phases = [Phase("autoencoder", self.adam("encoder", "decoder"), self.autoencoder_loss)]
+
+    def autoencoder_loss(self, shared: Encoded) -> dict[str, Tensor]:
+        mmd = ivfast.mmd(shared.z, torch.randn_like(shared.z))
+        return {"recon": self.reconstruction(shared), "mmd": self.settings.lam * mmd}
+
+
+class WaeGan(AutoEncoder):
+    """WAE-GAN, also AAE: D tells codes from the prior, E is rewarded for codes that D takes for the prior."""
+
+    def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
+        super().__init__(settings, image_shape, discriminator_outputs=1)
+        self.phases = [
+            Phase("discriminator", self.adam("discriminator"), self.discriminator_loss),
+            Phase("autoencoder", self.adam("encoder", "decoder"), self.autoencoder_loss),
+        ]
+
+    def discriminator_loss(self, shared: Encoded) -> dict[str, Tensor]:
+        z = shared.z.detach()
+        prior, code = self.discriminate(torch.cat([torch.randn_like(z), z])).chunk(2)
+        return {"prior": F.softplus(-prior).mean(), "code": F.softplus(code).mean()}
+
+    def autoencoder_loss(self, shared: Encoded) -> dict[str, Tensor]:
+        adversarial = F.softplus(-self.discriminate(shared.z)).mean()
+        return {"recon": self.reconstruction(shared), "adversarial": self.settings.lam * adversarial}
+
+
+class Ivaae(AutoEncoder):
+    """IVAAE: D names which of the bridge's distributions T_0 E x, …, T_t E x a point is from; E makes them alike.
+
+    L_D = μ₁ CE,  L_G = λ recon,  L_E = λ recon − μ₂ CE (or + μ₂ CE against the uniform label: `encoder_loss`).
+    Codes and bridge are computed once per step; D sees them detached, E through D as D's update has left it (Alg. 1).
+    """
+
+    def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
+        super().__init__(settings, image_shape, discriminator_outputs=settings.t + 1)
+        self.mu1 = 4 / (settings.t + 1) if settings.mu1 is None else settings.mu1
+        self.mu2 = 2 / (settings.t + 1) if settings.mu2 is None else settings.mu2
+        self.phases = [
+            Phase("discriminator", self.adam("discriminator"), self.discriminator_loss),
+            Phase("autoencoder", self.adam("encoder", "decoder"), self.autoencoder_loss),
+        ]
+
+    def bridge(self, z: Tensor) -> Tensor:
+        """Codes `[n, d]` -> `[t+1, n, d]`."""
+        raise NotImplementedError
+
+    def share(self, x: Tensor) -> Encoded:
+        z = self.encode(x)
+        return Encoded(x, z, self.bridge(z))
+
+    def discriminator_loss(self, shared: Encoded) -> dict[str, Tensor]:
+        logits = self.discriminate(shared.bridge.detach().flatten(0, 1))
+        return {"intervention": self.mu1 * ivfast.multi_js_loss(logits)}
+
+    def autoencoder_loss(self, shared: Encoded) -> dict[str, Tensor]:
+        logits = self.discriminate(shared.bridge.flatten(0, 1))
+        if self.settings.encoder_loss == "ascent":
+            intervention = -ivfast.multi_js_loss(logits)
+        else:
+            intervention = logits.logsumexp(1).mean() - logits.mean()  # −mean over rows and classes of log softmax
+        return {"recon": self.settings.lam * self.reconstruction(shared), "intervention": self.mu2 * intervention}
+
+
+class IvaaeBlockwise(Ivaae):
+    def bridge(self, z: Tensor) -> Tensor:
+        return ivfast.blockwise_bridge(z, self.settings.t)
+
+
+class IvaaeRadial(Ivaae):
+    def bridge(self, z: Tensor) -> Tensor:
+        return ivfast.radial_bridge(z, self.settings.t)
+
+
+class IvaaeSvgd(Ivaae):
+    """SVGD, two iterations per bridge, bandwidth 100·med²/log n, noise .1 (S1 section 4, "MNIST")."""
+
+    def bridge(self, z: Tensor) -> Tensor:
+        return ivfast.svgd_bridge(z, self.settings.t)
+
+
+_S1 = {
+    "learning_rates": {"encoder": 1e-3, "decoder": 1e-3, "discriminator": 5e-4},
+    "milestones": {30: 0.5, 50: 0.2, 100: 0.1},  # each on top of the ones before
+    "epochs": 300,
+    "t": 4,
+    "lam": 1.0,
+}
+_CONV = {"net": "conv", "width": 128, "discriminator_width": 512, "discriminator_depth": 4, "image_size": 64}
+_IMAGES = {**_CONV, "latent_dim": 64, "batch_size": 100}
+_DATA = {
+    "celeba": _IMAGES,
+    "cifar10": {**_CONV, "latent_dim": 128, "batch_size": 128},
+    "mnist": {
+        "net": "mlp",
+        "width": 1024,
+        "discriminator_width": 1024,
+        "image_size": 64,
+        "latent_dim": 16,
+        "batch_size": 64,
+        "learning_rates": {"encoder": 5e-5, "decoder": 1e-4, "discriminator": 1e-4},
+        "milestones": {100: 0.5, 200: 0.5},
+    },
+    "digits": {
+        "net": "mlp",
+        "width": 256,
+        "discriminator_width": 256,
+        "image_size": 8,
+        "latent_dim": 16,
+        "batch_size": 64,
+    },
+}

@@ -1,0 +1,88 @@
+"""The papers' networks, from their tables. Images are float `[B, C, H, W]` in [-1, 1], codes float `[B, d]`.
+
+S1 Tables 3 and 4 here, for any channels and any size from 8. Table 4 is read with stride 2 in the first three
+transposed convolutions, a stride-1 output in the image's channels and FC(d): as printed its shapes do not meet.
+"""
+
+import itertools
+import math
+from collections import OrderedDict
+
+from torch import nn
+
+SMALLEST_IMAGE = 8
+
+
+def mlp(inputs: int, outputs: int, width: int, depth: int) -> nn.Sequential:
+    """`depth` hidden layers of `width` with ReLU, then a linear layer: `[B, inputs]` -> `[B, outputs]`."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+
+
+def mlp_encoder(image_shape: tuple[int, int, int], latent_dim: int, width: int = 1024, depth: int = 2) -> nn.Module:
+    """S1 Table 3, E."""
+    check_image_shape(image_shape)
+    return nn.Sequential(nn.Flatten(), *mlp(math.prod(image_shape), latent_dim, width, depth))
+
+
+def mlp_decoder(image_shape: tuple[int, int, int], latent_dim: int, width: int = 1024, depth: int = 2) -> nn.Module:
+    """S1 Table 3, G."""
+    check_image_shape(image_shape)
+    layers = mlp(latent_dim, math.prod(image_shape), width, depth)
+    return nn.Sequential(*layers, nn.Tanh(), nn.Unflatten(1, image_shape))
+
+
+def conv_encoder(image_shape: tuple[int, int, int], latent_dim: int, width: int = 128) -> nn.Module:
+    """S1 Table 4, E: 5×5 convolutions of stride 2 down to a side of at most 4, doubling `width` channels."""
+    check_image_shape(image_shape)
+    channels, *side = image_shape
+    layers = OrderedDict()
+    out = width
+    while max(side) > 4:
+        i = len(layers)
+        layers[f"down{i}"] = nn.Sequential(
+            nn.Conv2d(channels, out, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+        )
+        side = [(s + 1) // 2 for s in side]
+        channels, out = out, min(2 * out, 8 * width)
+    layers["flat"] = nn.Flatten()
+    layers["code"] = nn.Linear(channels * math.prod(side), latent_dim)
+    return nn.Sequential(layers)
+
+
+def conv_decoder(image_shape: tuple[int, int, int], latent_dim: int, width: int = 128) -> nn.Module:
+    """S1 Table 4, G: a linear layer to a side of at most 8, 5×5 transposed convolutions of stride 2, a 4×4 output."""
+    check_image_shape(image_shape)
+    channels, *side = image_shape
+    sides = [side]
+    while max(sides[-1]) > 8:
+        sides.append([(s + 1) // 2 for s in sides[-1]])
+    sides.reverse()
+    wide = min(width * 2 ** (len(sides) - 1), 8 * width)
+    layers = OrderedDict()
+    layers["code"] = nn.Linear(latent_dim, wide * math.prod(sides[0]))
+    layers["square"] = nn.Unflatten(1, (wide, *sides[0]))
+    for i, (small, large) in enumerate(itertools.pairwise(sides)):
+        out = max(wide // 2, width)
+        extra = tuple(b - (2 * a - 1) for a, b in zip(small, large, strict=True))
+        layers[f"up{i}"] = nn.Sequential(
+            nn.ConvTranspose2d(wide, out, 5, stride=2, padding=2, output_padding=extra, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+        )
+        wide = out
+    # at stride 1 a transposed convolution is a convolution with its kernel turned; this padding keeps the size
+    layers["pad"] = nn.ZeroPad2d((1, 2, 1, 2))
+    layers["image"] = nn.Conv2d(wide, channels, 4)
+    layers["range"] = nn.Tanh()
+    return nn.Sequential(layers)
+
+
+def check_image_shape(image_shape: tuple[int, int, int]) -> None:
+    if len(image_shape) != 3 or image_shape[0] < 1 or min(image_shape[1:]) < SMALLEST_IMAGE:
+        raise ValueError(
+            f"image_shape must be (C, H, W) with C >= 1 and H, W >= {SMALLEST_IMAGE}, got {tuple(image_shape)}"
+        )

@@ -1,0 +1,191 @@
+"""Checkpoints: one safetensors file with everything that a run needs to go on bit for bit. No pickle.
+
+Tensors: `weights/*`, `average/*` (EMA), `optimizer/<phase>/<parameter>/*`, `batches/*` (data order), `record/*` (losses
+not yet logged), `random/*` (PyTorch's generators). The rest is JSON under the metadata key "ivfast".
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .. import models
+from .phase import System
+from .settings import Settings
+
+FORMAT = 1
+LAST = Path("checkpoints") / "last.safetensors"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read; the message names the file and the reason."""
+
+    def __init__(self, path: Path, reason: str):
+        self.path, self.reason = Path(path), reason
+        super().__init__(f"{path}: {reason}")
+
+
+class Checkpoint(NamedTuple):
+    tensors: dict[str, Tensor]
+    about: dict[str, object]  # format, settings, image_shape, step, ...
+
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors below `prefix/`, by the rest of their names."""
+        return {name[len(prefix) + 1 :]: x for name, x in self.tensors.items() if name.startswith(prefix + "/")}
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]) -> None:
+    """Write a checkpoint so that `path` holds either the old file or the whole new one, whatever happens.
+
+    Raises:
+        CheckpointError: the file cannot be written; the one that was there before is untouched.
+    """
+    path = Path(path)
+    data = safetensors.torch.save(
+        {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()},
+        {"ivfast": json.dumps({"format": FORMAT, **about})},
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        kept = "the one written before is untouched" if path.exists() else "there was none before"
+        raise CheckpointError(path, f"the checkpoint could not be written ({error}); {kept}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # gone already where the rename succeeded
+
+
+def _sync_folder(folder: Path) -> None:
+    """The rename itself reaches the disk; folders cannot be opened on every system."""
+    with contextlib.suppress(PermissionError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read(path: Path) -> Checkpoint:
+    """Raises CheckpointError for a file that is missing, truncated, foreign or of another format."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(path, "there is no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(path, f"it is not a whole safetensors file ({error})") from error
+    if "ivfast" not in metadata:
+        raise CheckpointError(path, "it is a safetensors file, but not a checkpoint of ivfast")
+    about = json.loads(metadata["ivfast"])
+    if about["format"] != FORMAT:
+        raise CheckpointError(path, f"it has format {about['format']}, this version of ivfast reads {FORMAT}")
+    return Checkpoint(tensors, about)
+
+
+def settings_of(checkpoint: Checkpoint, path: Path) -> Settings:
+    try:
+        return Settings.from_dict(checkpoint.about["settings"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(path, f"its settings cannot be used: {error}") from error
+
+
+def load_weights(system: System, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Copy `weights` into the system's networks.
+
+    Raises:
+        CheckpointError: a tensor that is missing, unknown or of another shape.
+    """
+    own = torch.nn.ModuleDict(system.modules).state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        if name not in weights:
+            raise CheckpointError(path, f"the weight {name} is missing")
+        if name not in own:
+            raise CheckpointError(path, f"it has a weight {name}, which the system {system.settings.system} has not")
+        if own[name].shape != weights[name].shape:
+            raise CheckpointError(
+                path, f"the weight {name} must have shape {tuple(own[name].shape)}, it has {tuple(weights[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(weights[name])
+
+
+def optimizer_tensors(system: System) -> dict[str, Tensor]:
+    """Optimizer state by `<phase>/<parameter>/<key>`. Rates and other numbers follow from the settings."""
+    tensors = {}
+    for phase in system.phases:
+        for index, values in phase.optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"optimizer state {key!r} of phase {phase.name!r} must be a tensor, got {value!r}")
+                tensors[f"{phase.name}/{index}/{key}"] = value
+    return tensors
+
+
+def load_optimizers(system: System, tensors: Mapping[str, Tensor]) -> None:
+    for phase in system.phases:
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            owner, index, key = name.rsplit("/", 2)
+            if owner == phase.name:
+                state.setdefault(int(index), {})[key] = value
+        groups = phase.optimizer.state_dict()["param_groups"]
+        phase.optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def random_state(device: str) -> dict[str, Tensor]:
+    """States of PyTorch's generators for the CPU and for a CUDA `device`."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.device(device).type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def load_random_state(states: Mapping[str, Tensor], device: str) -> None:
+    torch.set_rng_state(states["cpu"])
+    if torch.device(device).type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = True) -> tuple[System, Settings]:
+    """The trained system of a run, in evaluation mode on `device`, and its settings.
+
+    Args:
+        run_folder: what `fit` wrote to, or a checkpoint file itself.
+        device: replaces the device that it was trained on.
+        average: use the moving average of the weights where the run kept one.
+
+    Raises:
+        CheckpointError: no checkpoint, or one that is truncated, foreign or does not fit; it names file and reason.
+    """
+    path = Path(run_folder)
+    path = path if path.suffix == ".safetensors" else path / LAST
+    checkpoint = read(path)
+    settings = dataclasses.replace(settings_of(checkpoint, path), device=str(device))
+    try:
+        system = models.build(settings, tuple(checkpoint.about["image_shape"]))
+    except ValueError as error:
+        raise CheckpointError(path, f"its system cannot be built: {error}") from error
+    weights = checkpoint.part("weights")
+    if average:
+        weights = {**weights, **checkpoint.part("average")}
+    load_weights(system, weights, path)
+    system.train(False)
+    return system, settings

@@ -1,0 +1,116 @@
+"""What a run reports as it goes: log.jsonl, TensorBoard, a progress bar, seconds."""
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+FILE = "log.jsonl"
+
+
+class Log:
+    """Appends lines to `out/log.jsonl` and scalars to `out/tensorboard/`.
+
+    A line is {"kind": "losses", step, epoch, losses, learning_rates, images_per_second, seconds} or {"kind": "metrics",
+    step, epoch, metrics}. "partial" marks the last line of a run that ended between two log intervals.
+    """
+
+    def __init__(self, out: Path, *, tensorboard: bool, resume_at: int | None):
+        path = Path(out) / FILE
+        self.history = _kept(path, resume_at)
+        path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  closed by close()
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+            purge = None if resume_at is None else resume_at + 1
+            self.writer = SummaryWriter(str(Path(out) / "tensorboard"), purge_step=purge)
+
+    def write(self, line: dict[str, object]) -> None:
+        self.history.append(line)
+        self.file.write(json.dumps(line) + "\n")
+        if self.writer is not None:
+            for group in ("losses", "learning_rates", "metrics"):
+                for name, value in line.get(group, {}).items():
+                    self.writer.add_scalar(f"{group}/{name}", value, line["step"])
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def _kept(path: Path, resume_at: int | None) -> list[dict[str, object]]:
+    """The lines of an earlier part of the run that its checkpoint covers; those after it are run again."""
+    if resume_at is None or not path.exists():
+        return []
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break  # a line cut short when the process was killed
+        if line["step"] <= resume_at and not line.get("partial"):
+            lines.append(line)
+    return lines
+
+
+class Bar:
+    """Steps done, rate, time left and the latest losses; nothing at all where `shown` is False."""
+
+    def __init__(self, total: int, done: int, *, shown: bool, console: Console | None = None):
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[losses]}"),
+            disable=not shown,
+            console=console,
+        )
+        self.task = self.progress.add_task("train", total=total, completed=done, rate="", losses="")
+
+    def __enter__(self) -> "Bar":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.progress.stop()
+
+    def at(self, step: int) -> None:
+        self.progress.update(self.task, completed=step)
+
+    def report(self, losses: dict[str, float], images_per_second: float) -> None:
+        text = "  ".join(f"{name.split('/', 1)[0][:4]}/{name.split('/', 1)[1]} {v:.4g}" for name, v in losses.items())
+        self.progress.update(self.task, losses=text, rate=f"{images_per_second:,.0f} images/s")
+
+
+class Clock:
+    """Seconds of training, without saving and looking, over all parts of a resumed run."""
+
+    def __init__(self, seconds: float, step: int):
+        self.before, self.start, self.mark, self.step = seconds, time.perf_counter(), time.perf_counter(), step
+
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.start
+
+    def read(self, step: int) -> tuple[float, float]:
+        """Seconds so far, and steps per second since the last reading."""
+        now = time.perf_counter()
+        rate = (step - self.step) / max(now - self.mark, 1e-9)
+        self.mark, self.step = now, step
+        return self.before + now - self.start, rate
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        spent = time.perf_counter() - began
+        self.start += spent
+        self.mark += spent

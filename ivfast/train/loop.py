@@ -1,0 +1,137 @@
+"""The only training loop. It knows phases, and nothing about models."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .checkpoint import CheckpointError
+from .log import Bar, Clock, Log
+from .phase import System
+from .record import NonFiniteLoss
+from .run import RESUMABLE, NonFiniteWeights, Run, cuda_devices, same_settings
+from .settings import Settings
+
+__all__ = ["CheckpointError", "Interrupted", "NonFiniteLoss", "NonFiniteWeights", "fit"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C: the step was finished and the run saved. `out` and `step` say where it stands."""
+
+    def __init__(self, out: Path, step: int):
+        self.out, self.step = out, step
+        super().__init__(f"stopped after step {step}; resume with: ivfast train --resume --out {out}")
+
+
+def fit(
+    system: System,
+    images: Tensor,
+    settings: Settings,
+    out: Path | str,
+    *,
+    labels: Tensor | None = None,
+    resume: bool = False,
+    evaluate: Callable[[System], dict[str, float]] | None = None,
+    draw: Callable[[System, Path, int], None] | None = None,
+    progress: bool = True,
+) -> list[dict[str, object]]:
+    """Train `system` on `images` and keep the run in the folder `out`.
+
+    Writes `config.json`, `log.jsonl`, `tensorboard/`, `pictures/` and `checkpoints/last.safetensors`. PyTorch's global
+    generators are left as they were. The same settings give the same run, and on the CPU a run that was stopped and
+    resumed gives the same bits.
+
+    Args:
+        system: what `ivfast.models.build(settings, image_shape)` returned.
+        images: uint8 `[N, C, H, W]` on the system's device (floating tensors `[N, ...]` are passed on unscaled).
+        settings: those that the system was built from.
+        out: the run's folder; made where it does not exist.
+        labels: int64 `[N]` for systems that need them; `System.share` then gets (x, labels).
+        resume: go on from the checkpoint in `out`.
+        evaluate: called with the system in evaluation mode, without gradients and on the averaged weights where EMA is
+            on; returns metrics by name. Every `settings.evaluate_every` epochs and at the end.
+        draw: called beside it with the system, the folder for pictures and the number of epochs completed.
+        progress: show a bar.
+
+    Returns:
+        The lines of log.jsonl (see `Log`).
+
+    Raises:
+        ValueError: fewer images than a batch; settings that differ from the system's or the checkpoint's.
+        FileExistsError: `out` holds a run already and `resume` is False.
+        NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
+        CheckpointError: a checkpoint cannot be written or read.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C; a second Ctrl-C stops at once.
+    """
+    out = Path(out)
+    same_settings(settings, system.settings, "those the system was built from", RESUMABLE - {"device"})
+    if not resume and (out / checkpoint.LAST).exists():
+        raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
+    with torch.random.fork_rng(devices=cuda_devices(settings.device)):
+        run = Run(system, images, settings, out, labels)
+        if resume:
+            run.load()
+        out.mkdir(parents=True, exist_ok=True)
+        settings.save(out / "config.json")
+        return _train(run, resume, evaluate, draw, progress)
+
+
+def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[str, object]]:
+    settings, per_epoch = run.settings, run.batches.per_epoch
+    total = settings.steps if settings.steps is not None else settings.epochs * per_epoch
+    log = Log(run.out, tensorboard=settings.tensorboard, resume_at=run.step if resume else None)
+    run.system.train()
+    with contextlib.closing(log), Bar(total, run.step, shown=progress) as bar, _Interrupt() as interrupt:
+        clock = Clock(run.seconds, run.step)
+        while run.step < total:
+            run.advance()
+            last = run.step == total
+            if run.step % settings.log_every == 0 or last:
+                losses = run.record.read(run.step, run.checkpoint)
+                line = run.line(losses, clock)
+                if run.step % settings.log_every == 0:
+                    run.record.clear()
+                else:
+                    line["partial"] = True
+                log.write(line)
+                bar.report(losses, line["images_per_second"])
+            bar.at(run.step)
+            if interrupt.requested:
+                run.save(clock)
+                raise Interrupted(run.out, run.step)
+            epoch, rest = divmod(run.step, per_epoch)
+            with clock.paused():
+                if last or (rest == 0 and epoch % settings.save_every == 0):
+                    run.save(clock)
+                if last or (rest == 0 and epoch % settings.evaluate_every == 0):
+                    metrics = run.look(evaluate, draw, epoch)
+                    if metrics:
+                        log.write({"kind": "metrics", "step": run.step, "epoch": epoch, "metrics": metrics})
+    return log.history
+
+
+class _Interrupt:
+    """Notes the first SIGINT, so that the step can be finished; the second raises KeyboardInterrupt at once."""
+
+    def __init__(self):
+        self.requested = False
+
+    def _handle(self, number, frame) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> "_Interrupt":
+        self.ours = threading.current_thread() is threading.main_thread()
+        if self.ours:
+            self.previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.ours:
+            signal.signal(signal.SIGINT, self.previous)

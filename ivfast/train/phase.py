@@ -1,0 +1,83 @@
+"""A step of training as phases: which parameters move, by which optimizer, on which loss, how often."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .settings import Settings
+
+
+@dataclass(eq=False)
+class Phase:
+    """One optimizer step on one loss.
+
+    Attributes:
+        name: appears in the log and in errors.
+        optimizer: its parameters are the only ones that move, and the only ones whose gradients are computed.
+        loss: what `System.share` returned -> named terms, scalars whose sum is minimised. The names reach the log and
+            the guard against NaN, so the terms carry their weights and signs.
+        interval: run at every step whose number (from 0) it divides.
+        retain_graph: a later phase of the step walks a graph that this one has walked.
+        compile: False keeps the loss out of `torch.compile` (double backward does not work under it).
+    """
+
+    name: str
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[object], Mapping[str, Tensor]]
+    interval: int = 1
+    retain_graph: bool = False
+    compile: bool = True
+    parameters: list[nn.Parameter] = field(init=False)
+
+    def __post_init__(self):
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+class System:
+    """What a paper trains: networks and the phases of a step. It saves, logs and moves nothing by itself.
+
+    A subclass's constructor takes `(settings, image_shape)` and fills `modules`, moves them to `settings.device`, then
+    fills `phases`. Images are float `[B, C, H, W]` in [-1, 1] throughout.
+
+    Attributes:
+        settings, image_shape: what it was built from; `(C, H, W)`.
+        modules: name -> network. Weights, EMA and learning rates go by these names.
+        phases: run in this order in every step.
+    """
+
+    modules: dict[str, nn.Module]
+    phases: list[Phase]
+
+    def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
+        self.settings, self.image_shape = settings, tuple(image_shape)
+        self.modules, self.phases = {}, []
+
+    @classmethod
+    def preset(cls, data: str) -> dict[str, object]:
+        """The paper's settings for a data set, as fields of `Settings`."""
+        return {}
+
+    def share(self, x: Tensor) -> object:
+        """The forward pass that a step runs once; every phase of the step gets its result.
+
+        Called as `share(x, labels)` where `fit` was given labels.
+        """
+        return x
+
+    def to_device(self) -> None:
+        for module in self.modules.values():
+            module.to(self.settings.device)
+
+    def train(self, mode: bool = True) -> None:
+        for module in self.modules.values():
+            module.train(mode)
+
+    def adam(self, *names: str) -> torch.optim.Adam:
+        """Adam on the named modules, each at its own learning rate from the settings, fused where the device can."""
+        groups = [
+            {"params": list(self.modules[name].parameters()), "lr": self.settings.learning_rate(name)} for name in names
+        ]
+        fused = torch.device(self.settings.device).type in ("cpu", "cuda")
+        return torch.optim.Adam(groups, betas=tuple(self.settings.betas), fused=fused)

@@ -1,0 +1,83 @@
+"""Losses on the device: written every step without waiting for it, read and checked once per log interval."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteLoss(ArithmeticError):
+    """A term of a loss became NaN or infinite.
+
+    Attributes: term, phase, step (the number of steps completed with it, so from 1), value, checkpoint (the last
+    good one's path, or None).
+    """
+
+    def __init__(self, term: str, phase: str, step: int, value: float, checkpoint=None):
+        self.term, self.phase, self.step, self.value, self.checkpoint = term, phase, step, value, checkpoint
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written before"
+        super().__init__(f"the term {term!r} of phase {phase!r} became {value} at step {step}; {kept}")
+
+
+class Record:
+    """A buffer `[log_every, terms]` on `device`, with a column for each term of each phase."""
+
+    def __init__(self, log_every: int, device: str):
+        self.log_every, self.device = log_every, device
+        self.names: list[tuple[str, str]] = []  # (phase, term)
+        self.values = torch.empty(0)
+        self.zero = torch.zeros((), device=device)
+        self.rows = 0
+        self.ran: dict[str, int] = {}  # phase -> steps of this interval in which it ran
+
+    def name(self, terms: dict[str, dict[str, Tensor]]) -> None:
+        """Make a column for each of `terms`; the first step, in which every phase runs, calls this."""
+        self.names = [(phase, term) for phase, values in terms.items() for term in values]
+        self.values = torch.zeros(self.log_every, len(self.names), device=self.device)
+
+    def write(self, terms: dict[str, dict[str, Tensor]]) -> None:
+        """One step: phase -> term -> scalar. Phases that did not run are absent."""
+        if not self.names:
+            self.name(terms)
+        row = []
+        for phase, term in self.names:
+            values = terms.get(phase)
+            row.append(self.zero if values is None else values[term].detach().float())
+        torch.stack(row, out=self.values[self.rows])
+        for phase in terms:
+            self.ran[phase] = self.ran.get(phase, 0) + 1
+        self.rows += 1
+
+    def read(self, step: int, checkpoint=None) -> dict[str, float]:
+        """Means since the last `clear` by "phase/term", after a check of each entry; `step` is the last one's number.
+
+        This waits for the device. Raises NonFiniteLoss for the first entry that is not finite.
+        """
+        values = self.values[: self.rows].to("cpu", torch.float64)
+        finite = values.isfinite()
+        if not bool(finite.all()):
+            row, column = (int(i) for i in (~finite).nonzero()[0])
+            phase, term = self.names[column]
+            raise NonFiniteLoss(term, phase, step - self.rows + row + 1, float(values[row, column]), checkpoint)
+        total = values.sum(0).tolist()
+        return {
+            f"{phase}/{term}": total[i] / self.ran[phase] if self.ran.get(phase) else math.nan
+            for i, (phase, term) in enumerate(self.names)
+            if self.ran.get(phase)
+        }
+
+    def clear(self) -> None:
+        self.rows, self.ran = 0, {}
+
+    def state(self) -> dict[str, Tensor]:
+        return {"values": self.values[: self.rows]}
+
+    def description(self) -> dict[str, object]:
+        return {"names": [list(name) for name in self.names], "ran": dict(self.ran)}
+
+    def load(self, state: dict[str, Tensor], description: dict[str, object]) -> None:
+        self.names = [(phase, term) for phase, term in description["names"]]
+        self.ran = dict(description["ran"])
+        self.values = torch.zeros(self.log_every, len(self.names), device=self.device)
+        self.rows = len(state["values"])
+        self.values[: self.rows] = state["values"].to(self.device)

@@ -1,0 +1,161 @@
+"""Everything that a run depends on, in one frozen record that goes through JSON and back."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .. import _check
+
+PRECISIONS = ("fp32", "bf16")
+NETS = ("mlp", "conv")
+ENCODER_LOSSES = ("ascent", "confusion")
+_STREAMS = ("weights", "noise", "order")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one run; `preset` fills them from the paper. `dataclasses.replace(settings, seed=1)` changes one.
+
+    Attributes:
+        system: a name of `ivfast.models.SYSTEMS`.
+        data, root: name of the data set and the folder that holds its files.
+        epochs, steps: how long to train; where both are given, steps count.
+        batch_size: images per step. The last, partial batch of an epoch is dropped.
+        latent_dim: d, the size of a code.
+        image_size: side to which images are resized; None keeps the data set's own.
+        precision: "fp32", or "bf16" for autocast (weights and optimizer stay in float32).
+        compile: compile the shared forward and every loss with `torch.compile`.
+        ema: decay of the moving average of the weights; 0 turns it off.
+        learning_rates: module name -> learning rate; "default" serves the others.
+        milestones: epoch -> factor on every learning rate from that epoch on (factors multiply).
+        net, width, depth: "mlp" (hidden layers of `width`) or "conv" (`width` channels in the first layer).
+        discriminator_width, discriminator_depth: hidden layers of the discriminator's perceptron.
+        t: number of bridges after the code itself; the discriminator names t + 1 distributions.
+        lam, mu1, mu2: λ of S1 on the reconstruction (for the WAE systems on the penalty), μ₁ and μ₂ on the
+            cross-entropy of discriminator and encoder; None is S1's 4/(t+1) and 2/(t+1).
+        encoder_loss: "ascent" on the cross-entropy, S1's, or "confusion", descent towards the uniform label.
+        log_every: steps per line of the log, and per look at the losses.
+        evaluate_every, save_every: epochs between metrics and pictures, and between checkpoints.
+        tensorboard: write event files beside the log.
+
+    Raises:
+        ValueError: a value out of range, by the field's name.
+    """
+
+    system: str = "ivaae-rad"
+    data: str = "digits"
+    root: str = "data"
+    epochs: int = 300
+    steps: int | None = None
+    batch_size: int = 64
+    latent_dim: int = 16
+    image_size: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    precision: str = "fp32"
+    compile: bool = False
+    ema: float = 0.0
+    learning_rates: dict[str, float] = field(default_factory=lambda: {"default": 1e-3})
+    betas: tuple[float, float] = (0.9, 0.999)
+    milestones: dict[int, float] = field(default_factory=dict)
+    net: str = "mlp"
+    width: int = 1024
+    depth: int = 2
+    discriminator_width: int = 1024
+    discriminator_depth: int = 2
+    t: int = 4
+    lam: float = 1.0
+    mu1: float | None = None
+    mu2: float | None = None
+    encoder_loss: str = "ascent"
+    log_every: int = 50
+    evaluate_every: int = 10
+    save_every: int = 10
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size", "latent_dim", "width", "discriminator_width", "t"):
+            _check.count(name, getattr(self, name))
+        for name in ("log_every", "evaluate_every", "save_every"):
+            _check.count(name, getattr(self, name))
+        for name in ("steps", "image_size"):
+            if getattr(self, name) is not None:
+                _check.count(name, getattr(self, name))
+        for name in ("depth", "discriminator_depth"):
+            _check.count(name, getattr(self, name), at_least=0)
+        for name in ("lam", "mu1", "mu2"):
+            if getattr(self, name) is not None:
+                _check.number(name, getattr(self, name), non_negative=True)
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must be 0 (off) or a decay below 1, got {self.ema}")
+        _check.choice("precision", self.precision, PRECISIONS)
+        _check.choice("net", self.net, NETS)
+        _check.choice("encoder_loss", self.encoder_loss, ENCODER_LOSSES)
+        for name, rate in self.learning_rates.items():
+            _check.number(f"learning_rates[{name!r}]", rate, positive=True)
+
+    def stream(self, purpose: str) -> int:
+        """The seed of one of the independent random streams that `seed` starts: "weights", "noise" or "order"."""
+        seeds = torch.randint(2**31, (len(_STREAMS),), generator=torch.Generator().manual_seed(self.seed))
+        return int(seeds[_STREAMS.index(purpose)])
+
+    def learning_rate(self, module: str) -> float:
+        """The base rate of a module, before milestones."""
+        rates = self.learning_rates
+        if module not in rates and "default" not in rates:
+            raise ValueError(f"learning_rates must name {module!r} or 'default', got {sorted(rates)}")
+        return rates.get(module, rates.get("default"))
+
+    def learning_rate_factor(self, epoch: int) -> float:
+        """Product of the factors of all milestones up to `epoch` (from 0)."""
+        factor = 1.0
+        for milestone in sorted(self.milestones):
+            if epoch >= milestone:
+                factor *= self.milestones[milestone]
+        return factor
+
+    def to_dict(self) -> dict[str, object]:
+        """A dictionary that JSON can hold."""
+        values = dataclasses.asdict(self)
+        values["milestones"] = {str(epoch): factor for epoch, factor in self.milestones.items()}
+        values["betas"] = list(self.betas)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, object]) -> "Settings":
+        """Inverse of `to_dict`; a field that does not exist raises ValueError."""
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"unknown settings: {', '.join(unknown)}")
+        values = dict(values)
+        if "milestones" in values:
+            values["milestones"] = {int(epoch): factor for epoch, factor in values["milestones"].items()}
+        if "betas" in values:
+            values["betas"] = tuple(values["betas"])
+        return cls(**values)
+
+    def save(self, path: Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "Settings":
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+def preset(system: str, data: str) -> Settings:
+    """The settings that the system's paper reports for `data`, on the GPU where there is one.
+
+    Data sets that the paper does not use get the settings of the nearest one that it does.
+
+    Raises:
+        ValueError: an unknown system.
+    """
+    from ..models import find  # models stand on this file
+
+    name, factory = find(system)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Settings(**{"system": name, "data": data, "device": device, **factory.preset(data)})
