@@ -1,0 +1,226 @@
+// The SVGD direction on the CPU: the operators, the choice of an instruction set, and which thread does what.
+#include "svgd.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+#include <tuple>
+
+#include "../common.h"
+
+namespace ivfast {
+namespace {
+
+enum Isa : int { generic, avx2, avx512 };
+
+Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2;
+#endif
+  return generic;
+}
+
+const Isa supported = best_isa();
+Isa chosen = supported;
+
+SvgdStages stages(ScalarType dtype, bool backward) {
+  const Storage storage = dtype == ScalarType::Double     ? Storage::float64
+                          : dtype == ScalarType::BFloat16 ? Storage::bfloat16
+                          : dtype == ScalarType::Half     ? Storage::float16
+                                                          : Storage::float32;
+#if defined(__x86_64__)
+  if (chosen == avx512) return svgd_avx512(storage, backward);
+  if (chosen == avx2) return svgd_avx2(storage, backward);
+#endif
+  return svgd_generic(storage, backward);
+}
+
+// A thread's scratch memory: kept between calls while it is small.
+class Workspace {
+ public:
+  ~Workspace() { std::free(memory_); }
+  void* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(memory_);
+      size_ = 0;
+      memory_ = std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64);
+      if (!memory_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return memory_;
+  }
+  void trim() {
+    if (size_ <= 4 << 20) return;
+    std::free(memory_);
+    memory_ = nullptr, size_ = 0;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+template <class F>
+void for_each(bool threaded, int64_t count, const F& f) {
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  };
+  if (threaded && count > 1)
+    torch::stable::parallel_for(0, count, 1, range);
+  else
+    range(0, count);
+}
+
+// Rows of a block: few enough blocks that a round is worth its barrier, enough for many threads. Never a function of
+// the number of threads: the blocks decide the order of every sum.
+int64_t block_rows(int64_t n) {
+  const int64_t edge = svgd_tile(n);
+  return std::clamp<int64_t>((n / 32 + edge - 1) / edge * edge, edge, 512);
+}
+
+// A round-robin tournament: in each round every block meets one other, so that no two tasks share a block.
+double run(SvgdSet set, const SvgdStages& stages, bool threaded) {
+  static thread_local Workspace workspace;
+  set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
+  const int64_t size = block_rows(set.n), blocks = (set.n + size - 1) / size;
+  const auto first = [&](int64_t block) { return block * size; };
+  const auto last = [&](int64_t block) { return std::min(set.n, (block + 1) * size); };
+
+  stages.centre(set);
+  for_each(threaded, blocks, [&](int64_t block) { stages.begin(set, first(block), last(block)); });
+  const int64_t seats = (blocks + 1) / 2 * 2, rounds = seats - 1;  // with an odd number one block rests
+  for (int64_t round = 0; round < rounds; ++round)
+    for_each(threaded, seats / 2, [&](int64_t task) {
+      const int64_t a = task == 0 ? rounds : (round + task) % rounds, b = (round + rounds - task) % rounds;
+      if (std::max(a, b) < blocks) stages.pair(set, first(a), last(a), first(b), last(b));
+    });
+  for_each(threaded, blocks, [&](int64_t block) { stages.finish(set, first(block), last(block)); });
+  const double gradient = stages.bandwidth_gradient ? stages.bandwidth_gradient(set) : 0;
+  workspace.trim();
+  return gradient;
+}
+
+// `run` for each particle set, then `done`: threads share a large set, or take small sets each.
+template <class SetOf, class Done>
+void run_batch(int64_t batch, const SvgdStages& stages, const SetOf& set_of, const Done& done) {
+  if (batch == 0) return;
+  const SvgdSet set = set_of(0);
+  const int64_t cost = set.n * set.n * (set.d + 8) * (set.grad ? 7 : 3);  // flop, about
+  const bool large = cost > 4'000'000;
+  if (batch == 1 || (large && batch < int64_t(torch::stable::get_num_threads()))) {
+    for (int64_t i = 0; i < batch; ++i) done(i, run(set_of(i), stages, large));
+    return;
+  }
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) done(i, run(set_of(i), stages, false));
+  };
+  const int64_t grain = std::max<int64_t>(1, 4'000'000 / cost);
+  if (batch <= grain)
+    range(0, batch);
+  else
+    torch::stable::parallel_for(0, batch, grain, range);
+}
+
+struct Shape {
+  std::vector<int64_t> full, rows, batch;  // [..., n, d], [..., n], [...]
+  int64_t n, d, sets = 1;
+
+  explicit Shape(const Tensor& x) {
+    const auto sizes = x.sizes();
+    full.assign(sizes.begin(), sizes.end()), rows.assign(sizes.begin(), sizes.end() - 1);
+    batch.assign(sizes.begin(), sizes.end() - 2);
+    n = full[full.size() - 2], d = full.back();
+    for (int64_t size : batch) sets *= size;
+  }
+};
+
+// The data of one tensor, a block of `count` elements per particle set.
+struct Data {
+  char* data = nullptr;
+  int64_t bytes = 0;
+
+  Data() = default;
+  Data(const Tensor& x, int64_t count, ScalarType dtype)
+      : data(static_cast<char*>(x.data_ptr())), bytes(count * element_size(dtype)) {}
+  void* operator[](int64_t set) const { return data ? data + set * bytes : nullptr; }
+  static int64_t element_size(ScalarType dtype) {
+    return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  }
+};
+
+double value(const Data& scalars, int64_t set) {
+  const void* at = scalars[set];
+  return scalars.bytes == 8 ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
+}
+
+std::tuple<Tensor, Tensor> svgd_direction(const Tensor& x_, const std::optional<Tensor>& score_, const Tensor& h_) {
+  const Shape shape(x_);
+  const ScalarType dtype = x_.scalar_type(), wide = arithmetic(dtype);
+  STD_TORCH_CHECK(h_.scalar_type() == wide, "bandwidth must be in the dtype of the arithmetic");
+  const int64_t size = shape.n * shape.d;
+  const Tensor x = as_contiguous(x_), h = as_contiguous(h_), score = score_ ? as_contiguous(*score_) : x;
+  Tensor phi = empty(x, shape.full, dtype), row_sum = empty(x, shape.rows, wide);
+
+  const Data xs(x, size, dtype), scores = score_ ? Data(score, size, dtype) : Data(), hs(h, 1, wide);
+  const Data phis(phi, size, dtype), row_sums(row_sum, shape.n, wide);
+  const auto set_of = [&](int64_t i) {
+    SvgdSet set{};
+    set.n = shape.n, set.d = shape.d, set.h = value(hs, i);
+    set.x = xs[i], set.score = scores[i], set.phi = phis[i], set.row_sum = row_sums[i];
+    return set;
+  };
+  run_batch(shape.sets, stages(dtype, false), set_of, [](int64_t, double) {});
+  return {phi, row_sum};
+}
+
+// row_sum is not read: K' of a narrow kernel is lost in 1 + K', and its sums come with its tiles.
+std::tuple<Tensor, Tensor, Tensor> svgd_direction_backward(const Tensor& grad_, const Tensor& x_,
+                                                           const std::optional<Tensor>& score_, const Tensor& h_,
+                                                           const Tensor&) {
+  const Shape shape(x_);
+  const ScalarType dtype = x_.scalar_type(), wide = arithmetic(dtype);
+  STD_TORCH_CHECK(h_.scalar_type() == wide, "bandwidth must be in the dtype of the arithmetic");
+  const int64_t size = shape.n * shape.d;
+  const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_), h = as_contiguous(h_);
+  const Tensor score = score_ ? as_contiguous(*score_) : x;
+  Tensor dx = empty(x, shape.full, dtype), dh = empty(x, shape.batch, wide);
+  Tensor dscore = score_ ? empty(x, shape.full, dtype) : empty(x, {0}, dtype);
+
+  const Data grads(grad, size, dtype), xs(x, size, dtype), hs(h, 1, wide), dxs(dx, size, dtype), dhs(dh, 1, wide);
+  const Data scores = score_ ? Data(score, size, dtype) : Data(), dscores = score_ ? Data(dscore, size, dtype) : Data();
+  const auto set_of = [&](int64_t i) {
+    SvgdSet set{};
+    set.n = shape.n, set.d = shape.d, set.h = value(hs, i);
+    set.x = xs[i], set.score = scores[i], set.grad = grads[i], set.dx = dxs[i], set.dscore = dscores[i];
+    return set;
+  };
+  run_batch(shape.sets, stages(dtype, true), set_of, [&](int64_t i, double gradient) {
+    if (wide == ScalarType::Double)
+      *static_cast<double*>(dhs[i]) = gradient;
+    else
+      *static_cast<float*>(dhs[i]) = float(gradient);
+  });
+  return {dx, dscore, dh};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ivfast, CPU, m) {
+  m.impl("svgd_direction", TORCH_BOX(&svgd_direction));
+  m.impl("svgd_direction_backward", TORCH_BOX(&svgd_direction_backward));
+}
+
+}  // namespace
+
+// For tests: the instruction set of every later call (0 generic, 1 AVX2, 2 AVX-512) where this CPU has it; −1 is the
+// default. Returns the one in force.
+extern "C" __attribute__((visibility("default"))) int ivfast_svgd_isa(int wanted) {
+  if (wanted <= supported) chosen = wanted < 0 ? supported : Isa(wanted);
+  return chosen;
+}
+
+}  // namespace ivfast

@@ -1,0 +1,250 @@
+// The stages of the SVGD direction and of its gradient; included once per instruction set.
+//
+// K' = K − I, r' = K'1: a particle's own term is added apart and exactly, however narrow the kernel. With X centred,
+// V = αS − βX, γβ = 2/h and γα = 1,   φ_i = (1/n) [s_i + γ (K'V + β r'∘X)_i].   Backward, with B_ij = k'_ij (g_i·v_j +
+// v_i·g_j + β g_i·x_i + β g_j·x_j), D = (γ/n) [(B1)∘X − BX] and E = (1/n) [r'∘G − K'G],
+//   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
+#pragma once
+
+#include "svgd_tiles.h"
+
+namespace ivfast {
+namespace IVFAST_ISA {
+namespace {
+
+// The scalars and the workspace of one particle set. Matrices are rows [padded n, ld] or panels [padded n, d].
+template <class T>
+struct View {
+  int64_t n, d, width, ld, padded, edge;
+  T alpha, beta, gamma, two_over_h, exponent;
+  T *mean, *half_norms, *r, *b, *p;            // r = r', b = B1, p_i = β g_i·x_i
+  T *x_panels, *v_panels, *g_panels;
+  T *v, *kv;                                   // forward: V and K'V
+  T *x, *g, *bx, *kg;                          // backward: X, G, BX and K'G
+  double* dh;                                  // a partial sum per 32 rows
+  int64_t bytes;
+
+  View(const SvgdSet& set, bool backward) : n(set.n), d(set.d) {
+    const double largest = sizeof(T) == 4 ? 3.4028234e38 : 1.7976931348623157e308, h = set.h;
+    const auto finite = [&](double value) { return T(value < largest ? value : largest); };
+    two_over_h = finite(2 / h);
+    exponent = finite(2 * 1.4426950408889634 / h);
+    const bool wide = h >= 1;  // neither factor overflows
+    alpha = wide ? T(1) : T(h / 2), beta = wide ? two_over_h : T(1), gamma = wide ? T(1) : two_over_h;
+
+    width = round_up(d, lanes<T>), padded = round_up(n, lanes<T>), edge = svgd_tile(n);
+    ld = width * sizeof(T) % 1024 ? width : width + lanes<T>;  // rows do not fall into one set of the cache
+    char *const base = static_cast<char*>(set.workspace), *next = base;
+    const auto take = [&](int64_t count, auto*& pointer) {
+      pointer = reinterpret_cast<decltype(+pointer)>(next);
+      next += round_up(count * sizeof(*pointer), 64);
+    };
+    take(width, mean), take(padded, half_norms), take(padded, r), take(padded * d, x_panels);
+    if (backward) {
+      take(padded, b), take(padded, p), take(padded * d, v_panels), take(padded * d, g_panels);
+      take(padded * ld, x), take(padded * ld, g), take(padded * ld, bx), take(padded * ld, kg);
+      take(padded / 32 + 1, dh);
+    } else {
+      take(padded * ld, v), take(padded * ld, kv);
+    }
+    bytes = next - base;
+  }
+};
+
+template <class T, bool backward>
+int64_t workspace_bytes(int64_t n, int64_t d) {
+  SvgdSet set{};
+  set.n = n, set.d = d, set.h = 1;
+  return View<T>(set, backward).bytes;
+}
+
+// Any centre serves: φ's kernel part does not move with x, its rounding does.
+template <class S, class T, bool backward>
+void centre(const SvgdSet& set) {
+  const View<T> w(set, backward);
+  const S* x = static_cast<const S*>(set.x);
+  for (int64_t k = 0; k < w.width; ++k) w.mean[k] = 0;
+  for (int64_t i = 0; i < w.n; ++i)
+    for (int64_t k = 0; k < w.d; ++k) w.mean[k] += load(x[i * w.d + k]);
+  for (int64_t k = 0; k < w.d; ++k) w.mean[k] /= T(w.n);
+}
+
+// lanes [0, count) of a row, zeros behind
+template <class T, class S>
+IVFAST_INLINE Vec<T> load_lanes(const S* from, int64_t count) {
+  alignas(64) T value[lanes<T>] = {};
+  if (count >= lanes<T>)
+    for (int l = 0; l < lanes<T>; ++l) value[l] = load(from[l]);
+  else
+    for (int64_t l = 0; l < count; ++l) value[l] = load(from[l]);
+  return at(value);
+}
+
+// Rows of lanes × lanes into a panel [d, lanes] at its columns [k, k + count).
+template <class T>
+IVFAST_INLINE void store_panel(T* panel, const T (&block)[lanes<T>][lanes<T>], int64_t k, int64_t count) {
+  for (int64_t c = 0; c < count; ++c)
+    for (int r = 0; r < lanes<T>; ++r) panel[(k + c) * lanes<T> + r] = block[r][c];
+}
+
+// Converts, centres and pads the rows [first, last), both multiples of lanes.
+template <class S, class T, bool backward>
+IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int64_t last) {
+  constexpr int L = lanes<T>;
+  const S *x = static_cast<const S*>(set.x), *score = static_cast<const S*>(set.score);
+  const S* grad = static_cast<const S*>(set.grad);
+  for (int64_t i = first; i < last; i += L) {
+    for (int64_t k = 0; k < w.width; k += L) {
+      const int64_t count = w.d - k < L ? w.d - k : L;
+      alignas(64) T X[L][L], V[L][L], G[L][L];
+      for (int r = 0; r < L; ++r) {
+        const int64_t row = i + r, from = row * w.d + k, to = row * w.ld + k;
+        Vec<T> xr = {}, vr = {}, gr = {};
+        if (row < w.n) {
+          const Vec<T> raw = load_lanes<T>(x + from, count);
+          xr = raw - at(w.mean + k);
+          vr = w.alpha * (score ? load_lanes<T>(score + from, count) : -raw) - w.beta * xr;
+          if constexpr (backward) gr = load_lanes<T>(grad + from, count);
+        }
+        at(X[r]) = xr;
+        if constexpr (backward) {
+          at(V[r]) = vr, at(G[r]) = gr;
+          at(w.x + to) = xr, at(w.g + to) = gr, at(w.bx + to) = Vec<T>{}, at(w.kg + to) = Vec<T>{};
+        } else {
+          at(w.v + to) = vr, at(w.kv + to) = Vec<T>{};
+        }
+      }
+      store_panel<T>(w.x_panels + i * w.d, X, k, count);
+      if constexpr (backward) {
+        store_panel<T>(w.v_panels + i * w.d, V, k, count);
+        store_panel<T>(w.g_panels + i * w.d, G, k, count);
+      }
+    }
+    Vec<T> norm = {}, gx = {};
+    for (int64_t k = 0; k < w.d; ++k) {  // in the order of `product`: equal particles are at distance 0
+      const Vec<T> xk = at(w.x_panels + i * w.d + k * L);
+      norm += xk * xk;
+      if constexpr (backward) gx += at(w.g_panels + i * w.d + k * L) * xk;
+    }
+    at(w.half_norms + i) = T(0.5) * norm;
+    at(w.r + i) = Vec<T>{};
+    if constexpr (backward) at(w.b + i) = Vec<T>{}, at(w.p + i) = w.beta * gx;
+    for (int64_t row = i; row < i + L; ++row)
+      if (row >= w.n) w.half_norms[row] = T(__builtin_inff());
+  }
+}
+
+template <class T, bool backward>
+void pair_tile(const View<T>& w, Range t) {
+  alignas(64) T K[tile * tile];
+  const int64_t rows = t.i + t.rows < w.n ? t.rows : w.n - t.i, cols = t.j + t.cols < w.n ? t.cols : w.n - t.j;
+  kernel_tile(K, w.x_panels, w.half_norms, w.exponent, t, w.d);
+  add_row_sums(w.r + t.i, K, t.rows, t.cols);
+  if (t.i != t.j) add_column_sums(w.r + t.j, K, rows, t.cols);
+  T *const sum = backward ? w.kg : w.kv, *const y = backward ? w.g : w.v;
+  accumulate<tile, 1>(sum + t.i * w.ld, K, y + t.j * w.ld, t.rows, cols, w.ld, w.width);
+  if (t.i != t.j) accumulate<1, tile>(sum + t.j * w.ld, K, y + t.i * w.ld, t.cols, rows, w.ld, w.width);
+  if constexpr (backward) {
+    gradient_tile(K, K, w.g_panels, w.v_panels, w.p, t, w.d);
+    add_row_sums(w.b + t.i, K, t.rows, t.cols);
+    if (t.i != t.j) add_column_sums(w.b + t.j, K, rows, t.cols);
+    accumulate<tile, 1>(w.bx + t.i * w.ld, K, w.x + t.j * w.ld, t.rows, cols, w.ld, w.width);
+    if (t.i != t.j) accumulate<1, tile>(w.bx + t.j * w.ld, K, w.x + t.i * w.ld, t.cols, rows, w.ld, w.width);
+  }
+}
+
+// Every pair of tiles of two blocks of rows; within one block, every pair once.
+template <class T, bool backward>
+void pair_blocks(const View<T>& w, int64_t first, int64_t last, int64_t other_first, int64_t other_last) {
+  const auto rows = [&](int64_t i, int64_t end) { return round_up((end - i < w.edge ? end - i : w.edge), lanes<T>); };
+  for (int64_t i = first; i < last; i += w.edge)
+    for (int64_t j = first == other_first ? i : other_first; j < other_last; j += w.edge)
+      pair_tile<T, backward>(w, {i, rows(i, last), j, rows(j, other_last)});
+}
+
+template <class S, class T, bool backward>
+void begin(const SvgdSet& set, int64_t first, int64_t last) {
+  const View<T> w(set, backward);
+  pack<S, T, backward>(set, w, first, round_up(last, lanes<T>));
+  pair_blocks<T, backward>(w, first, last, first, last);
+}
+
+template <class T, bool backward>
+void pair(const SvgdSet& set, int64_t first, int64_t last, int64_t other_first, int64_t other_last) {
+  pair_blocks<T, backward>(View<T>(set, backward), first, last, other_first, other_last);
+}
+
+template <class S, class T>
+void finish_forward(const SvgdSet& set, int64_t first, int64_t last) {
+  const View<T> w(set, false);
+  const T per_n = T(1) / T(w.n);
+  for (int64_t i = first; i < last; ++i) {
+    const S *x = static_cast<const S*>(set.x) + i * w.d, *score = static_cast<const S*>(set.score);
+    S* phi = static_cast<S*>(set.phi) + i * w.d;
+    const T *kv = w.kv + i * w.ld, r_beta = w.beta * w.r[i];
+    static_cast<T*>(set.row_sum)[i] = 1 + w.r[i];
+    for (int64_t k = 0; k < w.d; ++k) {
+      const T raw = load(x[k]), s = score ? load(score[i * w.d + k]) : -raw;
+      store(phi + k, per_n * (s + w.gamma * (kv[k] + r_beta * (raw - w.mean[k]))));
+    }
+  }
+}
+
+template <class S, class T>
+void finish_backward(const SvgdSet& set, int64_t first, int64_t last) {
+  const View<T> w(set, true);
+  const T per_n = T(1) / T(w.n);
+  S* const dscore = static_cast<S*>(set.dscore);
+  for (int64_t slot = first / 32; slot <= (last - 1) / 32; ++slot) w.dh[slot] = 0;
+  for (int64_t i = first; i < last; ++i) {
+    S* dx = static_cast<S*>(set.dx) + i * w.d;
+    const T *x = w.x + i * w.ld, *g = w.g + i * w.ld, *kg = w.kg + i * w.ld, *bx = w.bx + i * w.ld;
+    const T b = w.b[i], r = w.r[i];
+    Vec<T> dh = {};
+    for (int64_t k = 0; k < w.width; k += lanes<T>) {
+      const Vec<T> D = per_n * (w.gamma * (b * at(x + k) - at(bx + k)));
+      const Vec<T> E = per_n * (r * at(g + k) - at(kg + k)), dS = per_n * (at(g + k) + at(kg + k));
+      const Vec<T> dX = w.two_over_h * (E - D);
+      dh += at(x + k) * (D - 2 * E);
+      alignas(64) T dx_lanes[lanes<T>], dS_lanes[lanes<T>];
+      at(dx_lanes) = dscore ? dX : dX - dS;  // S = −x
+      at(dS_lanes) = dS;
+      const int64_t count = w.d - k < lanes<T> ? w.d - k : lanes<T>;
+      for (int64_t l = 0; l < count; ++l) store(dx + k + l, dx_lanes[l]);
+      for (int64_t l = 0; dscore && l < count; ++l) store(dscore + i * w.d + k + l, dS_lanes[l]);
+    }
+    T total = 0;
+    for (int l = 0; l < lanes<T>; ++l) total += dh[l];
+    w.dh[i / 32] += total;
+  }
+}
+
+template <class T>
+double bandwidth_gradient(const SvgdSet& set) {
+  const View<T> w(set, true);
+  double sum = 0;
+  for (int64_t slot = 0; slot <= (w.n - 1) / 32; ++slot) sum += w.dh[slot];
+  return sum / set.h / set.h;
+}
+
+template <class S, class T>
+SvgdStages stages_of(bool backward) {
+  if (backward)
+    return {workspace_bytes<T, true>, centre<S, T, true>, begin<S, T, true>, pair<T, true>,
+            finish_backward<S, T>, bandwidth_gradient<T>};
+  return {workspace_bytes<T, false>, centre<S, T, false>, begin<S, T, false>, pair<T, false>,
+          finish_forward<S, T>, nullptr};
+}
+
+SvgdStages stages(Storage storage, bool backward) {
+  switch (storage) {
+    case Storage::float64: return stages_of<double, double>(backward);
+    case Storage::bfloat16: return stages_of<BFloat16, float>(backward);
+    case Storage::float16: return stages_of<Float16, float>(backward);
+    default: return stages_of<float, float>(backward);
+  }
+}
+
+}  // namespace
+}  // namespace IVFAST_ISA
+}  // namespace ivfast

@@ -1,0 +1,183 @@
+// Tiles of the SVGD kernel matrix, in vectors of IVFAST_VECTOR_BYTES; included once per instruction set.
+//
+// t_ij = x_i·x_j − ‖x_i‖²/2 − ‖x_j‖²/2 = −‖x_i − x_j‖²/2 and k_ij = 2^(t_ij · 2 log2(e)/h). A tile of K is at most 64×64
+// and lives on the stack. K is symmetric: a tile (I, J) serves the sums of the rows I and, transposed, of the rows J.
+#pragma once
+
+#include "../math.h"
+#include "svgd.h"
+
+#define IVFAST_INLINE static inline __attribute__((always_inline))
+
+namespace ivfast {
+namespace IVFAST_ISA {
+namespace {
+
+template <class T>
+struct Simd;
+template <>
+struct Simd<float> {
+  typedef float Vector __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
+  typedef int32_t Bits __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
+};
+template <>
+struct Simd<double> {
+  typedef double Vector __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
+  typedef int64_t Bits __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
+};
+template <class T>
+using Vec = typename Simd<T>::Vector;
+template <class T>
+constexpr int lanes = IVFAST_VECTOR_BYTES / int(sizeof(T));
+
+constexpr int64_t tile = 64;  // rows and columns of a tile, and its leading dimension
+// The register tile: rows divide a vector's lanes, so that a row's group lies in one panel.
+template <class T>
+constexpr int group = lanes<T> < IVFAST_TILE_ROWS ? lanes<T> : IVFAST_TILE_ROWS;
+
+template <class T>
+IVFAST_INLINE Vec<T>& at(T* p) {
+  return *reinterpret_cast<Vec<T>*>(p);
+}
+template <class T>
+IVFAST_INLINE const Vec<T>& at(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+IVFAST_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A matrix [n, d] as panels of `lanes` rows, each [d, lanes]: element (i, k) of row i is row(i)[k * lanes].
+template <class T>
+IVFAST_INLINE const T* row(const T* panels, int64_t i, int64_t d) {
+  const int64_t lane = i % lanes<T>;
+  return panels + (i - lane) * d + lane;
+}
+
+// acc[r][v] += Σ_k a_{i+r,k} b_{j+v·lanes…,k}
+template <class T, int R, int C>
+IVFAST_INLINE void product(Vec<T> (&acc)[R][C], const T* a, const T* b, int64_t d) {
+  constexpr int L = lanes<T>;
+  for (int64_t k = 0; k < d; ++k) {
+    Vec<T> column[C];
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v) column[v] = at(b + v * L * d + k * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) acc[r][v] += a[k * L + r] * column[v];
+  }
+}
+
+template <int C>
+struct Count {
+  static constexpr int value = C;
+};
+
+// f(Count<C>, first column) for groups of C <= IVFAST_TILE_VECTORS vectors that cover `vectors`
+template <class T, int C = IVFAST_TILE_VECTORS, class F>
+IVFAST_INLINE void columns(int64_t vectors, const F& f, int64_t first = 0) {
+  for (; first + C <= vectors; first += C) f(Count<C>{}, first * lanes<T>);
+  if constexpr (C > 1)
+    if (first < vectors) columns<T, C - 1>(vectors, f, first);
+}
+
+// Rows [i, i + rows) against rows [j, j + cols), in whole vectors, of matrices padded with zeros to whole vectors.
+struct Range {
+  int64_t i, rows, j, cols;
+};
+
+// K [rows, tile]; the norms of padded rows are infinite, so that their k is 0. A tile on the diagonal gets k_ii = 0.
+template <class T>
+IVFAST_INLINE void kernel_tile(T* K, const T* x, const T* half_norms, T exponent, Range at_, int64_t d) {
+  constexpr int R = group<T>, L = lanes<T>;
+  columns<T>(at_.cols / L, [&](auto count, int64_t j) __attribute__((always_inline)) {
+    constexpr int C = decltype(count)::value;
+    for (int64_t i = 0; i < at_.rows; i += R) {
+      Vec<T> acc[R][C] = {};
+      product<T, R, C>(acc, row(x, at_.i + i, d), x + (at_.j + j) * d, d);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) {
+          const Vec<T> t = acc[r][v] - half_norms[at_.i + i + r] - at(half_norms + at_.j + j + v * L);
+          at(K + (i + r) * tile + j + v * L) = exp2_nonpositive<Vec<T>, typename Simd<T>::Bits>(t * exponent, T());
+        }
+    }
+  });
+  if (at_.i == at_.j)
+    for (int64_t i = 0; i < at_.rows; ++i) K[i * tile + i] = 0;
+}
+
+// B_ij = k_ij (g_i·v_j + v_i·g_j + p_i + p_j)
+template <class T>
+IVFAST_INLINE void gradient_tile(T* B, const T* K, const T* g, const T* v_, const T* p, Range at_, int64_t d) {
+  constexpr int R = group<T>, L = lanes<T>;
+  columns<T>(at_.cols / L, [&](auto count, int64_t j) __attribute__((always_inline)) {
+    constexpr int C = decltype(count)::value;
+    for (int64_t i = 0; i < at_.rows; i += R) {
+      Vec<T> acc[R][C] = {};
+      product<T, R, C>(acc, row(g, at_.i + i, d), v_ + (at_.j + j) * d, d);
+      product<T, R, C>(acc, row(v_, at_.i + i, d), g + (at_.j + j) * d, d);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) {
+          const int64_t ij = (i + r) * tile + j + v * L;
+          at(B + ij) = at(K + ij) * (acc[r][v] + p[at_.i + i + r] + at(p + at_.j + j + v * L));
+        }
+    }
+  });
+}
+
+// out_i += Σ_j K_ij y_j for `rows` rows i and `depth` columns j; K_ij at K[i * row_step + j * column_step].
+// The tile's sum starts from 0: the long sum over tiles is rounded once per tile.
+template <int row_step, int column_step, class T>
+IVFAST_INLINE void accumulate(T* out, const T* K, const T* y, int64_t rows, int64_t depth, int64_t ld, int64_t width) {
+  constexpr int R = group<T>, L = lanes<T>;
+  columns<T>(width / L, [&](auto count, int64_t k) __attribute__((always_inline)) {
+    constexpr int C = decltype(count)::value;
+    for (int64_t i = 0; i < rows; i += R) {
+      Vec<T> acc[R][C] = {};
+      for (int64_t j = 0; j < depth; ++j) {
+        Vec<T> value[C];
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) value[v] = at(y + j * ld + k + v * L);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+          for (int v = 0; v < C; ++v) acc[r][v] += K[(i + r) * row_step + j * column_step] * value[v];
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) at(out + (i + r) * ld + k + v * L) += acc[r][v];
+    }
+  });
+}
+
+// out_i += Σ_j K_ij
+template <class T>
+IVFAST_INLINE void add_row_sums(T* out, const T* K, int64_t rows, int64_t cols) {
+  constexpr int L = lanes<T>;
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec<T> sum = {};
+    for (int64_t j = 0; j < cols; j += L) sum += at(K + i * tile + j);
+    T total = 0;
+    for (int l = 0; l < L; ++l) total += sum[l];
+    out[i] += total;
+  }
+}
+
+// out_j += Σ_i K_ij
+template <class T>
+IVFAST_INLINE void add_column_sums(T* out, const T* K, int64_t rows, int64_t cols) {
+  constexpr int L = lanes<T>;
+  for (int64_t j = 0; j < cols; j += L) {
+    Vec<T> sum = {};
+    for (int64_t i = 0; i < rows; ++i) sum += at(K + i * tile + j);
+    at(out + j) += sum;
+  }
+}
+
+}  // namespace
+}  // namespace IVFAST_ISA
+}  // namespace ivfast

@@ -1,0 +1,101 @@
+// Scalar mathematics shared by the CPU and the CUDA kernels.
+//
+// Every function is local to its translation unit: the same source compiled for several instruction sets must not be
+// merged by the linker.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define IVFAST_MATH static __host__ __device__ __forceinline__
+#else
+#define IVFAST_MATH static inline __attribute__((always_inline))
+#endif
+
+namespace ivfast {
+
+template <class To, class From>
+IVFAST_MATH To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// Half-precision storage; arithmetic is in float.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+IVFAST_MATH float load(float x) { return x; }
+IVFAST_MATH double load(double x) { return x; }
+IVFAST_MATH float load(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+IVFAST_MATH float load(Float16 x) {
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; the largest exponent means inf or NaN
+  const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  return bit_cast<float>(sign | ((x.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : finite));
+}
+
+// Round to nearest, ties to even.
+IVFAST_MATH void store(float* to, float x) { *to = x; }
+IVFAST_MATH void store(double* to, double x) { *to = x; }
+IVFAST_MATH void store(BFloat16* to, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  to->bits = uint16_t(x != x ? 0x7fc0u : rounded);
+}
+IVFAST_MATH void store(Float16* to, float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  // below 2^-14 the sum with 0.5 leaves multiples of 2^-24, rounded, in the low bits
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
+  const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  to->bits = uint16_t(sign | (magnitude >= (143u << 23) ? special : finite));
+}
+
+// 2^t for t <= 0: relative error below 1.2e-7 (float) and 4e-16 (double), 2^0 is exactly 1, 0 below the normal numbers;
+// a NaN gives 0. With t = n + f, |f| <= 1/2: 2^n shifts the exponent, 2^f is a polynomial through Chebyshev's points.
+// V is a scalar or a GCC vector of T, and I its bits; must be compiled without -ffast-math.
+template <class V, class I>
+IVFAST_MATH V exp2_nonpositive(V t, float) {
+  const V lowest = V{} - 127.f, zero = V{};
+  t = t > lowest ? t : lowest;  // 2^-127 has the bits of 0
+  t = t < zero ? t : zero;
+  const V shifted = t + 0x1.8p23f;  // n in the low bits
+  const V f = t - (shifted - 0x1.8p23f);
+  V p = f * 1.54531629451206902e-4f + 1.33908633646712344e-3f;
+  p = p * f + 9.61808255727785149e-3f;
+  p = p * f + 5.55035711421907782e-2f;
+  p = p * f + 2.40226507605681269e-1f;
+  p = p * f + 6.93147188026228781e-1f;
+  p = p * f + 1.f;
+  return bit_cast<V>(bit_cast<I>(p) + (bit_cast<I>(shifted) << 23));
+}
+
+template <class V, class I>
+IVFAST_MATH V exp2_nonpositive(V t, double) {
+  const V lowest = V{} - 1023., zero = V{};
+  t = t > lowest ? t : lowest;
+  t = t < zero ? t : zero;
+  const V shifted = t + 0x1.8p52;
+  const V f = t - (shifted - 0x1.8p52);
+  V p = f * 2.57293241773623042e-11 + 4.45581790833606449e-10;
+  p = p * f + 7.05489730415549928e-9;
+  p = p * f + 1.01780570877339411e-7;
+  p = p * f + 1.32154868087055628e-6;
+  p = p * f + 1.52527338415567726e-5;
+  p = p * f + 1.54035303933707334e-4;
+  p = p * f + 1.33335581464064707e-3;
+  p = p * f + 9.61812910762847949e-3;
+  p = p * f + 5.55041086648216270e-2;
+  p = p * f + 2.40226506959100712e-1;
+  p = p * f + 6.93147180559945309e-1;
+  p = p * f + 1.;
+  return bit_cast<V>(bit_cast<I>(p) + (bit_cast<I>(shifted) << 52));
+}
+
+}  // namespace ivfast
