@@ -56,6 +56,7 @@ def error(actual: Tensor, expected: Tensor, unit: float = 0.0) -> float:
     """Largest absolute difference over the largest expected value, or `unit`; infinite where a value is NaN."""
     if expected.numel() == 0:
         return 0.0
+    actual, expected = actual.detach(), expected.detach()
     floor = max(unit, torch.finfo(actual.dtype).tiny, 1e-30)
     difference = (actual.double() - expected.double()).abs().max()
     return float((difference / expected.double().abs().max().clamp_min(floor)).nan_to_num(nan=float("inf")))

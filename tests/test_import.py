@@ -1,0 +1,114 @@
+"""Importing and installing, each in a fresh process: what is missing is left out and named, never hidden."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        cwd="/",
+        check=False,
+    )
+
+
+def passes(code, **environment):
+    result = python(code, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def without(*modules):
+    """Code that makes importing `modules` fail as if they were not installed."""
+    return f"""
+import importlib.util, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name in {modules!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name in {modules!r} else real(name, package)
+"""
+
+
+def test_import_is_light():
+    """Neither Triton kernels nor the libraries of training, metrics or the command line come with the ops."""
+    heavy = "torchvision", "sklearn", "matplotlib", "tensorboard", "typer", "rich", "torchmetrics", "pytorch_fid"
+    code = f"import sys, ivfast; print([m for m in {(*heavy, 'ivfast.kernels.multi_js')!r} if m in sys.modules])"
+    assert passes(code).strip() == "[]"
+
+
+def test_works_without_triton():
+    code = without("triton") + (
+        "import torch, ivfast\n"
+        "x = torch.randn(9, 3)\n"
+        "ivfast.svgd_direction(x), ivfast.multi_js_loss(x)\n"
+        "try:\n"
+        "    with ivfast.use('triton'): ivfast.multi_js_loss(x)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert "the package triton is not installed" in passes(code)
+
+
+def test_works_without_the_extension():
+    code = without("ivfast._C", "ivfast._cuda") + (
+        "import torch, ivfast\n"
+        "x = torch.randn(9, 3)\n"
+        "y = ivfast.svgd_direction(x)\n"
+        "with ivfast.use('reference'): assert torch.equal(y, ivfast.svgd_direction(x))\n"
+        "try:\n"
+        "    with ivfast.use('cpu'): ivfast.svgd_direction(x)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    assert "the extension ivfast._C is not there (No module named 'ivfast._C')" in passes(code)
+
+
+def test_the_report_says_what_is_missing_and_why():
+    report = passes("import runpy; runpy.run_module('ivfast', run_name='__main__')", COLUMNS="200")
+    assert "svgd_direction" in report
+    assert "reference" in report
+    hidden = without("ivfast._C", "ivfast._cuda") + "import runpy; runpy.run_module('ivfast', run_name='__main__')"
+    assert "No module named 'ivfast._C'" in passes(hidden, COLUMNS="200")
+
+
+def test_every_public_name_is_exported_and_documented():
+    code = "import ivfast; print([n for n in ivfast.__all__ if not (getattr(ivfast, n).__doc__ or '').strip()])"
+    assert passes(code).strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"CUDA_HOME": "/nowhere"}, None),
+        ({"CXX": "/nowhere/c++", "CC": "/nowhere/cc"}, "ivfast._C was left out"),
+    ],
+    ids=["broken-cuda-home", "no-compiler"],
+)
+def test_builds_what_can_be_built(tmp_path, environment, said):
+    """A broken CUDA_HOME or no compiler leaves parts out and says so; the build itself succeeds."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "csrc", "kernels", "ivfast"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", "out", "--build-temp", "temporary"],
+        cwd=tmp_path,
+        env={**os.environ, "TORCH_CUDA_ARCH_LIST": "9.0", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    if said:
+        assert said in result.stderr
+        assert not list((tmp_path / "out").rglob("*.so"))
+    else:
+        assert list((tmp_path / "out").rglob("_C*.so"))
