@@ -61,7 +61,6 @@ def extensions() -> list:
     cpu = CppExtension(
         "ivfast._C",
         ["csrc/library.cpp", *sources("cpu")],
-        include_dirs=[str(Path("csrc").resolve())],
         extra_compile_args={"cxx": ["-O3", *STABLE]},
         py_limited_api=True,
     )
@@ -72,7 +71,6 @@ def extensions() -> list:
     cuda = CUDAExtension(
         "ivfast._cuda",
         ["csrc/library.cpp", *sources("cuda")],
-        include_dirs=[str(Path("csrc").resolve())],
         extra_compile_args={"cxx": ["-O3", "-DUSE_CUDA", *STABLE], "nvcc": ["-O3", "-DUSE_CUDA", *STABLE]},
         py_limited_api=True,
     )
