@@ -1,7 +1,7 @@
 """What a trained system is worth: FLD, reconstruction, FID, and distances in a classifier's features.
 
-Images come as uint8 `[n, C, H, W]`; systems take and return floats in [-1, 1]. A system is anything with `encode`,
-`decode`, `sample` and `train(mode)`.
+Images come as uint8 `[n, C, H, W]`; systems take and return floats in [-1, 1]. A system is what
+`ivfast.models.build` returns; those without an encoder have no `encode`.
 """
 
 import contextlib
@@ -49,19 +49,26 @@ def to_bytes(images: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _evaluating(system) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; yields the system's device. Training mode follows, as in the loop."""
+    """Evaluation mode without gradients, and the mode of before afterwards; yields the system's device."""
+    training = any(module.training for module in system.modules.values())
     system.train(False)
     try:
         with torch.no_grad():
             yield torch.device(system.settings.device)
     finally:
-        system.train(True)
+        system.train(training)
 
 
 def codes(system, images: Tensor) -> Tensor:
     """E(x) of every image, float32 `[n, d]` on the CPU."""
     with _evaluating(system) as device:
         return torch.cat([system.encode(to_float(x.to(device))).float().cpu() for x in images.split(BATCH)])
+
+
+def decoded(system, z: Tensor) -> Tensor:
+    """G(z) of every code `[n, d]`, as uint8 `[n, C, H, W]` on the CPU."""
+    with _evaluating(system) as device:
+        return torch.cat([to_bytes(system.decode(part.to(device))) for part in z.split(BATCH)])
 
 
 def latent_frechet_distance(z: Tensor) -> float:

@@ -37,6 +37,17 @@ def samples(images: Tensor, path: Path, columns: int | None = None) -> Path:
     return path
 
 
+def single(images: Tensor, folder: Path) -> Path:
+    """One PNG file per image, at its own size: `folder/000000.png` and on."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0).contiguous()
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:06d}.png")
+    return folder
+
+
 def reconstructions(originals: Tensor, reconstructed: Tensor, path: Path, columns: int = 12) -> Path:
     """Each row of originals with its reconstructions below."""
     n = len(originals) // columns * columns or len(originals)

@@ -1,0 +1,316 @@
+"""The command line: `ivfast train | sample | evaluate | info`.
+
+torch is imported inside the commands, so that this file costs the help nothing.
+"""
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    name="ivfast",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+
+# Systems of the command line, each with the paper it is from.
+SYSTEMS = {
+    "ivaae-rad": "IVAAE, radial bridge (S1)",
+    "ivaae-bw": "IVAAE, blockwise bridge (S1)",
+    "ivaae-svgd": "IVAAE, SVGD bridge (S1)",
+    "wae-gan": "WAE-GAN, which is AAE (Tolstikhin et al. 2017; S1)",
+    "wae-mmd": "WAE-MMD (Tolstikhin et al. 2017; S1)",
+}
+DATA = {
+    "digits": "scikit-learn's 8x8 handwritten digits, embedded",
+    "mnist, fashion-mnist": "below --root, as torchvision lays them out",
+    "cifar10, svhn, celeba": "likewise",
+    "stl10, stl10-all": "likewise; the second with its unlabelled images",
+    "lsun:CATEGORY": "needs the package lmdb",
+    "folder": "your own images: every image file below --root",
+    "stacked-digits, stacked-mnist": "three digits as colours, 1,000 modes (S2)",
+}
+METRICS = {
+    "fld": "Fréchet distance of the codes to the prior (S1)",
+    "reconstruction": "mean squared error and PSNR on test images",
+    "classifier-distance": "Fréchet distance in the features of a classifier; not FID",
+    "classifier-score": "the Inception score's formula, by that classifier",
+    "fid": "Inception FID; needs its weights; grey counts as three channels",
+    "modes": "modes covered of a stacked data set, KL to uniform (S2)",
+}
+_DATA, _LENGTH, _MODEL, _MACHINE, _RUN = "Data", "Length", "Model", "Machine", "Run"
+PAPERS = "S1: Intervention Adversarial Auto-Encoder."
+
+
+def option(*names: str, panel: str | None = None, **keywords):
+    """An option without "[default: None]"; what happens without it stands in its help."""
+    return typer.Option(*names, show_default=False, rich_help_panel=panel, **keywords)
+
+
+Run = Annotated[Path, typer.Argument(help="Folder of a run, as [b]ivfast train[/b] wrote it.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+Device = Annotated[str | None, option(metavar="NAME", help="cpu, cuda or cuda:N; default: a GPU, else the CPU.")]
+Root = Annotated[Path | None, option(metavar="DIR", help="Folder that holds the data set; default: the run's.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch what is missing; without it, nothing is fetched.")]
+
+
+def _listed(entries: dict[str, str]) -> str:
+    wide = max(map(len, entries))
+    return "\n".join(f"  [cyan]{name:{wide}}[/cyan]  {about}" for name, about in entries.items())
+
+
+def friendly(command: Callable) -> Callable:
+    """Errors in one line and exit code 2, Ctrl-C in one line and 130; everything with its traceback under --debug."""
+
+    @functools.wraps(command)
+    def wrapped(*args, debug: bool = False, **options):
+        try:
+            return command(*args, debug=debug, **options)
+        except KeyboardInterrupt as stop:
+            errors.print(f"\n[yellow]stopped[/yellow] {escape(str(stop).removeprefix('stopped '))}".rstrip())
+            raise typer.Exit(130) from None
+        except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+            if debug or isinstance(error, typer.Exit):
+                raise
+            text = str(error) or type(error).__name__
+            if type(error).__name__ == "OutOfMemoryError":
+                text = f"the GPU's memory does not suffice: take a smaller --batch-size ({text.splitlines()[0]})"
+            errors.print(f"[bold red]error:[/bold red] {escape(text)}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.callback()
+def ivfast() -> None:
+    """Train the generative models of the intervention / adversarial auto-encoder family, on fast kernels.
+
+    \b[green]ivfast train[/green]  is the shortest way in: IVAAE on handwritten digits, on a CPU
+    [green]ivfast train --help[/green]  lists the systems and the data sets
+    """
+
+
+TRAIN_HELP = f"""
+Train a system of the papers, with the paper's settings for the data set.
+
+\bA run is a new folder [b]runs/SYSTEM-DATA-N[/b] with config.json, log.jsonl,
+tensorboard/, pictures/ and checkpoints/. Ctrl-C finishes the step, saves, and
+says how to go on.
+
+\b[bold]Systems[/bold]
+{_listed(SYSTEMS)}
+{PAPERS}
+
+\b[bold]Data sets[/bold]
+{_listed(DATA)}
+
+\b[bold]Examples[/bold]
+  [green]ivfast train[/green]
+  [green]ivfast train wae-mmd --epochs 50 --seed 1[/green]
+  [green]ivfast train ivaae-bw --data celeba --root ~/data --device cuda --compile[/green]
+  [green]ivfast train --data folder --root ~/photos --image-size 64[/green]
+  [green]ivfast train --resume --out runs/ivaae-rad-digits-1 --epochs 400[/green]
+"""
+
+
+@app.command(help=TRAIN_HELP)
+@friendly
+def train(
+    system: Annotated[
+        str | None, typer.Argument(metavar="SYSTEM", help="One of the above; default: ivaae-rad.", show_default=False)
+    ] = None,
+    data: Annotated[str | None, option(metavar="NAME", panel=_DATA, help="One of the above; default: digits.")] = None,
+    root: Annotated[
+        Path | None, option(metavar="DIR", panel=_DATA, help="Folder that holds the data set; default: data.")
+    ] = None,
+    image_size: Annotated[
+        int | None, option(min=4, metavar="S", panel=_DATA, help="Resize images to S x S pixels.")
+    ] = None,
+    download: Annotated[
+        bool, option("--download", panel=_DATA, help="Fetch a missing data set; without it, nothing is fetched.")
+    ] = False,
+    epochs: Annotated[int | None, option(min=1, metavar="N", panel=_LENGTH, help="Passes over the data.")] = None,
+    steps: Annotated[int | None, option(min=1, metavar="N", panel=_LENGTH, help="Steps, in place of epochs.")] = None,
+    batch_size: Annotated[int | None, option(min=1, metavar="B", panel=_LENGTH, help="Images per step.")] = None,
+    latent_dim: Annotated[int | None, option(min=1, metavar="D", panel=_MODEL, help="Size of a code.")] = None,
+    encoder_loss: Annotated[
+        Literal["ascent", "confusion"] | None,
+        option(panel=_MODEL, help="IVAAE's encoder: the paper's ascent (default), or the bounded confusion."),
+    ] = None,
+    ema: Annotated[
+        float | None, option(min=0, max=1, metavar="DECAY", panel=_MODEL, help="Average the weights, as in 0.999.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        option("--set", metavar="NAME=VALUE", panel=_MODEL, help="Any setting of config.json: --set width=512."),
+    ] = None,
+    seed: Annotated[int | None, option(metavar="S", panel=_MODEL, help="Fixes weights, noise and data order.")] = None,
+    device: Annotated[
+        str | None, option(metavar="NAME", panel=_MACHINE, help="cpu, cuda or cuda:N; default: a GPU, else the CPU.")
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, option(panel=_MACHINE, help="bf16 is autocast; weights stay in fp32.")
+    ] = None,
+    compile_: Annotated[
+        bool | None, option("--compile/--no-compile", panel=_MACHINE, help="Compile the losses with torch.compile.")
+    ] = None,
+    out: Annotated[
+        Path | None, option(metavar="DIR", panel=_RUN, help="Folder of the run; default: runs/SYSTEM-DATA-N.")
+    ] = None,
+    resume: Annotated[bool, option("--resume", panel=_RUN, help="Go on with the run in --out.")] = False,
+    debug: Annotated[bool, option("--debug", panel=_RUN, help="Show the full traceback of an error.")] = False,
+) -> None:
+    given = {
+        "system": system, "data": data, "root": root and str(root), "epochs": epochs, "steps": steps,
+        "batch_size": batch_size, "latent_dim": latent_dim, "image_size": image_size, "seed": seed, "device": device,
+        "precision": precision, "compile": compile_, "ema": ema, "encoder_loss": encoder_loss,
+    }  # fmt: skip
+    from . import data as datasets
+    from . import models, report, runs
+    from .train.checkpoint import load_system
+    from .train.loop import fit
+
+    given = {**{name: value for name, value in given.items() if value is not None}, **runs.assignments(set_ or [])}
+    settings, out = runs.resumed(given, out) if resume else runs.fresh(given, out)
+    dataset = datasets.load(settings.data, settings.root, settings.image_size, download=download)
+    network = models.build(settings, tuple(dataset.train.shape[1:]))
+    shape = "x".join(map(str, dataset.train.shape[1:]))
+    console.print(
+        f"[bold]{settings.system}[/bold] on {settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} "
+        f"test images {shape}, codes of {settings.latent_dim}, batches of {settings.batch_size}, on {settings.device}"
+    )
+    console.print(f"writing to [bold]{escape(str(out))}[/bold]")
+    begin = time.perf_counter()
+    history = fit(
+        network,
+        dataset.train.to(settings.device),
+        settings,
+        out,
+        resume=resume,
+        evaluate=report.while_training(dataset),
+        draw=report.draw_samples,
+        labels=_labels(network, dataset),
+    )
+    seconds = time.perf_counter() - begin
+    trained, _ = load_system(out, settings.device)
+    drawn = report.draw(trained, dataset, out)
+    console.print(report.finished(settings, out, history, seconds, drawn))
+
+
+def _labels(network, dataset):
+    """Labels on the device, for the systems whose shared forward takes them."""
+    import inspect
+
+    if len(inspect.signature(network.share).parameters) < 2:
+        return None
+    if dataset.train_labels is None:
+        raise ValueError(f"{network.settings.system} needs labels, and {dataset.name} has none")
+    return dataset.train_labels.to(network.settings.device)
+
+
+@app.command()
+@friendly
+def sample(
+    run: Run,
+    n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="How many samples.")] = 64,
+    out: Annotated[
+        Path | None,
+        option(metavar="PATH", help="One grid if it ends in .png, else a folder of files; default: RUN/samples.png."),
+    ] = None,
+    columns: Annotated[int | None, option(min=1, metavar="N", help="Samples per row of the grid.")] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="The same seed draws the same samples.")] = 0,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Draw samples from a trained system.
+
+    \b[bold]Examples[/bold]
+      [green]ivfast sample runs/ivaae-rad-digits-1 -n 64 --out grid.png[/green]
+      [green]ivfast sample runs/ivaae-rad-digits-1 -n 5000 --out samples/[/green]
+    """
+    from . import metrics, pictures, runs
+
+    system, _ = runs.trained(run, device)
+    images = metrics.generate(system, n, seed)
+    out = out or run / "samples.png"
+    if out.suffix.lower() == ".png":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pictures.samples(images, out, columns)
+    else:
+        pictures.single(images, out)
+    console.print(f"{n:,} samples of {images.shape[-2]}x{images.shape[-1]} in [bold]{escape(str(out))}[/bold]")
+
+
+EVALUATE_HELP = f"""
+Measure a trained system; the values also go to RUN/metrics.json.
+
+\b[bold]Metrics[/bold]
+{_listed(METRICS)}
+
+\b[bold]Examples[/bold]
+  [green]ivfast evaluate runs/ivaae-rad-digits-1[/green]
+  [green]ivfast evaluate runs/ivaae-rad-mnist-1 --metrics fld,fid --samples 20000[/green]
+"""
+
+
+@app.command(help=EVALUATE_HELP)
+@friendly
+def evaluate(
+    run: Run,
+    metrics: Annotated[
+        str | None, option(metavar="A,B,...", help="Of the above; default: all that apply, except fid.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, metavar="N", help="Samples drawn; S1 takes 20000 for FID.")] = 10_000,
+    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the samples.")] = 0,
+    root: Root = None,
+    device: Device = None,
+    inception_weights: Annotated[
+        Path | None, option(metavar="FILE", help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth, for fid.")
+    ] = None,
+    download: Download = False,
+    debug: Debug = False,
+) -> None:
+    from . import data as datasets
+    from . import report, runs
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()] if metrics else None
+    for name in names or []:
+        if name not in report.METRICS:
+            raise runs.unknown("metric", name, report.METRICS)
+    system, settings = runs.trained(run, device)
+    dataset = datasets.load(settings.data, root or settings.root, settings.image_size, download=download)
+    evaluation = report.Evaluation(
+        system, dataset, n=samples, seed=seed, inception_weights=inception_weights, download=download
+    )
+    values = []
+    for name in names or evaluation.default():
+        with console.status(f"{name} ..."):
+            values += evaluation.run(name)
+    record = {value.name: value.value for value in values} | {"samples": samples, "seed": seed}
+    (run / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+    console.print(report.values_table(f"{settings.system} on {settings.data}, {run}", values))
+
+
+@app.command()
+@friendly
+def info(debug: Debug = False) -> None:
+    """Versions, and which implementation serves each operator on this machine and why the others do not."""
+    from .__main__ import main as report
+
+    report(console)
+
+
+def main() -> None:
+    """Entry point of `ivfast`."""
+    app()

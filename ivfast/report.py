@@ -1,0 +1,230 @@
+"""What a run shows: metrics while it trains, pictures, tables of results."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from . import metrics, pictures
+from .classifier import classifier_of
+from .data import Dataset, load
+from .train.settings import Settings
+
+CODES = 60_000  # FLD is taken on so many codes (S1, section 4)
+REFERENCE = 50_000  # real images behind FID and the classifier distance
+
+
+class Value(NamedTuple):
+    name: str
+    value: float
+    meaning: str
+
+
+def has_encoder(system) -> bool:
+    return hasattr(system, "encode") and hasattr(system, "decode")
+
+
+def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
+    """The `evaluate` of `ivfast.train.loop.fit`: FLD of the training codes, reconstruction of the test images."""
+
+    def evaluate(system):
+        if not has_encoder(system):
+            return {}
+        reconstruction = metrics.reconstruction(system, dataset.test)
+        fld = metrics.latent_frechet_distance(metrics.codes(system, dataset.train[:CODES]))
+        return {"fld": fld, "mse": reconstruction.mse, "psnr": reconstruction.psnr}
+
+    return evaluate
+
+
+def draw_samples(system, folder: Path, epoch: int) -> None:
+    """The `draw` of `ivfast.train.loop.fit`: the same 64 points of the prior every time, decoded."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    pictures.samples(metrics.generate(system, 64), Path(folder) / f"samples-{epoch:04d}.png")
+
+
+def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
+    """Every picture of a finished run, by what it shows."""
+    folder, settings = Path(out) / "pictures", system.settings
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{settings.system} on {settings.data}, d = {settings.latent_dim}"
+    drawn = {"samples": pictures.samples(metrics.generate(system, 64), folder / "samples.png")}
+    if has_encoder(system):
+        x = dataset.test[:36]
+        z = metrics.codes(system, x)
+        drawn["reconstructions"] = pictures.reconstructions(
+            x, metrics.decoded(system, z), folder / "reconstructions.png"
+        )
+        drawn["interpolations"] = pictures.interpolations(_lines(system, z), folder / "interpolations.png")
+        codes = metrics.codes(system, dataset.train[:CODES])
+        drawn["covariance of the codes"] = pictures.covariance(codes, folder / "covariance.png", title)
+    series = _series(Path(out) / "log.jsonl")
+    if series:
+        drawn["losses and metrics"] = pictures.curves(series, folder / "curves.png", title, log=("fld",))
+    return drawn
+
+
+def _lines(system, z: Tensor, rows: int = 6, columns: int = 12) -> Tensor:
+    """Decoded z_i + a (z_j − z_i), a = 0..1, for the first pairs of codes: `[rows, columns, C, H, W]`."""
+    rows = min(rows, len(z) // 2)
+    first, second = z[:rows, None], z[rows : 2 * rows, None]
+    points = torch.lerp(first, second, torch.linspace(0, 1, columns)[:, None])  # [rows, columns, d]
+    return metrics.decoded(system, points.flatten(0, 1)).unflatten(0, (rows, columns))
+
+
+def _series(log: Path) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for kind in ("losses", "metrics"):
+        for record in pictures.read_log(log):
+            for name, value in record.get(kind, {}).items():
+                series.setdefault(name, []).append((record["step"], value))
+    return series
+
+
+def values_table(title: str, values: list[Value]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("", style="dim")
+    for name, value, meaning in values:
+        table.add_row(name, f"{value:.4g}", meaning)
+    return table
+
+
+def finished(settings: Settings, out: Path, history: list[dict], seconds: float, drawn: dict[str, Path]) -> Group:
+    """What the command line prints at the end of a run."""
+    looks = [record for record in history if record["kind"] == "metrics"]
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{settings.system} on {settings.data}", title_justify="left"
+    )
+    for column in ("epoch", "step", *(looks[-1]["metrics"] if looks else ())):
+        table.add_column(column, justify="right")
+    best = min(looks, key=lambda look: look["metrics"].get("fld", 0.0), default=None)
+    for label, look in (("best fld", best), ("end", looks[-1] if looks else None)):
+        if look is not None and (label == "end" or (best is not looks[-1] and "fld" in look["metrics"])):
+            cells = (f"{value:.4g}" for value in look["metrics"].values())
+            table.add_row(f"{look['epoch']} ({label})", f"{look['step']:,}", *cells)
+    files = Table.grid(padding=(0, 2))
+    for what, path in {**drawn, "log, one JSON per line": out / "log.jsonl", "settings": out / "config.json"}.items():
+        files.add_row(f"  {path}", f"[dim]{what}[/dim]")
+    more = f"--steps {2 * settings.steps}" if settings.steps else f"--epochs {2 * settings.epochs}"
+    commands = "\n".join(
+        f"  [green]ivfast {escape(command)}[/green]"
+        for command in (f"sample {out} -n 64", f"evaluate {out}", f"train --resume --out {out} {more}")
+    )
+    steps = max((record["step"] for record in history), default=0)
+    head = f"{steps:,} steps; this session took {seconds:.1f} s, pictures not counted"
+    return Group(table, head, "", "[bold]Look at[/bold]", files, "", "[bold]Next[/bold]", commands)
+
+
+class Evaluation:
+    """Metrics of a trained system on its data set, each computed when it is asked for.
+
+    Args:
+        n: samples drawn from the system.
+        inception_weights, download: as `ivfast.inception.inception`'s.
+    """
+
+    def __init__(
+        self,
+        system,
+        dataset: Dataset,
+        *,
+        n: int = 10_000,
+        seed: int = 0,
+        inception_weights: Path | None = None,
+        download: bool = False,
+    ):
+        self.system, self.dataset, self.n, self.seed = system, dataset, n, seed
+        self.inception_weights, self.download = inception_weights, download
+        self.device = system.settings.device
+        self._samples: Tensor | None = None
+
+    @property
+    def samples(self) -> Tensor:
+        if self._samples is None:
+            self._samples = metrics.generate(self.system, self.n, self.seed)
+        return self._samples
+
+    def default(self) -> list[str]:
+        """The metrics that apply to this system and data set and need nothing from outside."""
+        names = ["fld", "reconstruction"] if has_encoder(self.system) else []
+        if self.dataset.name.startswith("stacked-"):
+            return [*names, "modes"]
+        return [*names, "classifier-distance", "classifier-score"] if len(self.dataset.classes) > 1 else names
+
+    def run(self, name: str) -> list[Value]:
+        """The values of one metric of `METRICS`; ValueError where it does not apply."""
+        if name in ("fld", "reconstruction") and not has_encoder(self.system):
+            raise ValueError(f"metrics: {name} needs an encoder, which {self.system.settings.system} has not")
+        return METRICS[name](self)
+
+    def fld(self):
+        z = metrics.codes(self.system, self.dataset.train[:CODES])
+        meaning = f"Fréchet distance of {len(z):,} training codes to N(0, I) (S1)"
+        return [Value("fld", metrics.latent_frechet_distance(z), meaning)]
+
+    def reconstruction(self):
+        result, n = metrics.reconstruction(self.system, self.dataset.test), len(self.dataset.test)
+        return [
+            Value("mse", result.mse, f"per pixel in [0, 1], {n:,} test images"),
+            Value("psnr", result.psnr, f"dB, mean over {n:,} test images"),
+        ]
+
+    def fid(self):
+        real = self.dataset.train[:REFERENCE]
+        value = metrics.frechet_inception_distance(
+            real, self.samples, weights=self.inception_weights, download=self.download, device=self.device
+        )
+        return [Value("fid", value, f"{self.n:,} samples against {len(real):,} training images")]
+
+    def classifier_distance(self):
+        classifier, real = classifier_of(self.dataset, device=self.device), self.dataset.train[:REFERENCE]
+        name, accuracy = "frechet_classifier_distance", f"{classifier.accuracy:.1%} test accuracy"
+        distance = [
+            metrics.frechet_classifier_distance(classifier, real, images, self.device)
+            for images in (self.samples, self.dataset.test)
+        ]
+        return [
+            Value(name, distance[0], f"{self.n:,} samples against {len(real):,} training images; {accuracy}; not FID"),
+            Value(f"{name}_of_test_images", distance[1], f"the yardstick: {len(self.dataset.test):,} real test images"),
+        ]
+
+    def classifier_score(self):
+        classifier = classifier_of(self.dataset, device=self.device)
+        score, real = (
+            metrics.classifier_score(classifier, images, self.device) for images in (self.samples, self.dataset.test)
+        )
+        meaning = f"the Inception score's formula, 1 to {len(self.dataset.classes)}; test images reach {real:.2f}"
+        return [Value("classifier_score", score, meaning)]
+
+    def modes(self):
+        base = self.dataset.name.removeprefix("stacked-")
+        if base == self.dataset.name:
+            raise ValueError(f"metrics: modes needs a stacked data set, got {self.dataset.name}")
+        settings = self.system.settings
+        digits = load(base, settings.root, self.dataset.train.shape[-1])
+        result = metrics.modes(classifier_of(digits, device=self.device), self.samples, device=self.device)
+        return [
+            Value("modes", result.covered, f"of 1,000, among the confident of {self.n:,} samples"),
+            Value("modes_kl", result.kl, "KL of their histogram to the uniform one, nats"),
+            Value(
+                "modes_confident", result.confident, "share of samples whose three digits are classified with p ≥ .9"
+            ),
+        ]
+
+
+METRICS: dict[str, Callable[[Evaluation], list[Value]]] = {
+    "fld": Evaluation.fld,
+    "reconstruction": Evaluation.reconstruction,
+    "fid": Evaluation.fid,
+    "classifier-distance": Evaluation.classifier_distance,
+    "classifier-score": Evaluation.classifier_score,
+    "modes": Evaluation.modes,
+}

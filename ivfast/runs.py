@@ -1,0 +1,115 @@
+"""The settings and the folder that a command works with."""
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from . import models
+from .sources import DATASETS
+from .train.checkpoint import load_system
+from .train.run import RESUMABLE
+from .train.settings import Settings, preset
+
+RUNS = Path("runs")
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
+    """An error that names the nearest of the known names."""
+    known = list(known)
+    near = difflib.get_close_matches(given, known, 1, 0.4)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    return ValueError(f"there is no {what} {given!r}{hint} Known: {', '.join(known)}")
+
+
+def assignments(pairs: Iterable[str]) -> dict[str, object]:
+    """`name=value` with JSON values (plain words are strings)."""
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
+        values[name] = _value(text)
+    return values
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
+    """Settings and folder of a new run: the paper's, where `given` does not say otherwise."""
+    name, data = str(given.get("system", "ivaae-rad")), str(given.get("data", "digits"))
+    if name not in models.SYSTEMS and name not in models.ALIASES:
+        raise unknown("system", name, [*models.SYSTEMS, *models.ALIASES])
+    _known_data(data)
+    defaults = preset(name, data)
+    settings = Settings.from_dict({**defaults.to_dict(), **given, "system": defaults.system})
+    check_device(settings.device)
+    out = out or _next_folder(RUNS, f"{settings.system}-{data.replace(':', '-')}")
+    if (out / "config.json").exists():
+        raise FileExistsError(f"{out} holds a run already; add --resume to go on with it, or name another --out")
+    return settings, out
+
+
+def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
+    """Settings and folder of a run to go on with."""
+    if out is None:
+        newest = max(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
+        hint = f"; the newest is --out {newest.parent}" if newest else ""
+        raise ValueError(f"--resume needs the run's folder by --out{hint}")
+    settings = config(out)
+    saved = settings.to_dict()
+    for name, value in given.items():
+        if name in saved and saved[name] != value and name not in RESUMABLE:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: the run in {out} has {saved[name]}, and --resume cannot change it to "
+                f"{value}; leave the option out, or start a new run"
+            )
+    settings = Settings.from_dict({**saved, **given})
+    check_device(settings.device)
+    return settings, out
+
+
+def config(run: Path) -> Settings:
+    """The settings of a run; FileNotFoundError names the runs there are."""
+    if not (run / "config.json").is_file():
+        runs = sorted(str(path.parent) for path in RUNS.glob("*/config.json"))
+        hint = f" Runs here: {', '.join(runs[-5:])}." if runs else " ivfast train makes one."
+        raise FileNotFoundError(f"{run} is not the folder of a run: it has no config.json.{hint}")
+    return Settings.load(run / "config.json")
+
+
+def _known_data(data: str) -> None:
+    if data.partition(":")[0] not in DATASETS:
+        raise unknown("data set", data, DATASETS)
+
+
+def check_device(device: str) -> None:
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
+    if kind == "cuda" and (index or 0) >= torch.cuda.device_count():
+        found = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        raise ValueError(f"--device {device} is not there: {found}; use --device cpu, or look at ivfast info")
+
+
+def _next_folder(parent: Path, stem: str) -> Path:
+    numbers = [path.name.removeprefix(f"{stem}-") for path in parent.glob(f"{stem}-*")]
+    return parent / f"{stem}-{max((int(n) for n in numbers if n.isdigit()), default=0) + 1}"
+
+
+def trained(run: Path, device: str | None):
+    """The system of a run on `device` (default: the GPU where there is one), in evaluation mode, and its settings."""
+    config(run)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    return load_system(run, device)
