@@ -2,10 +2,12 @@
 #include "svgd.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <optional>
+#include <thread>
 #include <tuple>
 
 #include "../common.h"
@@ -66,41 +68,81 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-template <class F>
-void for_each(bool threaded, int64_t count, const F& f) {
-  const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  };
-  if (threaded && count > 1)
-    torch::stable::parallel_for(0, count, 1, range);
-  else
-    range(0, count);
+// Rows of a block: few enough blocks that handing them out is cheap, enough of them for many threads, and two tiles of
+// wide rows so that a tile's rows are used twice from the second-level cache. Never a function of the number of threads:
+// the blocks decide the order of every sum.
+int64_t block_rows(int64_t n, int64_t d) {
+  const int64_t edge = svgd_tile(n), least = n >= 1024 && d >= 256 ? 2 * edge : edge;
+  return std::clamp<int64_t>((n / 32 + edge - 1) / edge * edge, least, 512);
 }
 
-// Rows of a block: few enough blocks that a round is worth its barrier, enough for many threads. Never a function of
-// the number of threads: the blocks decide the order of every sum.
-int64_t block_rows(int64_t n) {
-  const int64_t edge = svgd_tile(n);
-  return std::clamp<int64_t>((n / 32 + edge - 1) / edge * edge, edge, 512);
-}
+// The stages of one particle set as a list of tasks that any number of threads may work off: each block is begun, meets
+// every other block in a round-robin tournament, and is finished. A task waits until its blocks have played the rounds
+// before it; these stand earlier in the list, so that some thread is already at work on them. There is no barrier.
+class Tournament {
+ public:
+  Tournament(const SvgdSet& set, const SvgdStages& stages)
+      : set_(set), stages_(stages), size_(block_rows(set.n, set.d)), blocks_((set.n + size_ - 1) / size_) {
+    seats_ = (blocks_ + 1) / 2 * 2, rounds_ = seats_ - 1;  // with an odd number of blocks one rests in each round
+    if (blocks_ > few) more_.reset(new std::atomic<int64_t>[size_t(blocks_)]);
+    played_ = blocks_ > few ? more_.get() : few_;
+    for (int64_t block = 0; block < blocks_; ++block) played_[block].store(0, std::memory_order_relaxed);
+  }
 
-// A round-robin tournament: in each round every block meets one other, so that no two tasks share a block.
+  void work() {
+    const int64_t games = rounds_ * (seats_ / 2), tasks = blocks_ + games + blocks_;
+    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      if (task < blocks_) {
+        stages_.begin(set_, first(task), last(task));
+        played_[task].store(1, std::memory_order_release);
+      } else if (task < blocks_ + games) {
+        play((task - blocks_) / (seats_ / 2), (task - blocks_) % (seats_ / 2));
+      } else {
+        const int64_t block = task - blocks_ - games;
+        wait(block, rounds_ + 1);
+        stages_.finish(set_, first(block), last(block));
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t few = 32;
+
+  void play(int64_t round, int64_t seat) {
+    const int64_t a = seat == 0 ? rounds_ : (round + seat) % rounds_, b = (round + rounds_ - seat) % rounds_;
+    for (const int64_t block : {a, b})
+      if (block < blocks_) wait(block, round + 1);
+    if (std::max(a, b) < blocks_) stages_.pair(set_, first(a), last(a), first(b), last(b));
+    for (const int64_t block : {a, b})
+      if (block < blocks_) played_[block].store(round + 2, std::memory_order_release);
+  }
+
+  void wait(int64_t block, int64_t stages) const {
+    for (int tries = 0; played_[block].load(std::memory_order_acquire) < stages; ++tries)
+      if (tries > 1000) std::this_thread::yield();
+  }
+
+  int64_t first(int64_t block) const { return block * size_; }
+  int64_t last(int64_t block) const { return std::min(set_.n, (block + 1) * size_); }
+
+  const SvgdSet& set_;
+  const SvgdStages& stages_;
+  int64_t size_, blocks_, seats_, rounds_;
+  std::atomic<int64_t> next_{0}, few_[few], *played_;  // stages that each block has behind it
+  std::unique_ptr<std::atomic<int64_t>[]> more_;
+};
+
+// One particle set; returns ∂h in the backward pass.
 double run(SvgdSet set, const SvgdStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
-  const int64_t size = block_rows(set.n), blocks = (set.n + size - 1) / size;
-  const auto first = [&](int64_t block) { return block * size; };
-  const auto last = [&](int64_t block) { return std::min(set.n, (block + 1) * size); };
-
   stages.centre(set);
-  for_each(threaded, blocks, [&](int64_t block) { stages.begin(set, first(block), last(block)); });
-  const int64_t seats = (blocks + 1) / 2 * 2, rounds = seats - 1;  // with an odd number one block rests
-  for (int64_t round = 0; round < rounds; ++round)
-    for_each(threaded, seats / 2, [&](int64_t task) {
-      const int64_t a = task == 0 ? rounds : (round + task) % rounds, b = (round + rounds - task) % rounds;
-      if (std::max(a, b) < blocks) stages.pair(set, first(a), last(a), first(b), last(b));
-    });
-  for_each(threaded, blocks, [&](int64_t block) { stages.finish(set, first(block), last(block)); });
+  Tournament tournament(set, stages);
+  if (threaded)
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
+                                [&](int64_t, int64_t) { tournament.work(); });
+  else
+    tournament.work();
   const double gradient = stages.bandwidth_gradient ? stages.bandwidth_gradient(set) : 0;
   workspace.trim();
   return gradient;

@@ -134,32 +134,36 @@ IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int
   }
 }
 
+// The tiles of rows [i, i_end) and [j, j_end), at most `tile` each.
 template <class T, bool backward>
-void pair_tile(const View<T>& w, Range t) {
+void pair_tile(const View<T>& w, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
+  const int64_t rows = i_end - i, cols = j_end - j, row_groups = round_up(rows, group<T>), col_groups = round_up(cols, group<T>);
+  const Range t{i, row_groups, j, round_up(cols, lanes<T>)};
+  const bool diagonal = i == j;
+  const auto add = [&](const T* K, T* sums, T* out, const T* y) __attribute__((always_inline)) {
+    add_row_sums(sums + i, K, rows, t.cols);
+    accumulate<tile, 1>(out + i * w.ld, K, y + j * w.ld, row_groups, cols, w.ld, w.width);
+    if (diagonal) return;
+    add_column_sums(sums + j, K, rows, t.cols);
+    accumulate<1, tile>(out + j * w.ld, K, y + i * w.ld, col_groups, rows, w.ld, w.width);
+  };
   alignas(64) T K[tile * tile];
-  const int64_t rows = t.i + t.rows < w.n ? t.rows : w.n - t.i, cols = t.j + t.cols < w.n ? t.cols : w.n - t.j;
   kernel_tile(K, w.x_panels, w.half_norms, w.exponent, t, w.d);
-  add_row_sums(w.r + t.i, K, t.rows, t.cols);
-  if (t.i != t.j) add_column_sums(w.r + t.j, K, rows, t.cols);
-  T *const sum = backward ? w.kg : w.kv, *const y = backward ? w.g : w.v;
-  accumulate<tile, 1>(sum + t.i * w.ld, K, y + t.j * w.ld, t.rows, cols, w.ld, w.width);
-  if (t.i != t.j) accumulate<1, tile>(sum + t.j * w.ld, K, y + t.i * w.ld, t.cols, rows, w.ld, w.width);
+  add(K, w.r, backward ? w.kg : w.kv, backward ? w.g : w.v);
   if constexpr (backward) {
-    gradient_tile(K, K, w.g_panels, w.v_panels, w.p, t, w.d);
-    add_row_sums(w.b + t.i, K, t.rows, t.cols);
-    if (t.i != t.j) add_column_sums(w.b + t.j, K, rows, t.cols);
-    accumulate<tile, 1>(w.bx + t.i * w.ld, K, w.x + t.j * w.ld, t.rows, cols, w.ld, w.width);
-    if (t.i != t.j) accumulate<1, tile>(w.bx + t.j * w.ld, K, w.x + t.i * w.ld, t.cols, rows, w.ld, w.width);
+    alignas(64) T B[tile * tile];
+    gradient_tile(B, K, w.g_panels, w.v_panels, w.p, t, w.d);
+    add(B, w.b, w.bx, w.x);
   }
 }
 
 // Every pair of tiles of two blocks of rows; within one block, every pair once.
 template <class T, bool backward>
 void pair_blocks(const View<T>& w, int64_t first, int64_t last, int64_t other_first, int64_t other_last) {
-  const auto rows = [&](int64_t i, int64_t end) { return round_up((end - i < w.edge ? end - i : w.edge), lanes<T>); };
+  const auto end = [&](int64_t i, int64_t limit) { return i + w.edge < limit ? i + w.edge : limit; };
   for (int64_t i = first; i < last; i += w.edge)
     for (int64_t j = first == other_first ? i : other_first; j < other_last; j += w.edge)
-      pair_tile<T, backward>(w, {i, rows(i, last), j, rows(j, other_last)});
+      pair_tile<T, backward>(w, i, end(i, last), j, end(j, other_last));
 }
 
 template <class S, class T, bool backward>

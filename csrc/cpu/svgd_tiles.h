@@ -52,11 +52,11 @@ IVFAST_INLINE const T* row(const T* panels, int64_t i, int64_t d) {
   return panels + (i - lane) * d + lane;
 }
 
-// acc[r][v] += Σ_k a_{i+r,k} b_{j+v·lanes…,k}
+// acc[r][v] += Σ_k a_{i+r,k} b_{j+v·lanes…,k} for k in [first, last)
 template <class T, int R, int C>
-IVFAST_INLINE void product(Vec<T> (&acc)[R][C], const T* a, const T* b, int64_t d) {
+IVFAST_INLINE void product(Vec<T> (&acc)[R][C], const T* a, const T* b, int64_t d, int64_t first, int64_t last) {
   constexpr int L = lanes<T>;
-  for (int64_t k = 0; k < d; ++k) {
+  for (int64_t k = first; k < last; ++k) {
     Vec<T> column[C];
 #pragma GCC unroll 8
     for (int v = 0; v < C; ++v) column[v] = at(b + v * L * d + k * L);
@@ -80,64 +80,77 @@ IVFAST_INLINE void columns(int64_t vectors, const F& f, int64_t first = 0) {
     if (first < vectors) columns<T, C - 1>(vectors, f, first);
 }
 
-// Rows [i, i + rows) against rows [j, j + cols), in whole vectors, of matrices padded with zeros to whole vectors.
+// Rows [i, i + rows) against rows [j, j + cols) of matrices padded with zeros: rows in whole groups, cols in whole vectors.
 struct Range {
   int64_t i, rows, j, cols;
 };
 
-// K [rows, tile]; the norms of padded rows are infinite, so that their k is 0. A tile on the diagonal gets k_ii = 0.
-template <class T>
-IVFAST_INLINE void kernel_tile(T* K, const T* x, const T* half_norms, T exponent, Range at_, int64_t d) {
+// Two panels of a group of columns stay in the first-level cache while the rows pass.
+constexpr int64_t depth = 128;
+
+// out_ij = f(Σ_k a_ik b_jk [+ Σ_k b_ik a_jk], i, j), i and j counted within the tile [rows, tile]
+template <bool symmetric, class T, class F>
+IVFAST_INLINE void product_tile(T* out, const T* a, const T* b, Range t, int64_t d, const F& f) {
   constexpr int R = group<T>, L = lanes<T>;
-  columns<T>(at_.cols / L, [&](auto count, int64_t j) __attribute__((always_inline)) {
-    constexpr int C = decltype(count)::value;
-    for (int64_t i = 0; i < at_.rows; i += R) {
-      Vec<T> acc[R][C] = {};
-      product<T, R, C>(acc, row(x, at_.i + i, d), x + (at_.j + j) * d, d);
+  for (int64_t first = 0; first < d; first += depth) {
+    const int64_t last = first + depth < d ? first + depth : d;
+    columns<T>(t.cols / L, [&](auto count, int64_t j) __attribute__((always_inline)) {
+      constexpr int C = decltype(count)::value;
+      for (int64_t i = 0; i < t.rows; i += R) {
+        Vec<T> acc[R][C] = {};
+        T* const corner = out + i * tile + j;
+        if (first > 0)
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+          for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < C; ++v) {
-          const Vec<T> t = acc[r][v] - half_norms[at_.i + i + r] - at(half_norms + at_.j + j + v * L);
-          at(K + (i + r) * tile + j + v * L) = exp2_nonpositive<Vec<T>, typename Simd<T>::Bits>(t * exponent, T());
-        }
-    }
+            for (int v = 0; v < C; ++v) acc[r][v] = at(corner + r * tile + v * L);
+        product<T, R, C>(acc, row(a, t.i + i, d), b + (t.j + j) * d, d, first, last);
+        if constexpr (symmetric) product<T, R, C>(acc, row(b, t.i + i, d), a + (t.j + j) * d, d, first, last);
+        if (last == d)
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < C; ++v) at(corner + r * tile + v * L) = f(acc[r][v], i + r, j + v * L);
+        else
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+            for (int v = 0; v < C; ++v) at(corner + r * tile + v * L) = acc[r][v];
+      }
+    });
+  }
+}
+
+// K; the norms of padded rows are infinite, so that their k is 0. A tile on the diagonal gets k_ii = 0.
+template <class T>
+IVFAST_INLINE void kernel_tile(T* K, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
+  const T *const rows = half_norms + t.i, *const cols = half_norms + t.j;
+  product_tile<false>(K, x, x, t, d, [&](Vec<T> xx, int64_t i, int64_t j) __attribute__((always_inline)) {
+    return exp2_nonpositive<Vec<T>, typename Simd<T>::Bits>((xx - rows[i] - at(cols + j)) * exponent, T());
   });
-  if (at_.i == at_.j)
-    for (int64_t i = 0; i < at_.rows; ++i) K[i * tile + i] = 0;
+  if (t.i == t.j)
+    for (int64_t i = 0; i < t.rows; ++i) K[i * tile + i] = 0;
 }
 
 // B_ij = k_ij (g_i·v_j + v_i·g_j + p_i + p_j)
 template <class T>
-IVFAST_INLINE void gradient_tile(T* B, const T* K, const T* g, const T* v_, const T* p, Range at_, int64_t d) {
-  constexpr int R = group<T>, L = lanes<T>;
-  columns<T>(at_.cols / L, [&](auto count, int64_t j) __attribute__((always_inline)) {
-    constexpr int C = decltype(count)::value;
-    for (int64_t i = 0; i < at_.rows; i += R) {
-      Vec<T> acc[R][C] = {};
-      product<T, R, C>(acc, row(g, at_.i + i, d), v_ + (at_.j + j) * d, d);
-      product<T, R, C>(acc, row(v_, at_.i + i, d), g + (at_.j + j) * d, d);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < C; ++v) {
-          const int64_t ij = (i + r) * tile + j + v * L;
-          at(B + ij) = at(K + ij) * (acc[r][v] + p[at_.i + i + r] + at(p + at_.j + j + v * L));
-        }
-    }
+IVFAST_INLINE void gradient_tile(T* B, const T* K, const T* g, const T* v, const T* p, Range t, int64_t d) {
+  const T *const rows = p + t.i, *const cols = p + t.j;
+  product_tile<true>(B, g, v, t, d, [&](Vec<T> gv, int64_t i, int64_t j) __attribute__((always_inline)) {
+    return at(K + i * tile + j) * (gv + rows[i] + at(cols + j));
   });
 }
 
-// out_i += Σ_j K_ij y_j for `rows` rows i and `depth` columns j; K_ij at K[i * row_step + j * column_step].
+// out_i += Σ_j K_ij y_j for `rows` rows i, in whole groups, and `cols` columns j; K_ij at K[i * row_step + j * column_step].
 // The tile's sum starts from 0: the long sum over tiles is rounded once per tile.
 template <int row_step, int column_step, class T>
-IVFAST_INLINE void accumulate(T* out, const T* K, const T* y, int64_t rows, int64_t depth, int64_t ld, int64_t width) {
+IVFAST_INLINE void accumulate(T* out, const T* K, const T* y, int64_t rows, int64_t cols, int64_t ld, int64_t width) {
   constexpr int R = group<T>, L = lanes<T>;
   columns<T>(width / L, [&](auto count, int64_t k) __attribute__((always_inline)) {
     constexpr int C = decltype(count)::value;
     for (int64_t i = 0; i < rows; i += R) {
       Vec<T> acc[R][C] = {};
-      for (int64_t j = 0; j < depth; ++j) {
+      for (int64_t j = 0; j < cols; ++j) {
         Vec<T> value[C];
 #pragma GCC unroll 8
         for (int v = 0; v < C; ++v) value[v] = at(y + j * ld + k + v * L);
