@@ -33,20 +33,21 @@ SYSTEMS = {
     "wae-mmd": "WAE-MMD (Tolstikhin et al. 2017; S1)",
 }
 DATA = {
-    "digits": "scikit-learn's 8x8 handwritten digits, embedded",
+    "digits": "scikit-learn's handwritten digits, 8x8, embedded",
     "mnist, fashion-mnist": "below --root, as torchvision lays them out",
     "cifar10, svhn, celeba": "likewise",
-    "stl10, stl10-all": "likewise; the second with its unlabelled images",
-    "lsun:CATEGORY": "needs the package lmdb",
+    "stl10, stl10-all": "likewise; the second with the unlabelled images",
+    "lsun:CATEGORY": "lsun:church_outdoor, ...; needs the package lmdb",
     "folder": "your own images: every image file below --root",
-    "stacked-digits, stacked-mnist": "three digits as colours, 1,000 modes (S2)",
+    "stacked-digits": "three digits as colours, 1,000 modes (S2)",
+    "stacked-mnist": "three MNIST digits likewise",
 }
 METRICS = {
     "fld": "Fréchet distance of the codes to the prior (S1)",
     "reconstruction": "mean squared error and PSNR on test images",
-    "classifier-distance": "Fréchet distance in the features of a classifier; not FID",
+    "classifier-distance": "Fréchet distance in a classifier's features; not FID",
     "classifier-score": "the Inception score's formula, by that classifier",
-    "fid": "Inception FID; needs its weights; grey counts as three channels",
+    "fid": "Inception FID; needs pytorch-fid's weights",
     "modes": "modes covered of a stacked data set, KL to uniform (S2)",
 }
 _DATA, _LENGTH, _MODEL, _MACHINE, _RUN = "Data", "Length", "Model", "Machine", "Run"

@@ -119,10 +119,16 @@ def _finish(images: Tensor | Encoded, size: int, channels: int, workers: int, ti
 
     def fit(chunk):
         if chunk.shape[1] != channels:
-            chunk = chunk.expand(-1, 3, -1, -1) if channels == 3 else transforms.rgb_to_grayscale(chunk)
+            chunk = chunk.expand(-1, 3, -1, -1) if channels == 3 else _luma(chunk)
         return chunk if chunk.shape[-2:] == (size, size) else transforms.resize(chunk, [size, size], antialias=True)
 
     return torch.cat([fit(chunk) for chunk in images.split(4096)]).contiguous()
+
+
+def _luma(images: Tensor) -> Tensor:
+    """ITU-R BT.601, as Pillow converts to grey: `[n, 3, H, W]` to `[n, 1, H, W]`."""
+    red, green, blue = images.float().split(1, 1)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8)
 
 
 def _decode(images: Encoded, size: int, channels: int, workers: int, title: str | None) -> Tensor:
