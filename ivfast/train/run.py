@@ -41,7 +41,7 @@ class Run:
         self.average = Average(system, settings.ema) if settings.ema else None
         self.step, self.seconds = 0, 0.0
         self.checkpoint: Path | None = None  # the last good one
-        self.rates = {id(g): g["lr"] for phase in system.phases for g in phase.optimizer.param_groups}
+        self.rates = [[group["lr"] for group in phase.optimizer.param_groups] for phase in system.phases]
         prepare = functools.partial(torch.compile, dynamic=False) if settings.compile else (lambda f: f)
         self.share = prepare(system.share)
         self.losses = [prepare(phase.loss) if phase.compile else phase.loss for phase in system.phases]
@@ -84,9 +84,9 @@ class Run:
 
     def set_rates(self) -> None:
         factor = self.settings.learning_rate_factor(self.step // self.batches.per_epoch)
-        for phase in self.system.phases:
-            for group in phase.optimizer.param_groups:
-                group["lr"] = self.rates[id(group)] * factor
+        for phase, rates in zip(self.system.phases, self.rates, strict=True):
+            for group, rate in zip(phase.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
 
     def line(self, losses: dict[str, float], clock: Clock) -> dict[str, object]:
         rates = {phase.name: phase.optimizer.param_groups[0]["lr"] for phase in self.system.phases}
