@@ -13,7 +13,8 @@ import triton.language as tl
 TILE = {torch.float32: 2048, torch.float64: 1024}  # elements, by the dtype of the arithmetic
 ONE_PROGRAM = 16  # tiles that a single program sums, so that a small loss takes one launch
 PARTS = 4096  # programs per set at most: what one program can add up
-WARPS = 8
+# fusion stated, since its default differs between versions of Triton
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -131,10 +132,10 @@ def forward(logits, weights):
     out = loss if parts == 1 else lse.new_empty(shape.sets, parts)
     weights = None if weights is None else weights.contiguous()
     _forward_kernel[shape.sets, parts](
-        logits.contiguous(), weights, out, lse, shape.n, shape.R, shape.C, *shape.tile, num_warps=WARPS
+        logits.contiguous(), weights, out, lse, shape.n, shape.R, shape.C, *shape.tile, **OPTIONS
     )
     if parts > 1:
-        _sum_kernel[shape.sets,](out, loss, parts, triton.next_power_of_2(parts), num_warps=WARPS)
+        _sum_kernel[shape.sets,](out, loss, parts, triton.next_power_of_2(parts), **OPTIONS)
     return loss, lse
 
 
@@ -149,6 +150,6 @@ def backward(grad, logits, weights, lse):
     _backward_kernel[shape.sets, programs](
         *(grad.contiguous(), logits.contiguous(), weights, lse.contiguous(), dlogits),
         *(shape.n, shape.R, shape.C, *shape.tile),
-        num_warps=WARPS,
+        **OPTIONS,
     )
     return dlogits

@@ -1,0 +1,442 @@
+"""Kernels proved without a GPU: Triton interpreted and compiled ahead of time, CUDA C++ run by tests/simt and by nvcc."""
+
+import ctypes
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from simt import build
+
+import ivfast
+from ivfast import testing
+from ivfast.testing import Case
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
+REGISTERS = {
+    "triton": 128,
+    "cuda": 144,
+}  # at most, per thread: blocks of 256 threads, of which a processor holds 2 and 1
+HALF = (torch.bfloat16, torch.float16)
+triton_device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+
+
+class Variant(NamedTuple):
+    kernel: str  # <module>.<function> below kernels/
+    types: str  # of its parameters in order: a type, :16 if divisible by it; a number or None is a constant
+    options: dict
+
+
+def variants() -> list[Variant]:
+    """Every Triton kernel in the shapes that its launcher picks. Read in a process where Triton is not interpreted."""
+    from ivfast.kernels import multi_js
+
+    found = [Variant("multi_js._sum_kernel", f"*fp32:16 *fp32:16 i32 {multi_js.PARTS}", multi_js.OPTIONS)]
+    for classes, dtype, weighted in (
+        (2, "fp32", True), (5, "fp32", True), (5, "fp32", False), (5, "bf16", True), (5, "fp16", False),
+        (5, "fp64", True), (33, "fp32", False), (1000, "bf16", False), (65536, "fp32", True), (65536, "fp64", False),
+    ):  # fmt: skip
+        arithmetic = "fp64" if dtype == "fp64" else "fp32"
+        dt = torch.float64 if arithmetic == "fp64" else torch.float32
+        rows, columns = multi_js._Shape(1, 4096, classes * 4096, classes, dt).tile
+        x, y, sizes = f"*{dtype}:16", f"*{arithmetic}:16", f"i32 i32 i32 {rows} {columns}"
+        weights = y if weighted else "None"
+        found += [
+            Variant("multi_js._forward_kernel", f"{x} {weights} {y} {y} {sizes}", multi_js.OPTIONS),
+            Variant("multi_js._backward_kernel", f"{x} {x} {weights} {y} {x} {sizes}", multi_js.OPTIONS),
+        ]
+    return found
+
+
+def compile_variant(variant: Variant, capability: int) -> dict[str, int]:
+    """Registers, and bytes of stack and local memory (both hold what registers cannot), of a cubin."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = variant.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"ivfast.kernels.{module}"), name)
+    signature, constants, attributes = {}, {}, {}
+    for i, (argument, text) in enumerate(zip(kernel.arg_names, variant.types.split(), strict=True)):
+        if text == "None" or text.isdigit():
+            signature[argument], constants[argument] = "constexpr", None if text == "None" else int(text)
+        else:
+            signature[argument], _, divisor = text.partition(":")
+            if divisor:
+                attributes[i,] = [["tt.divisibility", int(divisor)]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+    return resources(compiled.asm["cubin"])
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    (line,) = re.findall(r"REG:.*", listing)
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)}
+
+
+def compile_all() -> list[dict]:
+    return [
+        {"variant": f"{v.kernel}({v.types})", "sm": cc, **compile_variant(v, cc)} for v in variants() for cc in TARGETS
+    ]
+
+
+def test_every_triton_kernel_compiles_ahead_of_time_without_spills():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert {row["sm"] for row in rows} == set(TARGETS)
+    wrong = [r for r in rows if r["STACK"] or r["LOCAL"] or r["REG"] > REGISTERS["triton"]]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.fixture
+def poisoned():
+    """Memory from torch.empty is NaN: an output or a part of it that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_matches(case: Case, dtype: torch.dtype, implementation: str, device: str = "cpu"):
+    """Value and gradients of `case` against the float64 reference, both on the scale of the largest."""
+    tensors = testing.inputs(case, dtype, device=device)
+    exact = [x.detach().cpu().double().requires_grad_(x.requires_grad) for x in tensors]
+    with ivfast.use("reference"):
+        expected = testing.value_and_gradients(case, exact)
+    with ivfast.use(implementation):
+        actual = testing.value_and_gradients(case, tensors)
+    tolerance = testing.TOLERANCES[dtype] * case.slack
+    units = [case.unit] * len(expected[0]), testing.gradient_units(exact, expected[1])
+    for kind, ours, theirs, scales in zip(("value", "gradient"), actual, expected, units, strict=True):
+        for i, (a, b, unit) in enumerate(zip(ours, theirs, scales, strict=True)):
+            assert a.dtype == dtype
+            assert testing.error(a.cpu(), b, unit) <= tolerance, f"{kind} {i} of {case} in {dtype}"
+
+
+def size(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, ()))
+
+
+# Triton: the multi-class Jensen–Shannon loss
+
+
+def js_case(shape, *, weighted=False, scale=3.0, slack=1.0, dtype=torch.float32) -> Case:
+    weights = torch.rand(shape[-1]) + 0.1 if weighted else None
+
+    def loss(x):
+        on_device = None if weights is None else weights.to(x)  # rounded as the input is, for the reference too
+        return ivfast.multi_js_loss(x, weights=on_device)
+
+    def draw(generator):
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale,)
+
+    if weights is not None:
+        weights = weights.to(dtype)
+    return Case("multi_js_loss", f"{tuple(shape)}", loss, draw, slack=slack)
+
+
+@pytest.mark.usefixtures("poisoned")
+class TestMultiJs:
+    """Interpreted where there is no GPU."""
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
+    @pytest.mark.parametrize("case", [c for c in testing.CASES if c.op == "multi_js_loss"], ids=str)
+    def test_cases(self, case, dtype):
+        assert_matches(case, dtype, "triton", triton_device)
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+    @pytest.mark.parametrize("classes", [2, 3, 5, 17, 32, 33])
+    def test_random_sizes(self, classes, dtype, weighted):
+        batch = [size(1, 3) for _ in range(size(0, 2))]
+        shape = (*batch, classes, size(1, 37), classes)
+        assert_matches(js_case(shape, weighted=weighted, dtype=dtype), dtype, "triton", triton_device)
+
+    @pytest.mark.parametrize("classes", [100, 600])
+    def test_many_classes(self, classes):
+        assert_matches(js_case((classes, 1, classes)), torch.float32, "triton", triton_device)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("scale", [3.0, 300.0])
+    def test_a_row_of_several_tiles(self, monkeypatch, dtype, scale):
+        from ivfast.kernels import multi_js
+
+        # 65,536 classes would be 4·10⁹ logits: a small tile takes the same path
+        monkeypatch.setattr(multi_js, "TILE", dict.fromkeys(multi_js.TILE, 16))
+        monkeypatch.setattr(multi_js, "PARTS", 4)
+        classes = size(33, 50)
+        assert multi_js._Shape(1, 2, 2 * classes, classes, torch.float32).programs == 4
+        # a log-sum-exp of 900 is rounded by up to 3e-5, which is a relative error of exp(x − lse)
+        case = js_case((classes, 2, classes), scale=scale, slack=3 if scale > 100 else 1)
+        assert_matches(case, dtype, "triton", triton_device)
+
+    def test_paper_sizes_take_one_launch_forward(self):
+        from ivfast.kernels.multi_js import _Shape
+
+        for n in (64, 100, 128):
+            assert _Shape(1, n, 5 * n, 5, torch.float32).programs == 1
+
+    def test_infinite_logits_give_what_the_reference_gives(self):
+        x = torch.randn(3, 40, 3, device=triton_device)
+        x[0, :, 1] = float("-inf")
+        x[1, 7] = torch.tensor([0.0, 1.0, float("inf")])
+        expected = ivfast.multi_js_loss(x.double())
+        with ivfast.use("triton"):
+            assert float(ivfast.multi_js_loss(x)) == float(expected) == float("inf")
+        x[1, 7] = 0.0
+        with ivfast.use("triton"):
+            assert testing.error(ivfast.multi_js_loss(x), ivfast.multi_js_loss(x.double())) < 1e-6
+
+    def test_expanded_gradient_and_strided_logits(self):
+        x = torch.randn(2, 3, 5, 6, device=triton_device)[..., ::2].requires_grad_()
+        assert not x.is_contiguous()
+        with ivfast.use("triton"):
+            (ours,) = torch.autograd.grad(ivfast.multi_js_loss(x).sum(), x)
+        (theirs,) = torch.autograd.grad(ivfast.multi_js_loss(x.double()).sum(), x)
+        assert testing.error(ours.cpu(), theirs.cpu()) <= testing.TOLERANCES[torch.float32]
+
+    def test_no_sets(self):
+        x = torch.empty(0, 3, 5, 3, device=triton_device, requires_grad=True)
+        with ivfast.use("triton"):
+            loss = ivfast.multi_js_loss(x)
+            assert loss.shape == (0,)
+            assert torch.autograd.grad(loss.sum(), x)[0].shape == x.shape
+
+
+# CUDA C++: on the CPU through tests/simt
+
+
+@functools.cache
+def simt_failure() -> str | None:
+    try:
+        build.load()
+    except build.NoCompilerError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture
+def simt(poisoned):
+    """The kernels of csrc/cuda serve CPU tensors."""
+    if simt_failure():
+        pytest.skip(simt_failure())
+    return build
+
+
+def svgd_case(n, d, *, batch=(), score=True, shift=0.0, slack=1.0) -> Case:
+    def draw(generator):
+        def normal():
+            return torch.randn(*batch, n, d, generator=generator, dtype=torch.float64)
+
+        h = (torch.rand(batch, generator=generator, dtype=torch.float64) + 0.5) * d
+        return (normal() + shift, normal(), h) if score else (normal() + shift, h)
+
+    def direction(x, *rest):
+        return ivfast.svgd_direction(x, *rest[:-1], bandwidth=rest[-1])
+
+    return Case("svgd_direction", f"{(*batch, n, d)}", direction, draw, slack=slack)
+
+
+class TestSvgd:
+    @pytest.mark.parametrize("seed", [0, 1])
+    @pytest.mark.parametrize(
+        ("n", "d"),
+        [(1, 1), (2, 3), (31, 16), (32, 32), (33, 33), (64, 1), (64, 16), (64, 64), (100, 65), (256, 3), (256, 128)],
+    )
+    def test_edges(self, simt, n, d, seed):
+        simt.schedule(seed + 1000 * size(0, 1 << 20))
+        assert_matches(svgd_case(n, d, score=bool(seed)), torch.float32, "cuda")
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+    @pytest.mark.parametrize("score", [False, True])
+    def test_random_sizes(self, simt, dtype, score):
+        batch = [size(1, 3) for _ in range(size(1, 2))]
+        assert_matches(svgd_case(size(1, 80), size(1, 128), batch=batch, score=score), dtype, "cuda")
+
+    def test_data_far_from_the_origin(self, simt):
+        # inputs of mean 10 leave float32 ten times less of each difference
+        assert_matches(svgd_case(90, 20, shift=10.0, slack=10), torch.float32, "cuda")
+
+    def test_equal_particles_follow_the_score_alone(self, simt):
+        x, score = torch.randn(1, 7).expand(40, 7), torch.randn(40, 7)
+        with ivfast.use("cuda"):
+            phi = ivfast.svgd_direction(x, score, bandwidth=1.0)
+        assert testing.error(phi, score.double().mean(0).expand(40, 7)) <= testing.TOLERANCES[torch.float32]
+
+    def test_every_schedule_gives_the_same_bits(self, simt):
+        case = svgd_case(70, 33, batch=(2,))
+        tensors = testing.inputs(case, torch.float32)
+        results = []
+        for seed in range(6):
+            simt.schedule(seed)
+            with ivfast.use("cuda"):
+                value, gradients = testing.value_and_gradients(case, tensors)
+            results.append([*value, *gradients])
+        for result in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+    def test_strided_inputs_and_expanded_gradient(self, simt):
+        x, score = (torch.randn(3, 20, 35).mT.requires_grad_() for _ in range(2))
+        h = torch.rand(()).expand(3) + 4
+        with ivfast.use("cuda"):
+            ours = torch.autograd.grad(ivfast.svgd_direction(x, score, bandwidth=h).sum(), (x, score))
+        with ivfast.use("reference"):
+            phi = ivfast.svgd_direction(x.double(), score.double(), bandwidth=h.double())
+            theirs = torch.autograd.grad(phi.sum(), (x, score))
+        for a, b in zip(ours, theirs, strict=True):
+            assert testing.error(a, b) <= testing.TOLERANCES[torch.float32]
+
+    def test_no_sets(self, simt):
+        with ivfast.use("cuda"):
+            assert ivfast.svgd_direction(torch.empty(0, 4, 3), bandwidth=1.0).shape == (0, 4, 3)
+
+    def test_what_it_does_not_serve_is_refused(self, simt):
+        with ivfast.use("cuda"):
+            with pytest.raises(RuntimeError, match=r"d <= 128, got n = 5, d = 129"):
+                ivfast.svgd_direction(torch.randn(5, 129), bandwidth=1.0)
+            with pytest.raises(RuntimeError, match=r"takes float32, bfloat16 or float16, got Double"):
+                ivfast.svgd_direction(torch.randn(5, 3, dtype=torch.float64), bandwidth=1.0)
+
+
+# CUDA C++: nvcc
+
+
+def toolkit() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", Path(nvcc).resolve().parents[1] if nvcc else None]
+    usable = (Path(home) for home in homes if home)
+    return next((h for h in usable if (h / "bin/nvcc").is_file() and (h / "include/cuda_runtime.h").is_file()), None)
+
+
+@pytest.mark.skipif(toolkit() is None, reason="no CUDA toolkit with nvcc and cuda_runtime.h")
+@pytest.mark.parametrize("source", sorted((REPOSITORY / "csrc/cuda").glob("*.cu")), ids=lambda path: path.name)
+def test_cuda_kernels_compile_without_spills(source, tmp_path):
+    nvcc = toolkit() / "bin/nvcc"
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    targets = [cc for cc in TARGETS if f"compute_{cc}" in known]
+    command = [
+        *(str(nvcc), "-std=c++17", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+        *(f"-I{build.TORCH / 'include'}", "-Xptxas", "-v", "--threads", "2"),
+        *(f"-gencode=arch=compute_{cc},code=sm_{cc}" for cc in targets),
+        *("-c", str(source), "-o", str(tmp_path / "kernels.o")),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = result.stdout + result.stderr
+    kernels = re.findall(r"Compiling entry function '(\S+)' for '(\S+)'", report)
+    assert {sm for _, sm in kernels} == {f"sm_{cc}" for cc in targets}
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert len(used) == len(kernels)
+    assert set(used) == {("0", "0", "0")}
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
+    assert len(registers) == len(kernels)
+    assert max(registers) <= REGISTERS["cuda"]
+
+
+# The shim itself
+
+
+@pytest.fixture(scope="module")
+def probes():
+    try:
+        library = ctypes.CDLL(str(build.build("probes", [build.HERE / "probes.cu"])))
+    except build.NoCompilerError as error:
+        pytest.skip(str(error))
+
+    def call(name, *arguments, seed=0):
+        """Runs a probe; raises what it reports."""
+        library.simt_seed(ctypes.c_uint64(seed))
+        function = getattr(library, f"probe_{name}")
+        function.restype = ctypes.c_char_p
+        converted = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
+        error = function(*converted)
+        if error:
+            raise RuntimeError(error.decode())
+
+    return call
+
+
+class TestShim:
+    @pytest.mark.parametrize("probe", ["reverse", "reverse_rounds"])
+    def test_a_missing_barrier_gives_wrong_results(self, probes, probe):
+        x, y = torch.randn(4, 64), torch.empty(4, 64)
+        wrong = 0
+        for seed in range(10):
+            probes(probe, x, y, ctypes.c_bool(True), seed=seed)
+            assert torch.equal(y, x.flip(1))
+            probes(probe, x, y, ctypes.c_bool(False), seed=seed)
+            wrong += not torch.equal(y, x.flip(1))
+        assert wrong == 10
+
+    def test_threads_that_disagree_at_a_barrier(self, probes):
+        y = torch.zeros(64)
+        with pytest.raises(RuntimeError, match=r"64 threads of a block disagree: 40 at the barrier .*; 24 finished"):
+            probes("divergent_barrier", y)
+        with pytest.raises(RuntimeError, match=r"disagree: 32 at the barrier .*; 32 at the barrier"):
+            probes("two_barriers", y)
+
+    def test_a_missing_lane(self, probes):
+        with pytest.raises(RuntimeError, match=r"disagree: 2 finished; 62 in the warp operation probes.cu:\d+"):
+            probes("missing_lane", torch.zeros(64))
+
+    def test_shared_memory(self, probes):
+        y = torch.zeros(64)
+        probes("unwritten_shared", y)
+        assert y.isnan().all()
+        with pytest.raises(RuntimeError, match="past its dynamic shared memory"):
+            probes("past_the_end", y)
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            probes("shared_memory", y, ctypes.c_size_t(50_000), ctypes.c_bool(False))
+        probes("shared_memory", y, ctypes.c_size_t(163 * 1024), ctypes.c_bool(True))
+        with pytest.raises(RuntimeError, match="refused"):
+            probes("shared_memory", y, ctypes.c_size_t(163 * 1024 + 1), ctypes.c_bool(True))
+
+    def test_warp_operations(self, probes):
+        x, y = torch.randn(64), torch.empty(8, 64)
+        probes("warp_operations", x, y, seed=3)
+        warp, lane = x.view(2, 32), torch.arange(32)
+        half = x.view(4, 16)
+        expected = [
+            warp[:, lane ^ 5],
+            warp[:, torch.where(lane + 3 < 32, lane + 3, lane)],
+            warp[:, torch.where(lane % 16 >= 3, lane - 3, lane)],
+            warp[:, lane // 8 * 8 + 1],
+            ((warp[:, 16:] > 0) * 2 ** torch.arange(16)).sum(1, keepdim=True).expand(2, 32),
+            (half > 1.5).any(1, keepdim=True).expand(4, 16),
+            (half > -1.5).all(1, keepdim=True).expand(4, 16),
+            half[:, [*range(1, 16), 15]],
+        ]
+        for ours, theirs in zip(y, expected, strict=True):
+            assert torch.equal(ours, theirs.reshape(64).float())
+
+    def test_indices_of_a_three_dimensional_grid(self, probes):
+        y, total = torch.zeros(12 * 60), torch.zeros(2, dtype=torch.int32)
+        probes("indices", y, total, seed=5)
+        assert torch.equal(y, torch.ones_like(y))
+        assert total.tolist() == [720, 11]
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all()))
