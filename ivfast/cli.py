@@ -81,8 +81,8 @@ def friendly(command: Callable) -> Callable:
         except KeyboardInterrupt as stop:
             errors.print(f"\n[yellow]stopped[/yellow] {escape(str(stop).removeprefix('stopped '))}".rstrip())
             raise typer.Exit(130) from None
-        except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-            if debug or isinstance(error, typer.Exit):
+        except (TypeError, ValueError, OSError, ArithmeticError, RuntimeError) as error:
+            if debug or isinstance(error, typer.Exit):  # Exit is a RuntimeError
                 raise
             text = str(error) or type(error).__name__
             if type(error).__name__ == "OutOfMemoryError":

@@ -131,10 +131,8 @@ def read_log(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def curves(
-    series: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str, *, log: Sequence[str] = ()
-) -> Path:
-    """One panel per name of `series`, `(step, value)` each; the panels in `log` have a logarithmic axis."""
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str) -> Path:
+    """One panel per name of `series`, `(step, value)` each; a logarithmic axis where positive values span a lot."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullFormatter
 
@@ -145,7 +143,7 @@ def curves(
         axes = figure.add_subplot(rows, columns, i + 1)
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, color="C0", linewidth=1.3, marker="o" if len(points) < 30 else None, markersize=3)
-        if name in log and min(values) > 0:
+        if 0 < 20 * min(values) < max(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_minor_formatter("{x:g}" if max(values) < 10 * min(values) else NullFormatter())

@@ -66,7 +66,7 @@ def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
         drawn["covariance of the codes"] = pictures.covariance(codes, folder / "covariance.png", title)
     series = _series(Path(out) / "log.jsonl")
     if series:
-        drawn["losses and metrics"] = pictures.curves(series, folder / "curves.png", title, log=("fld",))
+        drawn["losses and metrics"] = pictures.curves(series, folder / "curves.png", title)
     return drawn
 
 
@@ -167,7 +167,7 @@ class Evaluation:
 
     def fld(self):
         z = metrics.codes(self.system, self.dataset.train[:CODES])
-        meaning = f"Fréchet distance of {len(z):,} training codes to N(0, I) (S1)"
+        meaning = f"{len(z):,} training codes against N(0, I) (S1)"
         return [Value("fld", metrics.latent_frechet_distance(z), meaning)]
 
     def reconstruction(self):
@@ -186,14 +186,14 @@ class Evaluation:
 
     def classifier_distance(self):
         classifier, real = classifier_of(self.dataset, device=self.device), self.dataset.train[:REFERENCE]
-        name, accuracy = "frechet_classifier_distance", f"{classifier.accuracy:.1%} test accuracy"
-        distance = [
+        samples, test = (
             metrics.frechet_classifier_distance(classifier, real, images, self.device)
             for images in (self.samples, self.dataset.test)
-        ]
+        )
+        accuracy = f"classifier's accuracy {classifier.accuracy:.1%}"
         return [
-            Value(name, distance[0], f"{self.n:,} samples against {len(real):,} training images; {accuracy}; not FID"),
-            Value(f"{name}_of_test_images", distance[1], f"the yardstick: {len(self.dataset.test):,} real test images"),
+            Value("classifier_distance", samples, f"{self.n:,} samples, Fréchet; not FID; {accuracy}"),
+            Value("classifier_distance_test", test, "the same of the test images, for comparison"),
         ]
 
     def classifier_score(self):
@@ -201,7 +201,7 @@ class Evaluation:
         score, real = (
             metrics.classifier_score(classifier, images, self.device) for images in (self.samples, self.dataset.test)
         )
-        meaning = f"the Inception score's formula, 1 to {len(self.dataset.classes)}; test images reach {real:.2f}"
+        meaning = f"1 to {len(self.dataset.classes)}; test images have {real:.2f}"
         return [Value("classifier_score", score, meaning)]
 
     def modes(self):
@@ -212,11 +212,9 @@ class Evaluation:
         digits = load(base, settings.root, self.dataset.train.shape[-1])
         result = metrics.modes(classifier_of(digits, device=self.device), self.samples, device=self.device)
         return [
-            Value("modes", result.covered, f"of 1,000, among the confident of {self.n:,} samples"),
+            Value("modes", result.covered, f"of 1,000, in the confident ones of {self.n:,} samples"),
             Value("modes_kl", result.kl, "KL of their histogram to the uniform one, nats"),
-            Value(
-                "modes_confident", result.confident, "share of samples whose three digits are classified with p ≥ .9"
-            ),
+            Value("modes_confident", result.confident, "share of samples, all three digits at p >= .9"),
         ]
 
 

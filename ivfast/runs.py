@@ -1,5 +1,6 @@
 """The settings and the folder that a command works with."""
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from .train.run import RESUMABLE
 from .train.settings import Settings, preset
 
 RUNS = Path("runs")
+_FIELDS = [field.name for field in dataclasses.fields(Settings)]
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
@@ -31,6 +33,8 @@ def assignments(pairs: Iterable[str]) -> dict[str, object]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
+        if name not in _FIELDS:
+            raise unknown("setting", name, _FIELDS)
         values[name] = _value(text)
     return values
 
