@@ -47,7 +47,7 @@ __device__ __forceinline__ void fill(float* tile, int rows, int d, F value) {
 }
 
 // The mean of column threadIdx.x % D over the block's own rows. φ and its gradient do not move with x, their rounding
-// does: any point among the particles does as a centre.
+// does: any point among the particles does as a centre. Nobody may be using `scratch`.
 template <int D, class T>
 __device__ __forceinline__ float centre_of(const T* x, int rows, int d, float* scratch) {
   const int column = threadIdx.x % D;
@@ -57,7 +57,6 @@ __device__ __forceinline__ float centre_of(const T* x, int rows, int d, float* s
     const int row = threadIdx.x / D + step * (kThreads / D);
     if (row < rows && column < d) sum += static_cast<float>(x[row * d + column]);
   }
-  __syncthreads();
   scratch[threadIdx.x] = sum;
   __syncthreads();
   float total = 0.f;
