@@ -191,8 +191,8 @@ def train(
         f"[bold]{settings.system}[/bold] on {settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} "
         f"test images {shape}, codes of {settings.latent_dim}, batches of {settings.batch_size}, on {settings.device}"
     )
-    console.print(f"writing to [bold]{escape(str(out))}[/bold]")
-    begin = time.perf_counter()
+    console.print(f"writing to [bold]{escape(str(out))}[/bold]", soft_wrap=True)
+    before, begin = runs.last_step(out) if resume else 0, time.perf_counter()
     history = fit(
         network,
         dataset.train.to(settings.device),
@@ -206,7 +206,9 @@ def train(
     seconds = time.perf_counter() - begin
     trained, _ = load_system(out, settings.device)
     drawn = report.draw(trained, dataset, out)
-    console.print(report.finished(settings, out, history, seconds, drawn))
+    if resume and runs.last_step(out) == before:
+        console.print("The run was complete already: more --epochs or --steps would make it go on.")
+    report.print_end(console, settings, out, history, seconds, drawn)
 
 
 def _labels(network, dataset):
@@ -250,7 +252,9 @@ def sample(
         pictures.samples(images, out, columns)
     else:
         pictures.single(images, out)
-    console.print(f"{n:,} samples of {images.shape[-2]}x{images.shape[-1]} in [bold]{escape(str(out))}[/bold]")
+    console.print(
+        f"{n:,} samples of {images.shape[-2]}x{images.shape[-1]} in [bold]{escape(str(out))}[/bold]", soft_wrap=True
+    )
 
 
 EVALUATE_HELP = f"""

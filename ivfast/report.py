@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from rich import box
-from rich.console import Group
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -97,30 +97,40 @@ def values_table(title: str, values: list[Value]) -> Table:
     return table
 
 
-def finished(settings: Settings, out: Path, history: list[dict], seconds: float, drawn: dict[str, Path]) -> Group:
-    """What the command line prints at the end of a run."""
+def print_end(
+    console: Console, settings: Settings, out: Path, history: list[dict], seconds: float, drawn: dict[str, Path]
+) -> None:
+    """What the command line says at the end of a run: results, files to look at, commands to type next."""
     looks = [record for record in history if record["kind"] == "metrics"]
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"{settings.system} on {settings.data}", title_justify="left"
-    )
-    for column in ("epoch", "step", *(looks[-1]["metrics"] if looks else ())):
-        table.add_column(column, justify="right")
-    best = min(looks, key=lambda look: look["metrics"].get("fld", 0.0), default=None)
-    for label, look in (("best fld", best), ("end", looks[-1] if looks else None)):
-        if look is not None and (label == "end" or (best is not looks[-1] and "fld" in look["metrics"])):
-            cells = (f"{value:.4g}" for value in look["metrics"].values())
-            table.add_row(f"{look['epoch']} ({label})", f"{look['step']:,}", *cells)
-    files = Table.grid(padding=(0, 2))
-    for what, path in {**drawn, "log, one JSON per line": out / "log.jsonl", "settings": out / "config.json"}.items():
-        files.add_row(f"  {path}", f"[dim]{what}[/dim]")
-    more = f"--steps {2 * settings.steps}" if settings.steps else f"--epochs {2 * settings.epochs}"
-    commands = "\n".join(
-        f"  [green]ivfast {escape(command)}[/green]"
-        for command in (f"sample {out} -n 64", f"evaluate {out}", f"train --resume --out {out} {more}")
-    )
     steps = max((record["step"] for record in history), default=0)
-    head = f"{steps:,} steps; this session took {seconds:.1f} s, pictures not counted"
-    return Group(table, head, "", "[bold]Look at[/bold]", files, "", "[bold]Next[/bold]", commands)
+    console.print(
+        f"\n[bold]{settings.system}[/bold] on {settings.data}: {steps:,} steps, {seconds:.1f} s in this session"
+    )
+    if looks:
+        console.print(_metrics_by_epoch(looks))
+    files = {**drawn, "log, one JSON record per line": out / "log.jsonl", "settings": out / "config.json"}
+    wide = max(len(str(path)) for path in files.values())
+    more = f"--steps {2 * settings.steps}" if settings.steps else f"--epochs {2 * settings.epochs}"
+    commands = f"sample {out} -n 64", f"evaluate {out}", f"train --resume --out {out} {more}"
+    lines = ["[bold]Look at[/bold]"]
+    lines += [f"  {escape(f'{path!s:{wide}}')}  [dim]{what}[/dim]" for what, path in files.items()]
+    lines += ["", "[bold]Next[/bold]", *(f"  [green]ivfast {escape(command)}[/green]" for command in commands)]
+    console.print("\n".join(lines), soft_wrap=True)
+
+
+def _metrics_by_epoch(looks: list[dict]) -> Table:
+    """The last values, and those at the lowest FLD where that was earlier."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "epoch", "step", *looks[-1]["metrics"]):
+        table.add_column(column, justify="right")
+    best = min(looks, key=lambda look: look["metrics"].get("fld", 0.0))
+    shown = {"at the end": looks[-1]}
+    if "fld" in best["metrics"] and best is not looks[-1]:
+        shown = {"lowest fld": best, **shown}
+    for label, look in shown.items():
+        cells = (f"{value:.4g}" for value in look["metrics"].values())
+        table.add_row(label, str(look["epoch"]), f"{look['step']:,}", *cells)
+    return table
 
 
 class Evaluation:

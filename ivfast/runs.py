@@ -1,6 +1,5 @@
 """The settings and the folder that a command works with."""
 
-import dataclasses
 import difflib
 import json
 from collections.abc import Iterable
@@ -9,13 +8,14 @@ from pathlib import Path
 import torch
 
 from . import models
+from .pictures import read_log
 from .sources import DATASETS
 from .train.checkpoint import load_system
 from .train.run import RESUMABLE
 from .train.settings import Settings, preset
 
 RUNS = Path("runs")
-_FIELDS = [field.name for field in dataclasses.fields(Settings)]
+_DEFAULTS = Settings().to_dict()
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
@@ -33,9 +33,11 @@ def assignments(pairs: Iterable[str]) -> dict[str, object]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
-        if name not in _FIELDS:
-            raise unknown("setting", name, _FIELDS)
+        if name not in _DEFAULTS:
+            raise unknown("setting", name, _DEFAULTS)
         values[name] = _value(text)
+        if isinstance(values[name], str) and not isinstance(_DEFAULTS[name], str):
+            raise ValueError(f"--set {name} takes a JSON value like {json.dumps(_DEFAULTS[name])}, got {text!r}")
     return values
 
 
@@ -46,14 +48,19 @@ def _value(text: str) -> object:
         return text
 
 
-def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
-    """Settings and folder of a new run: the paper's, where `given` does not say otherwise."""
-    name, data = str(given.get("system", "ivaae-rad")), str(given.get("data", "digits"))
+def system_name(name: str) -> str:
+    """The name that an alias stands for; ValueError for a system that does not exist."""
     if name not in models.SYSTEMS and name not in models.ALIASES:
         raise unknown("system", name, [*models.SYSTEMS, *models.ALIASES])
+    return models.find(name)[0]
+
+
+def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
+    """Settings and folder of a new run: the paper's, where `given` does not say otherwise."""
+    name, data = system_name(str(given.get("system", "ivaae-rad"))), str(given.get("data", "digits"))
     _known_data(data)
     defaults = preset(name, data)
-    settings = Settings.from_dict({**defaults.to_dict(), **given, "system": defaults.system})
+    settings = Settings.from_dict({**defaults.to_dict(), **given, "system": name})
     check_device(settings.device)
     out = out or _next_folder(RUNS, f"{settings.system}-{data.replace(':', '-')}")
     if (out / "config.json").exists():
@@ -69,6 +76,8 @@ def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]
         raise ValueError(f"--resume needs the run's folder by --out{hint}")
     settings = config(out)
     saved = settings.to_dict()
+    if "system" in given:
+        given = {**given, "system": system_name(str(given["system"]))}
     for name, value in given.items():
         if name in saved and saved[name] != value and name not in RESUMABLE:
             raise ValueError(
@@ -117,3 +126,9 @@ def trained(run: Path, device: str | None):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     return load_system(run, device)
+
+
+def last_step(run: Path) -> int:
+    """The last step in the log of a run; 0 without one."""
+    log = run / "log.jsonl"
+    return max((record["step"] for record in read_log(log)), default=0) if log.is_file() else 0

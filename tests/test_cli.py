@@ -1,0 +1,285 @@
+"""The command line as a person uses it: short real runs on digits, and every error in one line."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from ivfast import cli, data, metrics, models, report, sources
+from ivfast.train.checkpoint import LAST, load_system
+
+MAIN = "from ivfast.cli import main; main()"  # what the installed command does
+SMALL = ("--set", "width=64", "--set", "discriminator_width=64", "--set", "tensorboard=false", "--device", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+def ivfast(*arguments, code=0):
+    """Output of a command, both streams, as one line per sentence."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    if result.exit_code != code and result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def subprocess_of(*arguments, **keywords):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, *map(str, arguments)],
+        env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords,
+    )  # fmt: skip
+
+
+def log(run):
+    return [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One trained run, not to be changed."""
+    out = tmp_path_factory.mktemp("run") / "rad"
+    result = CliRunner().invoke(cli.app, ["train", "--epochs", "4", "--out", str(out), "--seed", "5", *SMALL])
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def test_train_with_defaults_makes_numbered_run_folders_and_says_what_is_where():
+    for n in (1, 2):
+        text = ivfast("train", "--epochs", 1, *SMALL)
+        folder = Path("runs") / f"ivaae-rad-digits-{n}"
+        assert f"writing to {folder}" in text
+        assert "1,497 training and 300 test images 1x8x8, codes of 16" in text
+        named = re.findall(rf"^  ({folder}\S+)", text, re.MULTILINE)
+        assert len(named) == 7
+        assert all(Path(name).is_file() for name in named)
+        for command in (f"sample {folder} -n 64", f"evaluate {folder}", f"train --resume --out {folder} --epochs 2"):
+            assert f"ivfast {command}\n" in text
+        assert load_file(folder / LAST)
+
+
+def test_options_reach_the_settings_and_training_improves(run):
+    saved = json.loads((run / "config.json").read_text())
+    assert (saved["system"], saved["data"], saved["epochs"], saved["seed"]) == ("ivaae-rad", "digits", 4, 5)
+    assert (saved["width"], saved["tensorboard"]) == (64, False)
+    losses = [record["losses"]["autoencoder/recon"] for record in log(run) if record["kind"] == "losses"]
+    assert losses[-1] < 0.7 * losses[0]
+    ivfast(
+        "train", "aae", "--epochs", 1, "--batch-size", 100, "--latent-dim", 8, "--image-size", 12, "--ema", 0.9,
+        "--precision", "bf16", "--set", 'learning_rates={"default": 0.002}', "--out", "other", *SMALL,
+    )  # fmt: skip
+    saved = json.loads(Path("other/config.json").read_text())
+    expected = {
+        "system": "wae-gan", "batch_size": 100, "latent_dim": 8, "image_size": 12, "ema": 0.9, "precision": "bf16",
+        "learning_rates": {"default": 0.002},
+    }  # fmt: skip
+    assert {name: saved[name] for name in expected} == expected
+    system, _ = load_system("other")
+    assert system.image_shape == (1, 12, 12)
+
+
+def test_the_metrics_of_the_log_are_those_of_the_saved_system(run):
+    system, _ = load_system(run)
+    digits = data.load("digits")
+    last = [record for record in log(run) if record["kind"] == "metrics"][-1]["metrics"]
+    mse, psnr = metrics.reconstruction(system, digits.test)
+    fld = metrics.latent_frechet_distance(metrics.codes(system, digits.train))
+    assert last == pytest.approx({"fld": fld, "mse": mse, "psnr": psnr}, rel=1e-4)
+
+
+def test_resume_goes_on_where_the_run_stood(run):
+    ivfast("train", "--epochs", 2, "--seed", 5, "--out", "half", *SMALL)
+    text = ivfast("train", "--resume", "--out", "half", "--epochs", 4)
+    assert "92 steps" in text
+    whole, half = load_file(run / LAST), load_file("half" / LAST)
+    for name in whole:
+        if name.startswith("weights/"):
+            torch.testing.assert_close(half[name], whole[name], rtol=0, atol=0)
+    steps = [record["step"] for record in log("half") if record["kind"] == "metrics"]
+    assert steps == sorted(set(steps))
+    assert "complete already" in ivfast("train", "--resume", "--out", "half")
+
+
+def test_sample_draws_the_same_grid_for_the_same_seed(run, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        ivfast("sample", run, "-n", 20, "--columns", 5, "--seed", seed, "--out", f"{name}/grid.png")
+    a, b, c = (Image.open(tmp_path / name / "grid.png") for name in "abc")
+    assert a.tobytes() == b.tobytes() != c.tobytes()
+    assert a.width / a.height == pytest.approx(5 / 4, rel=0.02)
+    system, _ = load_system(run)
+    ivfast("sample", run, "-n", 3, "--seed", 1, "--out", "files")
+    expected = metrics.generate(system, 3, seed=1)
+    for i, image in enumerate(expected):
+        assert Image.open(tmp_path / "files" / f"{i:06d}.png").tobytes() == image.numpy().tobytes()
+
+
+def test_evaluate_writes_and_prints_what_the_metrics_give(run):
+    text = ivfast("evaluate", run, "--samples", 300)
+    values = json.loads((run / "metrics.json").read_text())
+    system, _ = load_system(run)
+    digits = data.load("digits")
+    assert values["fld"] == pytest.approx(metrics.latent_frechet_distance(metrics.codes(system, digits.train)))
+    assert values["mse"] == pytest.approx(metrics.reconstruction(system, digits.test).mse)
+    assert values["classifier_distance"] > values["classifier_distance_test"] > 0
+    assert 1 <= values["classifier_score"] <= 10
+    for name in ("fld", "mse", "psnr", "classifier_distance", "classifier_distance_test", "classifier_score"):
+        assert re.search(rf"{name} +{values[name]:.4g} ", text)
+    assert 97 < float(re.search(r"accuracy ([\d.]+)%", text)[1]) <= 100
+    ivfast("evaluate", run, "--metrics", "reconstruction")
+    assert set(json.loads((run / "metrics.json").read_text())) == {"mse", "psnr", "samples", "seed"}
+
+
+def test_modes_of_a_stacked_run(monkeypatch):
+    monkeypatch.setattr(sources, "STACKED", (300, 100))
+    ivfast("train", "wae-mmd", "--data", "stacked-digits", "--set", "net=mlp", "--image-size", 8, "--batch-size", 50,
+           "--latent-dim", 8, "--epochs", 1, "--out", "stacked", *SMALL)  # fmt: skip
+    text = ivfast("evaluate", "stacked", "--samples", 200)
+    values = json.loads(Path("stacked/metrics.json").read_text())
+    assert 0 <= values["modes"] <= 200
+    assert 0 <= values["modes_confident"] <= 1
+    assert "modes_kl" in text
+
+
+ERRORS = {
+    "no such system": (["train", "waegan"], r"no system 'waegan'; did you mean wae-gan\? Known: .*ivaae-rad"),
+    "no such data set": (["train", "--data", "celebs"], r"no data set 'celebs'; did you mean celeba\?"),
+    "data not there": (["train", "--data", "mnist", "--root", "here"], r"MNIST is not in .*here/MNIST/raw.*--download"),
+    "no such setting": (["train", "--set", "widht=3"], r"no setting 'widht'; did you mean width\?"),
+    "setting without value": (["train", "--set", "width"], r"--set takes NAME=VALUE, got 'width'"),
+    "setting of a wrong type": (["train", "--set", "lam=much"], r"--set lam takes a JSON value like 1.0, got 'much'"),
+    "setting that is no JSON": (["train", "--set", "tensorboard=False"], r"tensorboard takes .*like true, got 'False'"),
+    "batch too large": (["train", "--batch-size", "5000"], r"batch_size must be at most .*1497, got 5000"),
+    "no such device": (["train", "--device", "gpu"], r"--device must be cpu, cuda or cuda:N, got 'gpu'"),
+    "absent device": (["train", "--device", "cuda:99"], r"--device cuda:99 is not there: torch .* use --device cpu"),
+    "resume what": (["train", "--resume"], r"--resume needs the run's folder by --out"),
+    "resume nothing": (["train", "--resume", "--out", "nope"], r"nope is not the folder of a run"),
+    "sample nothing": (["sample", "nope"], r"nope is not the folder of a run.*ivfast train makes one"),
+    "evaluate nothing": (["evaluate", "nope"], r"nope is not the folder of a run"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS.values(), ids=ERRORS)
+def test_error_in_one_line(arguments, message):
+    text = ivfast(*arguments, code=2)
+    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert re.search(message, line)
+    assert "Traceback" not in text
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "wae-mmd", "--resume", "--out"), r"--system: .* has ivaae-rad, .* cannot change it to wae-mmd"),
+        (("train", "--latent-dim", "3", "--resume", "--out"), r"--latent-dim: the run .* has 16"),
+        (("train", "--out"), r"holds a run already; add --resume"),
+        (("evaluate", "--metrics", "flt"), r"no metric 'flt'; did you mean fld\?"),
+        (("evaluate", "--metrics", "modes"), r"modes needs a stacked data set, got digits"),
+        (
+            ("evaluate", "--metrics", "fid", "--inception-weights", "none.pth"),
+            r"none\.pth is not there.*classifier-dis",
+        ),
+    ],
+)
+def test_error_about_a_run(run, arguments, message):
+    before = (run / "config.json").read_bytes()
+    line = ivfast(*arguments, run, code=2).splitlines()[-1]
+    assert re.search(message, line)
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_damaged_checkpoint_in_one_line(run, tmp_path):
+    (tmp_path / "broken" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "broken" / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / "broken" / LAST).write_bytes((run / LAST).read_bytes()[:5000])
+    assert re.search(r"error: .*last\.safetensors: it is not a whole", ivfast("sample", "broken", code=2))
+
+
+def test_debug_shows_the_traceback():
+    result = CliRunner().invoke(cli.app, ["train", "waegan", "--debug"])
+    assert isinstance(result.exception, ValueError)
+
+
+def test_divergence_names_the_term():
+    text = ivfast(
+        "train", "--epochs", 1, "--set", "lam=1e38", "--set", 'learning_rates={"default": 1e30}', *SMALL, code=2
+    )
+    assert re.search(r"error: the term '\w+' of phase '\w+' became (nan|inf|-inf) at step \d+", text)
+
+
+def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path):
+    out = tmp_path / "stopped"
+    process = subprocess_of("train", "--epochs", 2000, "--out", out, *SMALL, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    step = int(re.search(r"stopped after step (\d+); resume with: ivfast train --resume --out", errors)[1])
+    assert "Traceback" not in errors
+    epochs = step // 23 + 1
+    assert f"{23 * epochs} steps" in ivfast("train", "--resume", "--out", out, "--epochs", epochs)
+
+
+@pytest.mark.parametrize(
+    ("command", "wanted"), [(("-m", "ivfast"), "CPU tensors"), (("-c", MAIN, "--help"), "evaluate")]
+)
+def test_entry_points_in_fresh_processes(tmp_path, command, wanted):
+    done = subprocess.run([sys.executable, *command], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert wanted in done.stdout
+
+
+def test_info_agrees_with_the_registry():
+    from ivfast._registry import OPS
+
+    text = ivfast("info")
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in OPS}
+    assert set(lines) >= {name for name in OPS if not name.endswith("_backward")}
+    for name, line in lines.items():
+        assert (line[1] == "C++") == (OPS[name].missing("cpu", "cpu") is None)
+        assert ("Triton" in line) == (OPS[name].missing("triton", "cuda") is None)
+
+
+def test_help_lists_every_system_data_set_and_metric():
+    train, evaluate = ivfast("train", "--help"), ivfast("evaluate", "--help")
+    assert set(cli.SYSTEMS) == set(models.SYSTEMS)
+    assert set(cli.METRICS) == set(report.METRICS)
+    for name in (*models.SYSTEMS, *sources.DATASETS):
+        assert re.search(rf"^ *.*\b{re.escape(name)}\b", train, re.MULTILINE)
+    for name in report.METRICS:
+        assert f"  {name} " in evaluate
+
+
+def test_bare_command_teaches():
+    result = CliRunner().invoke(cli.app, [])
+    assert "train" in result.output
+    assert "evaluate" in result.output
