@@ -199,8 +199,8 @@ def table(report: dict) -> str:
         "compute-sanitizer: "
         + ("; ".join(f"{tool} {r['status']}" for tool, r in report["sanitizer"].items()) or "not run"),
         "",
-        f"Empty launch {number(limit['empty_launch_call_us'])} µs by call, {number(limit['empty_launch_device_us'])} µs on the"
-        f" device; copy {limit['copy_bytes_per_s'] / 1e9:.0f} GB/s read and written.",
+        f"Empty launch {number(limit['empty_launch_call_us'])} µs by call,"
+        f" {number(limit['empty_launch_device_us'])} µs on the device; copy {limit['copy_bytes_per_s'] / 1e9:.0f} GB/s read and written.",
         "",
         "| op | size | dtype | what | by | call µs | device µs | rate on the device | peak MB |",
         "|---|---|---|---|---|---|---|---|---|",
