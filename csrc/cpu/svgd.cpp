@@ -69,8 +69,8 @@ class Workspace {
 };
 
 // Rows of a block: few enough blocks that handing them out is cheap, enough of them for many threads, and two tiles of
-// wide rows so that a tile's rows are used twice from the second-level cache. Never a function of the number of threads:
-// the blocks decide the order of every sum.
+// wide rows so that a tile's rows are used twice from the second-level cache. Never a function of the number of
+// threads: the blocks decide the order of every sum.
 int64_t block_rows(int64_t n, int64_t d) {
   const int64_t edge = svgd_tile(n), least = n >= 1024 && d >= 256 ? 2 * edge : edge;
   return std::clamp<int64_t>((n / 32 + edge - 1) / edge * edge, least, 512);

@@ -1,8 +1,10 @@
 // The stages of the SVGD direction and of its gradient; included once per instruction set.
 //
 // K' = K − I, r' = K'1: a particle's own term is added apart and exactly, however narrow the kernel. With X centred,
-// V = αS − βX, γβ = 2/h and γα = 1,   φ_i = (1/n) [s_i + γ (K'V + β r'∘X)_i].   Backward, with B_ij = k'_ij (g_i·v_j +
-// v_i·g_j + β g_i·x_i + β g_j·x_j), D = (γ/n) [(B1)∘X − BX] and E = (1/n) [r'∘G − K'G],
+// V = αS − βX, γα = 1 and γβ = 2/h,
+//   φ_i = (1/n) [s_i + γ (K'V + β r'∘X)_i].
+// Backward, with B_ij = k'_ij (g_i·v_j + v_i·g_j + β g_i·x_i + β g_j·x_j), D = (γ/n) [(B1)∘X − BX] and
+// E = (1/n) [r'∘G − K'G],
 //   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
 #pragma once
 
@@ -58,33 +60,49 @@ int64_t workspace_bytes(int64_t n, int64_t d) {
   return View<T>(set, backward).bytes;
 }
 
-// Any centre serves: φ's kernel part does not move with x, its rounding does.
-template <class S, class T, bool backward>
-void centre(const SvgdSet& set) {
-  const View<T> w(set, backward);
-  const S* x = static_cast<const S*>(set.x);
-  for (int64_t k = 0; k < w.width; ++k) w.mean[k] = 0;
-  for (int64_t i = 0; i < w.n; ++i)
-    for (int64_t k = 0; k < w.d; ++k) w.mean[k] += load(x[i * w.d + k]);
-  for (int64_t k = 0; k < w.d; ++k) w.mean[k] /= T(w.n);
-}
-
-// lanes [0, count) of a row, zeros behind
+// The first `count` lanes, zeros behind; `available` elements may be read.
 template <class T, class S>
-IVFAST_INLINE Vec<T> load_lanes(const S* from, int64_t count) {
-  alignas(64) T value[lanes<T>] = {};
-  if (count >= lanes<T>)
-    for (int l = 0; l < lanes<T>; ++l) value[l] = load(from[l]);
-  else
+IVFAST_INLINE Vec<T> load_lanes(const S* from, int64_t count, int64_t available) {
+  constexpr int L = lanes<T>;
+  alignas(64) T value[L] = {};
+  if (available < L) {
     for (int64_t l = 0; l < count; ++l) value[l] = load(from[l]);
-  return at(value);
+    return at(value);
+  }
+  for (int l = 0; l < L; ++l) value[l] = load(from[l]);
+  if (count >= L) return at(value);
+  typename Simd<T>::Bits lane;
+  for (int l = 0; l < L; ++l) lane[l] = l;
+  return lane < typename Simd<T>::Bits{} + typename Simd<T>::Scalar(count) ? at(value) : Vec<T>{};
 }
 
 // Rows of lanes × lanes into a panel [d, lanes] at its columns [k, k + count).
 template <class T>
-IVFAST_INLINE void store_panel(T* panel, const T (&block)[lanes<T>][lanes<T>], int64_t k, int64_t count) {
-  for (int64_t c = 0; c < count; ++c)
-    for (int r = 0; r < lanes<T>; ++r) panel[(k + c) * lanes<T> + r] = block[r][c];
+IVFAST_INLINE void store_panel(T* panel, Vec<T> (&rows)[lanes<T>], int64_t k, int64_t count) {
+  transpose<T>(rows);
+  if (count >= lanes<T>)
+#pragma GCC unroll 16
+    for (int c = 0; c < lanes<T>; ++c) at(panel + (k + c) * lanes<T>) = rows[c];
+  else
+    for (int64_t c = 0; c < count; ++c) at(panel + (k + c) * lanes<T>) = rows[c];
+}
+
+// Any centre serves: φ's kernel part does not move with x, its rounding does.
+template <class S, class T, bool backward>
+void centre(const SvgdSet& set) {
+  constexpr int L = lanes<T>, chains = 4;
+  const View<T> w(set, backward);
+  for (int64_t k = 0; k < w.width; k += L) {
+    const S* x = static_cast<const S*>(set.x) + k;
+    const int64_t count = w.d - k < L ? w.d - k : L;
+    Vec<T> sum[chains] = {};
+    int64_t i = 0;
+    for (; i + chains <= w.n; i += chains)
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; ++c) sum[c] += load_lanes<T>(x + (i + c) * w.d, count, (w.n - i - c) * w.d - k);
+    for (; i < w.n; ++i) sum[0] += load_lanes<T>(x + i * w.d, count, (w.n - i) * w.d - k);
+    at(w.mean + k) = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / T(w.n);
+  }
 }
 
 // Converts, centres and pads the rows [first, last), both multiples of lanes.
@@ -96,19 +114,19 @@ IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int
   for (int64_t i = first; i < last; i += L) {
     for (int64_t k = 0; k < w.width; k += L) {
       const int64_t count = w.d - k < L ? w.d - k : L;
-      alignas(64) T X[L][L], V[L][L], G[L][L];
+      Vec<T> X[L], V[L], G[L];
       for (int r = 0; r < L; ++r) {
-        const int64_t row = i + r, from = row * w.d + k, to = row * w.ld + k;
+        const int64_t row = i + r, from = row * w.d + k, to = row * w.ld + k, available = w.n * w.d - from;
         Vec<T> xr = {}, vr = {}, gr = {};
         if (row < w.n) {
-          const Vec<T> raw = load_lanes<T>(x + from, count);
+          const Vec<T> raw = load_lanes<T>(x + from, count, available);
           xr = raw - at(w.mean + k);
-          vr = w.alpha * (score ? load_lanes<T>(score + from, count) : -raw) - w.beta * xr;
-          if constexpr (backward) gr = load_lanes<T>(grad + from, count);
+          vr = w.alpha * (score ? load_lanes<T>(score + from, count, available) : -raw) - w.beta * xr;
+          if constexpr (backward) gr = load_lanes<T>(grad + from, count, available);
         }
-        at(X[r]) = xr;
+        X[r] = xr;
         if constexpr (backward) {
-          at(V[r]) = vr, at(G[r]) = gr;
+          V[r] = vr, G[r] = gr;
           at(w.x + to) = xr, at(w.g + to) = gr, at(w.bx + to) = Vec<T>{}, at(w.kg + to) = Vec<T>{};
         } else {
           at(w.v + to) = vr, at(w.kv + to) = Vec<T>{};
@@ -137,7 +155,8 @@ IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int
 // The tiles of rows [i, i_end) and [j, j_end), at most `tile` each.
 template <class T, bool backward>
 void pair_tile(const View<T>& w, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
-  const int64_t rows = i_end - i, cols = j_end - j, row_groups = round_up(rows, group<T>), col_groups = round_up(cols, group<T>);
+  const int64_t rows = i_end - i, cols = j_end - j;
+  const int64_t row_groups = round_up(rows, group<T>), col_groups = round_up(cols, group<T>);
   const Range t{i, row_groups, j, round_up(cols, lanes<T>)};
   const bool diagonal = i == j;
   const auto add = [&](const T* K, T* sums, T* out, const T* y) __attribute__((always_inline)) {

@@ -1,8 +1,10 @@
 // Tiles of the SVGD kernel matrix, in vectors of IVFAST_VECTOR_BYTES; included once per instruction set.
 //
-// t_ij = x_i·x_j − ‖x_i‖²/2 − ‖x_j‖²/2 = −‖x_i − x_j‖²/2 and k_ij = 2^(t_ij · 2 log2(e)/h). A tile of K is at most 64×64
-// and lives on the stack. K is symmetric: a tile (I, J) serves the sums of the rows I and, transposed, of the rows J.
+// t_ij = x_i·x_j − ‖x_i‖²/2 − ‖x_j‖²/2 = −‖x_i − x_j‖²/2 and k_ij = 2^(t_ij · 2 log2(e)/h). A tile of K is at most
+// 64×64 and lives on the stack. K is symmetric: a tile (I, J) serves the sums of the rows I and, transposed, of the rows J.
 #pragma once
+
+#include <utility>
 
 #include "../math.h"
 #include "svgd.h"
@@ -18,12 +20,14 @@ struct Simd;
 template <>
 struct Simd<float> {
   typedef float Vector __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
-  typedef int32_t Bits __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
+  using Scalar = int32_t;
+  typedef Scalar Bits __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
 };
 template <>
 struct Simd<double> {
   typedef double Vector __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
-  typedef int64_t Bits __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
+  using Scalar = int64_t;
+  typedef Scalar Bits __attribute__((vector_size(IVFAST_VECTOR_BYTES), may_alias));
 };
 template <class T>
 using Vec = typename Simd<T>::Vector;
@@ -44,6 +48,28 @@ IVFAST_INLINE const Vec<T>& at(const T* p) {
   return *reinterpret_cast<const Vec<T>*>(p);
 }
 IVFAST_INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+template <class T, int step, int... lane>
+IVFAST_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, lane...>) {
+  constexpr int L = lanes<T>;
+#if defined(__clang__) || __GNUC__ >= 12
+  const Vec<T> low = __builtin_shufflevector(a, b, (lane & step ? L + lane - step : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & step ? L + lane : lane + step)...);
+#else
+  const Vec<T> low = __builtin_shuffle(a, b, typename Simd<T>::Bits{(lane & step ? L + lane - step : lane)...});
+  b = __builtin_shuffle(a, b, typename Simd<T>::Bits{(lane & step ? L + lane : lane + step)...});
+#endif
+  a = low;
+}
+
+// log2(lanes) rounds, each of which swaps the off-diagonal blocks of every square of 2 step
+template <class T, int step = lanes<T> / 2>
+IVFAST_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < lanes<T>; ++r)
+    if (!(r & step)) swap_blocks<T, step>(rows[r], rows[r + step], std::make_integer_sequence<int, lanes<T>>());
+  if constexpr (step > 1) transpose<T, step / 2>(rows);
+}
 
 // A matrix [n, d] as panels of `lanes` rows, each [d, lanes]: element (i, k) of row i is row(i)[k * lanes].
 template <class T>
@@ -80,7 +106,7 @@ IVFAST_INLINE void columns(int64_t vectors, const F& f, int64_t first = 0) {
     if (first < vectors) columns<T, C - 1>(vectors, f, first);
 }
 
-// Rows [i, i + rows) against rows [j, j + cols) of matrices padded with zeros: rows in whole groups, cols in whole vectors.
+// Rows [i, i + rows) against rows [j, j + cols) of matrices padded with zeros: whole groups against whole vectors.
 struct Range {
   int64_t i, rows, j, cols;
 };
@@ -141,8 +167,8 @@ IVFAST_INLINE void gradient_tile(T* B, const T* K, const T* g, const T* v, const
   });
 }
 
-// out_i += Σ_j K_ij y_j for `rows` rows i, in whole groups, and `cols` columns j; K_ij at K[i * row_step + j * column_step].
-// The tile's sum starts from 0: the long sum over tiles is rounded once per tile.
+// out_i += Σ_j K_ij y_j for `rows` rows i, in whole groups, and `cols` columns j; K_ij at i * row_step +
+// j * column_step. The tile's sum starts from 0: the long sum over tiles is rounded once per tile.
 template <int row_step, int column_step, class T>
 IVFAST_INLINE void accumulate(T* out, const T* K, const T* y, int64_t rows, int64_t cols, int64_t ld, int64_t width) {
   constexpr int R = group<T>, L = lanes<T>;
@@ -171,12 +197,15 @@ IVFAST_INLINE void accumulate(T* out, const T* K, const T* y, int64_t rows, int6
 template <class T>
 IVFAST_INLINE void add_row_sums(T* out, const T* K, int64_t rows, int64_t cols) {
   constexpr int L = lanes<T>;
-  for (int64_t i = 0; i < rows; ++i) {
-    Vec<T> sum = {};
-    for (int64_t j = 0; j < cols; j += L) sum += at(K + i * tile + j);
-    T total = 0;
-    for (int l = 0; l < L; ++l) total += sum[l];
-    out[i] += total;
+  for (int64_t i = 0; i < rows; i += L) {
+    Vec<T> sums[L] = {}, total = {};
+#pragma GCC unroll 16
+    for (int r = 0; r < L; ++r)
+      for (int64_t j = 0; i + r < rows && j < cols; j += L) sums[r] += at(K + (i + r) * tile + j);
+    transpose<T>(sums);
+#pragma GCC unroll 16
+    for (int l = 0; l < L; ++l) total += sums[l];
+    at(out + i) += total;
   }
 }
 
