@@ -281,6 +281,22 @@ def test_log_holds_the_means_over_the_steps_in_which_a_phase_ran(images, tmp_pat
     ]
 
 
+def test_tensorboard_holds_the_lines_of_the_log(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = small(steps=12, tensorboard=True)
+    train(settings, images, tmp_path)
+    settings = dataclasses.replace(settings, steps=24)
+    _, history = train(settings, images, tmp_path, resume=True, evaluate=lambda system: {"fld": 2.0})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("losses/autoencoder/recon")
+    assert [event.step for event in scalars] == [6, 12, 18, 24]
+    expected = [line["losses"]["autoencoder/recon"] for line in losses(history)]
+    assert [event.value for event in scalars] == pytest.approx(expected, rel=1e-6)
+    assert [(event.step, event.value) for event in events.Scalars("metrics/fld")] == [(14, 2.0), (24, 2.0)]
+
+
 def test_learning_rates_follow_the_milestones(images, tmp_path):
     rates = {"encoder": 1e-3, "decoder": 1e-3, "discriminator": 4e-4}
     settings = small(steps=4 * PER_EPOCH, log_every=PER_EPOCH, milestones={1: 0.5, 3: 0.1}, learning_rates=rates)
@@ -411,6 +427,10 @@ def test_fit_refuses_what_it_cannot_do(images, tmp_path):
         train(dataclasses.replace(settings, latent_dim=4), images, tmp_path / "run", resume=True)
     with pytest.raises(CheckpointError, match="its data order is of 60 images, not 59"):
         train(dataclasses.replace(settings, steps=4), images[:59], tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"images must have shape \[N, 1, 8, 8\], got \(60, 1, 8, 4\)"):
+        train(settings, images[..., :4], tmp_path / "x")
+    with pytest.raises(ValueError, match="images must be on the system's device cpu, got meta"):
+        train(settings, images.to("meta"), tmp_path / "x")
     other = dataclasses.replace(settings, seed=settings.seed + 1)
     with pytest.raises(ValueError, match=r"settings\.seed must match those the system was built from"):
         fit(build(settings, SHAPE), images, other, tmp_path / "x", progress=False)

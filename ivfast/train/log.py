@@ -74,6 +74,7 @@ class Bar:
             disable=not shown,
             console=console,
         )
+        self.total, self.moved = total, 0.0
         self.task = self.progress.add_task("train", total=total, completed=done, rate="", losses="")
 
     def __enter__(self) -> "Bar":
@@ -84,7 +85,10 @@ class Bar:
         self.progress.stop()
 
     def at(self, step: int) -> None:
-        self.progress.update(self.task, completed=step)
+        now = time.perf_counter()
+        if now - self.moved > 0.1 or step == self.total:  # an update costs as much as a few kernel launches
+            self.progress.update(self.task, completed=step)
+            self.moved = now
 
     def report(self, losses: dict[str, float], images_per_second: float) -> None:
         text = "  ".join(f"{name.split('/', 1)[0][:4]}/{name.split('/', 1)[1]} {v:.4g}" for name, v in losses.items())

@@ -62,7 +62,8 @@ def fit(
         The lines of log.jsonl (see `Log`).
 
     Raises:
-        ValueError: fewer images than a batch; settings that differ from the system's or the checkpoint's.
+        ValueError: images of another shape or device, fewer than a batch; settings that differ from the system's or
+            the checkpoint's.
         FileExistsError: `out` holds a run already and `resume` is False.
         NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
         CheckpointError: a checkpoint cannot be written or read.
@@ -70,6 +71,7 @@ def fit(
     """
     out = Path(out)
     same_settings(settings, system.settings, "those the system was built from", RESUMABLE - {"device"})
+    _check_images(images, system)
     if not resume and (out / checkpoint.LAST).exists():
         raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
     with torch.random.fork_rng(devices=cuda_devices(settings.device)):
@@ -79,6 +81,13 @@ def fit(
         out.mkdir(parents=True, exist_ok=True)
         settings.save(out / "config.json")
         return _train(run, resume, evaluate, draw, progress)
+
+
+def _check_images(images: Tensor, system: System) -> None:
+    if tuple(images.shape[1:]) != system.image_shape:
+        raise ValueError(f"images must have shape [N, {str(system.image_shape)[1:-1]}], got {tuple(images.shape)}")
+    if images.device.type != torch.device(system.settings.device).type:
+        raise ValueError(f"images must be on the system's device {system.settings.device}, got {images.device}")
 
 
 def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[str, object]]:
