@@ -148,13 +148,16 @@ double run(SvgdSet set, const SvgdStages& stages, bool threaded) {
   return gradient;
 }
 
+// What is worth a second thread, in flop: about 150 µs of one core. A busy machine delays each join by milliseconds.
+constexpr int64_t worth_a_thread = 16'000'000;
+
 // `run` for each particle set, then `done`: threads share a large set, or take small sets each.
 template <class SetOf, class Done>
 void run_batch(int64_t batch, const SvgdStages& stages, const SetOf& set_of, const Done& done) {
   if (batch == 0) return;
   const SvgdSet set = set_of(0);
   const int64_t cost = set.n * set.n * (set.d + 8) * (set.grad ? 7 : 3);  // flop, about
-  const bool large = cost > 4'000'000;
+  const bool large = cost > worth_a_thread;
   if (batch == 1 || (large && batch < int64_t(torch::stable::get_num_threads()))) {
     for (int64_t i = 0; i < batch; ++i) done(i, run(set_of(i), stages, large));
     return;
@@ -162,7 +165,7 @@ void run_batch(int64_t batch, const SvgdStages& stages, const SetOf& set_of, con
   const auto range = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) done(i, run(set_of(i), stages, false));
   };
-  const int64_t grain = std::max<int64_t>(1, 4'000'000 / cost);
+  const int64_t grain = std::max<int64_t>(1, worth_a_thread / cost);
   if (batch <= grain)
     range(0, batch);
   else
