@@ -200,7 +200,8 @@ def table(report: dict) -> str:
         + ("; ".join(f"{tool} {r['status']}" for tool, r in report["sanitizer"].items()) or "not run"),
         "",
         f"Empty launch {number(limit['empty_launch_call_us'])} µs by call,"
-        f" {number(limit['empty_launch_device_us'])} µs on the device; copy {limit['copy_bytes_per_s'] / 1e9:.0f} GB/s read and written.",
+        f" {number(limit['empty_launch_device_us'])} µs on the device;"
+        f" copy {limit['copy_bytes_per_s'] / 1e9:.0f} GB/s read and written.",
         "",
         "| op | size | dtype | what | by | call µs | device µs | rate on the device | peak MB |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -85,7 +85,7 @@ def _backward_kernel(p_grad, p_logits, p_weights, p_lse, p_dlogits, n, R, C, ROW
             column = start + tl.arange(0, COLUMNS)
             mask = inside[:, None] & (column < C)[None, :]
             offset = row[:, None] * C + column[None, :]
-            b_x = tl.load(p_logits + tile + offset, mask=mask, other=0.0).to(dtype)
+            b_x = tl.load(p_logits + tile + offset, mask=mask, other=float("-inf")).to(dtype)
             # ∂CE/∂x = (softmax − onehot) π_c/n, scaled before it is rounded
             b_onehot = tl.where(column[None, :] == label[:, None], 1.0, 0.0)
             b_dx = (tl.exp(b_x - b_lse[:, None]) - b_onehot) * b_scale[:, None]
