@@ -182,6 +182,7 @@ struct Shape {
     batch.assign(sizes.begin(), sizes.end() - 2);
     n = full[full.size() - 2], d = full.back();
     for (int64_t size : batch) sets *= size;
+    STD_TORCH_CHECK(n >= 1 && d >= 1, "x must hold n >= 1 samples of d >= 1 dimensions, got n = ", n, ", d = ", d);
   }
 };
 
