@@ -315,6 +315,8 @@ class TestSvgd:
                 ivfast.svgd_direction(torch.randn(5, 129), bandwidth=1.0)
             with pytest.raises(RuntimeError, match=r"takes float32, bfloat16 or float16, got Double"):
                 ivfast.svgd_direction(torch.randn(5, 3, dtype=torch.float64), bandwidth=1.0)
+        with pytest.raises(RuntimeError, match=r"n, d >= 1, got n = 0, d = 3"):
+            torch.ops.ivfast.svgd_direction.cuda(torch.empty(0, 3), None, torch.ones(()))
 
 
 # CUDA C++: nvcc

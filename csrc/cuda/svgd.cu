@@ -319,6 +319,7 @@ struct Sets {
 
 Sets sets_of(const Tensor& x) {
   const int64_t n = x.size(x.dim() - 2), d = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(n >= 1 && d >= 1, "svgd_direction takes x [..., n, d] of n, d >= 1, got n = ", n, ", d = ", d);
   STD_TORCH_CHECK(
       d <= kMaxD, "svgd_direction in CUDA C++ takes x [..., n, d] of d <= ", kMaxD, ", got n = ", n, ", d = ", d);
   STD_TORCH_CHECK(
