@@ -198,5 +198,5 @@ _DATA = {  # what S1 does not name gets the settings of its nearest
     "fashion-mnist": _MNIST,
     "stacked-mnist": _MNIST,
     "digits": _DIGITS,
-    "stacked-digits": _DIGITS,
+    "stacked-digits": {**_DIGITS, "epochs": 10, "milestones": {6: 0.5, 8: 0.2}, "evaluate_every": 2, "save_every": 1},
 }
