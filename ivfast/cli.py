@@ -160,6 +160,9 @@ def train(
     device: Annotated[
         str | None, option(metavar="NAME", panel=_MACHINE, help="cpu, cuda or cuda:N; default: a GPU, else the CPU.")
     ] = None,
+    threads: Annotated[
+        int | None, option(min=1, metavar="N", panel=_MACHINE, help="CPU threads; default: 1 for small networks.")
+    ] = None,
     precision: Annotated[
         Literal["fp32", "bf16"] | None, option(panel=_MACHINE, help="bf16 is autocast; weights stay in fp32.")
     ] = None,
@@ -185,6 +188,7 @@ def train(
     given = {**{name: value for name, value in given.items() if value is not None}, **runs.assignments(set_ or [])}
     settings, out = runs.resumed(given, out) if resume else runs.fresh(given, out)
     dataset = datasets.load(settings.data, settings.root, settings.image_size, download=download)
+    runs.use_threads(threads, settings)
     network = models.build(settings, tuple(dataset.train.shape[1:]))
     shape = "x".join(map(str, dataset.train.shape[1:]))
     console.print(

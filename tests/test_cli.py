@@ -125,6 +125,18 @@ def test_resume_goes_on_where_the_run_stood(run):
     assert "complete already" in ivfast("train", "--resume", "--out", "half")
 
 
+def test_threads_are_one_for_small_networks_unless_named():
+    torch.set_num_threads(2)
+    ivfast("train", "--steps", 1, "--threads", 2, "--out", "two", *SMALL)
+    assert torch.get_num_threads() == 2
+    ivfast(
+        "train", "--steps", 1, "--out", "wide", "--set", "width=600", "--set", "tensorboard=false", "--device", "cpu"
+    )
+    assert torch.get_num_threads() == 2
+    ivfast("train", "--steps", 1, "--out", "one", *SMALL)
+    assert torch.get_num_threads() == 1
+
+
 def test_sample_draws_the_same_grid_for_the_same_seed(run, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         ivfast("sample", run, "-n", 20, "--columns", 5, "--seed", seed, "--out", f"{name}/grid.png")
