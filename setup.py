@@ -34,8 +34,9 @@ os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  reads CUDA_HOME
 
-# The oldest torch and Python the binary loads in; the first also bans every header outside the stable ABI.
-STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DPy_LIMITED_API=0x030a0000"]
+# 2.10, the oldest torch the binary loads in; it also bans every header outside the stable ABI. The same for Python is
+# `py_limited_api`, which defines Py_LIMITED_API.
+STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
 def sources(folder: str) -> list[str]:

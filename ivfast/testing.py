@@ -1,5 +1,7 @@
 """CASES: for each op the inputs it must be right on, and how right. Tests and benchmarks draw from this one table."""
 
+import contextlib
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -71,6 +73,33 @@ def gradient_units(tensors: list[Tensor], gradients: list[Tensor]) -> list[float
     sizes = [float(x.detach().abs().max()) for x in tensors if x.requires_grad]
     effect = max(float(g.abs().max()) * size for g, size in zip(gradients, sizes, strict=True))
     return [effect / max(size, 1e-30) for size in sizes]
+
+
+def compare(case: Case, tensors: list[Tensor], implementation: str | None = None) -> dict[str, float]:
+    """The error of each value and gradient of `case` against the float64 reference on the CPU, on the same inputs.
+
+    Errors are shares of what the dtype and the case allow: up to 1 is right. `implementation` is forced for the
+    computation where it is given; what cannot be served raises RuntimeError.
+    """
+    exact = [x.detach().to("cpu", torch.float64).requires_grad_(x.requires_grad) for x in tensors]
+    with ivfast.use("reference"):
+        expected = value_and_gradients(case, exact)
+    with ivfast.use(implementation) if implementation else contextlib.nullcontext():
+        actual = value_and_gradients(case, tensors)
+    tolerance = TOLERANCES[tensors[0].dtype] * case.slack
+    units = [case.unit] * len(expected[0]), gradient_units(exact, expected[1])
+    errors = {}
+    for kind, ours, theirs, scales in zip(("value", "gradient"), actual, expected, units, strict=True):
+        for i, (a, b, unit) in enumerate(zip(ours, theirs, scales, strict=True)):
+            same = a.shape == b.shape and (kind == "value" or a.dtype == tensors[0].dtype)
+            errors[f"{kind} {i}"] = error(a.cpu(), b, unit) / tolerance if same else math.inf
+    return errors
+
+
+def check(case: Case, tensors: list[Tensor], implementation: str | None = None) -> None:
+    """Raises AssertionError where `compare` finds an error above 1."""
+    wrong = {name: ratio for name, ratio in compare(case, tensors, implementation).items() if not ratio <= 1}
+    assert not wrong, f"{case} in {tensors[0].dtype}, times what is allowed: {wrong}"
 
 
 def _normal(*shapes: tuple[int, ...], scale: float = 1.0, shift: float = 0.0):

@@ -122,9 +122,9 @@ def _shape(logits) -> _Shape:
 
 
 def forward(logits, weights):
-    """The loss `[...]` in logits' dtype and the log-sum-exp of each row `[..., C, n]`, of logits `[..., C, n, C]`."""
+    """The loss `[...]` and the log-sum-exp of each row `[..., C, n]`, of logits `[..., C, n, C]`, as computed."""
     shape = _shape(logits)
-    loss = torch.empty(logits.shape[:-3], dtype=logits.dtype, device=logits.device)
+    loss = torch.empty(logits.shape[:-3], dtype=shape.arithmetic, device=logits.device)
     lse = torch.empty(logits.shape[:-1], dtype=shape.arithmetic, device=logits.device)
     if shape.sets == 0:
         return loss, lse

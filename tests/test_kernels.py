@@ -117,19 +117,7 @@ def poisoned():
 
 
 def assert_matches(case: Case, dtype: torch.dtype, implementation: str, device: str = "cpu"):
-    """Value and gradients of `case` against the float64 reference, both on the scale of the largest."""
-    tensors = testing.inputs(case, dtype, device=device)
-    exact = [x.detach().cpu().double().requires_grad_(x.requires_grad) for x in tensors]
-    with ivfast.use("reference"):
-        expected = testing.value_and_gradients(case, exact)
-    with ivfast.use(implementation):
-        actual = testing.value_and_gradients(case, tensors)
-    tolerance = testing.TOLERANCES[dtype] * case.slack
-    units = [case.unit] * len(expected[0]), testing.gradient_units(exact, expected[1])
-    for kind, ours, theirs, scales in zip(("value", "gradient"), actual, expected, units, strict=True):
-        for i, (a, b, unit) in enumerate(zip(ours, theirs, scales, strict=True)):
-            assert a.dtype == dtype
-            assert testing.error(a.cpu(), b, unit) <= tolerance, f"{kind} {i} of {case} in {dtype}"
+    testing.check(case, testing.inputs(case, dtype, device=device), implementation)
 
 
 def size(low: int, high: int) -> int:
