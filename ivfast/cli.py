@@ -182,7 +182,6 @@ def train(
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs
-    from .train.checkpoint import load_system
     from .train.loop import fit
 
     given = {**{name: value for name, value in given.items() if value is not None}, **runs.assignments(set_ or [])}
@@ -208,7 +207,7 @@ def train(
         labels=_labels(network, dataset),
     )
     seconds = time.perf_counter() - begin
-    trained, _ = load_system(out, settings.device)
+    trained, _ = runs.load_system(out, settings.device)
     drawn = report.draw(trained, dataset, out)
     if resume and runs.last_step(out) == before:
         console.print("The run was complete already: more --epochs or --steps would make it go on.")

@@ -1,5 +1,6 @@
 """The settings and the folder that a command works with."""
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Iterable
@@ -10,9 +11,10 @@ import torch
 from . import models
 from .pictures import read_log
 from .sources import DATASETS
-from .train.checkpoint import load_system
+from .train import checkpoint
+from .train.phase import System
 from .train.run import RESUMABLE
-from .train.settings import Settings, preset
+from .train.settings import Settings
 
 RUNS = Path("runs")
 _DEFAULTS = Settings().to_dict()
@@ -59,7 +61,7 @@ def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
     """Settings and folder of a new run: the paper's, where `given` does not say otherwise."""
     name, data = system_name(str(given.get("system", "ivaae-rad"))), str(given.get("data", "digits"))
     _known_data(data)
-    defaults = preset(name, data)
+    defaults = models.preset(name, data)
     settings = Settings.from_dict({**defaults.to_dict(), **given, "system": name})
     check_device(settings.device)
     out = out or _next_folder(RUNS, f"{settings.system}-{data.replace(':', '-')}")
@@ -143,3 +145,30 @@ def last_step(run: Path) -> int:
     """The last step in the log of a run; 0 without one."""
     log = run / "log.jsonl"
     return max((record["step"] for record in read_log(log)), default=0) if log.is_file() else 0
+
+
+def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = True) -> tuple[System, Settings]:
+    """The trained system of a run, in evaluation mode on `device`, and its settings.
+
+    Args:
+        run_folder: what `fit` wrote to, or a checkpoint file itself.
+        device: replaces the device that it was trained on.
+        average: use the moving average of the weights where the run kept one.
+
+    Raises:
+        CheckpointError: no checkpoint, or one that is truncated, foreign or does not fit; it names file and reason.
+    """
+    path = Path(run_folder)
+    path = path if path.suffix == ".safetensors" else path / checkpoint.LAST
+    saved = checkpoint.read(path)
+    settings = dataclasses.replace(checkpoint.settings_of(saved, path), device=str(device))
+    try:
+        system = models.build(settings, tuple(saved.about["image_shape"]))
+    except ValueError as error:
+        raise checkpoint.CheckpointError(path, f"its system cannot be built: {error}") from error
+    weights = saved.part("weights")
+    if average:
+        weights = {**weights, **saved.part("average")}
+    checkpoint.load_weights(system, weights, path)
+    system.train(False)
+    return system, settings

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ivfast import cli, data, metrics, models, report, sources
-from ivfast.train.checkpoint import LAST, load_system
+from ivfast.runs import load_system
+from ivfast.train.checkpoint import LAST
 
 MAIN = "from ivfast.cli import main; main()"  # what the installed command does
 SMALL = ("--set", "width=64", "--set", "discriminator_width=64", "--set", "tensorboard=false", "--device", "cpu")

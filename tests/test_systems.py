@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 import ivfast
 from ivfast import nets
-from ivfast.models import SYSTEMS, build
+from ivfast.models import SYSTEMS, build, preset
 from ivfast.testing import error
-from ivfast.train import Settings, preset
+from ivfast.train import Settings
 from ivfast.train.batches import as_images
 from ivfast.train.loop import fit
 from ivfast.train.run import Run

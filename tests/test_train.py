@@ -15,11 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ivfast
-from ivfast.models import SYSTEMS, build
+from ivfast.models import SYSTEMS, build, preset
 from ivfast.models.ivaae import IvaaeRadial
-from ivfast.train import Settings, checkpoint, preset
+from ivfast.runs import load_system
+from ivfast.train import Settings, checkpoint
 from ivfast.train.batches import Batches, as_images
-from ivfast.train.checkpoint import CheckpointError, load_system
+from ivfast.train.checkpoint import CheckpointError
 from ivfast.train.loop import Interrupted, NonFiniteLoss, NonFiniteWeights, fit
 from ivfast.train.phase import Phase, System
 from ivfast.train.run import Run

@@ -24,6 +24,19 @@ def find(system: str) -> tuple[str, type[System]]:
     return name, SYSTEMS[name]
 
 
+def preset(system: str, data: str) -> Settings:
+    """The settings that the system's paper reports for `data`, on the GPU where there is one.
+
+    Data sets that the paper does not use get the settings of the nearest one that it does.
+
+    Raises:
+        ValueError: an unknown system.
+    """
+    name, factory = find(system)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Settings(**{"system": name, "data": data, "device": device, **factory.preset(data)})
+
+
 def build(settings: Settings, image_shape: tuple[int, int, int]) -> System:
     """The system that `settings` describe, for images `(C, H, W)`, on `settings.device`, freshly initialised.
 

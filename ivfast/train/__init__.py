@@ -1,9 +1,9 @@
 """The one training loop: phases, settings, checkpoints.
 
-`ivfast.train.loop.fit` trains, `ivfast.train.checkpoint.load_system` reads a run back, `ivfast.models.build` makes the
-system that both need; they stand in modules of their own because the models are built on phase and settings.
+`ivfast.train.loop.fit` trains what `ivfast.models.build` makes; `ivfast.runs.load_system` reads a run back. The loop is
+not imported here: the models are built on phase and settings alone.
 """
 
-from .settings import Settings, preset
+from .settings import Settings
 
-__all__ = ["Settings", "preset"]
+__all__ = ["Settings"]

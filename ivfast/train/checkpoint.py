@@ -5,7 +5,6 @@ not yet logged), `random/*` (PyTorch's generators). The rest is JSON under the m
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -17,7 +16,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .. import models
 from .phase import System
 from .settings import Settings
 
@@ -162,30 +160,3 @@ def load_random_state(states: Mapping[str, Tensor], device: str) -> None:
     torch.set_rng_state(states["cpu"])
     if torch.device(device).type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = True) -> tuple[System, Settings]:
-    """The trained system of a run, in evaluation mode on `device`, and its settings.
-
-    Args:
-        run_folder: what `fit` wrote to, or a checkpoint file itself.
-        device: replaces the device that it was trained on.
-        average: use the moving average of the weights where the run kept one.
-
-    Raises:
-        CheckpointError: no checkpoint, or one that is truncated, foreign or does not fit; it names file and reason.
-    """
-    path = Path(run_folder)
-    path = path if path.suffix == ".safetensors" else path / LAST
-    checkpoint = read(path)
-    settings = dataclasses.replace(settings_of(checkpoint, path), device=str(device))
-    try:
-        system = models.build(settings, tuple(checkpoint.about["image_shape"]))
-    except ValueError as error:
-        raise CheckpointError(path, f"its system cannot be built: {error}") from error
-    weights = checkpoint.part("weights")
-    if average:
-        weights = {**weights, **checkpoint.part("average")}
-    load_weights(system, weights, path)
-    system.train(False)
-    return system, settings

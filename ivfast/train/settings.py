@@ -17,7 +17,7 @@ _STREAMS = ("weights", "noise", "order")
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one run; `preset` fills them from the paper. `dataclasses.replace(settings, seed=1)` changes one.
+    """Settings of one run; `ivfast.models.preset` fills them in, `dataclasses.replace(settings, seed=1)` changes one.
 
     Attributes:
         system: a name of `ivfast.models.SYSTEMS`.
@@ -144,18 +144,3 @@ class Settings:
     @classmethod
     def load(cls, path: Path) -> "Settings":
         return cls.from_dict(json.loads(Path(path).read_text()))
-
-
-def preset(system: str, data: str) -> Settings:
-    """The settings that the system's paper reports for `data`, on the GPU where there is one.
-
-    Data sets that the paper does not use get the settings of the nearest one that it does.
-
-    Raises:
-        ValueError: an unknown system.
-    """
-    from ..models import find  # models stand on this file
-
-    name, factory = find(system)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Settings(**{"system": name, "data": data, "device": device, **factory.preset(data)})
