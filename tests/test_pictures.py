@@ -28,7 +28,7 @@ def test_grid_holds_every_image_enlarged_by_a_whole_factor(tmp_path, n, columns,
     for i, image in enumerate(images[:, 0].numpy()):
         top, left = (offset + (i // columns) * cell, offset + (i % columns) * cell)
         shown = grid[top : top + factor * side, left : left + factor * side]
-        np.testing.assert_array_equal(shown, image.repeat(factor, 0).repeat(factor, 1))
+        np.testing.assert_array_equal(shown[factor // 2 :: factor, factor // 2 :: factor], image)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
