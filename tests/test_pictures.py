@@ -20,7 +20,7 @@ def test_grid_holds_every_image_enlarged_by_a_whole_factor(tmp_path, n, columns,
     path = pictures.samples(images, tmp_path / "grid.png", columns)
     grid = read(path)[..., 0]
     columns = columns or int(np.ceil(np.sqrt(n)))
-    factor = (grid.shape[1] - pictures.GAP) // columns // side
+    factor = max(1, (grid.shape[1] - pictures.GAP) // columns // side)
     cell = factor * side + pictures.GAP
     assert grid.shape == (-(-n // columns) * cell + pictures.GAP, columns * cell + pictures.GAP) or n == 1
     assert pictures.WIDTH / 2 < grid.shape[1] <= pictures.WIDTH
