@@ -64,11 +64,12 @@ class Bar:
     """Steps done, rate, time left and the latest losses; nothing at all where `shown` is False."""
 
     def __init__(self, total: int, done: int, *, shown: bool, console: Console | None = None):
+        console = console or Console()
+        wide = [BarColumn(bar_width=20), TextColumn("{task.fields[rate]}")] if console.width >= 110 else []
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[rate]}"),
+            *wide,
             TimeRemainingColumn(),
             TextColumn("{task.fields[losses]}"),
             disable=not shown,
@@ -91,7 +92,9 @@ class Bar:
             self.moved = now
 
     def report(self, losses: dict[str, float], images_per_second: float) -> None:
-        text = "  ".join(f"{name.split('/', 1)[0][:4]}/{name.split('/', 1)[1]} {v:.4g}" for name, v in losses.items())
+        # "discriminator/intervention" as "d/interv": three of them fit into 80 columns
+        short = {name: f"{name[0]}/{name.partition('/')[2][:6]}" for name in losses}
+        text = "  ".join(f"{short[name]} {value:.3g}" for name, value in losses.items())
         self.progress.update(self.task, losses=text, rate=f"{images_per_second:,.0f} images/s")
 
 
