@@ -3,8 +3,9 @@
 python bench/ivaae_digits.py                 # every run: 5 systems, 3 seeds, d = 8, 16, 32, both encoder objectives
 python bench/ivaae_digits.py --table         # only the table of what has run
 
-Every run has S1's weights, rates and Adam (SETTINGS), unlike the digits preset, which is tuned for pictures. Rows go to bench/results/ivaae_digits.jsonl as they come
-in, a row that is there is not run again, and the table is written to bench/results/ivaae_digits.md.
+Every run has S1's weights, rates and Adam (SETTINGS), unlike the digits preset, which is tuned for pictures. Rows go to
+bench/results/ivaae_digits.jsonl as they come in, a row that is there is not run again, and the table is written to
+bench/results/ivaae_digits.md.
 """
 
 import argparse
