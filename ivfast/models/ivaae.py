@@ -185,7 +185,7 @@ _MNIST = {
     "milestones": {100: 0.5, 200: 0.5},
 }
 # Not in S1. 23 steps per epoch, so that its milestones would come after seconds. Adam's β₁ is .5, as in S2: at S1's .9
-# ivaae-svgd ends with FLD 30 and more (bench/results/ivaae_digits.md).
+# ivaae-rad diverges with the λ below.
 _DIGITS = {
     "net": "mlp",
     "width": 256,
