@@ -121,9 +121,8 @@ class _SvgdDirection(torch.autograd.Function):
 
 
 def _prefer(x, *_):
-    """CUDA C++ for small sets; it computes in float32."""
-    small = x.shape[-2] <= 256 and x.shape[-1] <= 128
-    return ("cuda", "triton") if small and x.dtype != torch.float64 else ("triton",)
+    """CUDA C++ where it serves: its memory is O(n·d). It computes in float32, in up to 128 dimensions."""
+    return ("cuda",) if x.shape[-1] <= 128 and x.dtype != torch.float64 else ()
 
 
 _forward = register(
