@@ -55,6 +55,7 @@ class OptionalBuild(BuildExtension):
                 built.append(extension)
             except (Exception, SystemExit) as error:
                 print(f"\nivfast: {extension.name} was left out: {error}\n", file=sys.stderr)
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # one of an earlier build
         self.extensions = built
 
 
