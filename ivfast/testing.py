@@ -211,7 +211,7 @@ CASES: list[Case] = [
     Case("multi_js_loss", "blocks", lambda x: ivfast.multi_js_loss(x), _normal((7, 13, 7), scale=3)),
     Case("multi_js_loss", "batch", lambda x: ivfast.multi_js_loss(x), _normal((2, 3, 4, 5, 4))),
     Case("multi_js_loss", "many-classes", lambda x: ivfast.multi_js_loss(x), _normal((130, 3, 130))),
-    Case("multi_js_loss", "extreme", lambda x: ivfast.multi_js_loss(x), _normal((15, 5), scale=300)),
+    Case("multi_js_loss", "extreme", lambda x: ivfast.multi_js_loss(x), _normal((15, 5), scale=300), slack=5),  # lse near 900 is rounded by 3e-5
     Case(
         "multi_js_loss",
         "weights",

@@ -33,7 +33,15 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
 def gaussian_kl_reference(mu: Tensor, logvar: Tensor) -> Tensor:
     mu, logvar = arithmetic(mu), arithmetic(logvar)
-    return 0.5 * (mu.square() + (logvar.expm1() - logvar)).sum(-1)
+    return 0.5 * (mu.square() + _expm1_minus(logvar)).sum(-1)
+
+
+def _expm1_minus(x: Tensor) -> Tensor:
+    """e^x − 1 − x, by its series near 0, where the difference would lose the digits: Σ_{k>=2} x^k/k!."""
+    series = torch.full_like(x, 1 / 5040)
+    for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2):
+        series = series * x + coefficient
+    return torch.where(x.abs() < 0.03, series * x.square(), x.expm1() - x)
 
 
 def _backward_reference(grad, mu, logvar):
