@@ -101,9 +101,9 @@ def table(real: float) -> str:
     seconds = [row["seconds"] for row in rows() if "seconds" in row]
     lines = [
         f"Digits 8×8, {len(SEEDS)} seeds: median (lowest–highest). S1's settings (λ 1, Adam's β₁ .9, 250 epochs), or",
-        "the preset of `ivfast train`, last weights. FLD on the 1,497 training codes; FCD, Fréchet distance of 5,000 samples",
-        f"to the 300 test images in the features of a digit classifier (real training images score {real:.3g}). torch",
-        f"{torch.__version__}, one CPU thread a run: {statistics.median(seconds):.0f} s." if seconds else "",
+        "the preset of `ivfast train`, last weights. FLD on the 1,497 training codes; FCD, Fréchet distance of 5,000",
+        f"samples to the 300 test images in features of a digit classifier (real training images score {real:.3g}).",
+        f"torch {torch.__version__}, one CPU thread a run: {statistics.median(seconds):.0f} s." if seconds else "",
         "Command: `python bench/ivaae_digits.py`.",
         "",
         "| system | encoder | " + " | ".join(f"FLD d={d}" for d in DIMENSIONS) + " | "
