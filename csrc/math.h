@@ -22,7 +22,8 @@ IVFAST_MATH To bit_cast(const From& from) {
   return to;
 }
 
-// Half-precision storage; arithmetic is in float.
+// What tensors are stored in; arithmetic is in float for half precision.
+enum class Storage { float32, float64, bfloat16, float16 };
 struct BFloat16 {
   uint16_t bits;
 };

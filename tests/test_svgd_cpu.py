@@ -13,7 +13,7 @@ from ivfast import testing
 
 _C = pytest.importorskip("ivfast._C")
 
-ISA = ctypes.CDLL(_C.__file__).ivfast_svgd_isa  # −1 the default, 0 generic, 1 AVX2, 2 AVX-512
+ISA = ctypes.CDLL(_C.__file__).ivfast_isa  # −1 the default, 0 generic, 1 AVX2, 2 AVX-512
 NAMES = ("generic", "avx2", "avx512")
 
 

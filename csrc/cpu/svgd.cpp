@@ -1,72 +1,20 @@
-// The SVGD direction on the CPU: the operators, the choice of an instruction set, and which thread does what.
+// The SVGD direction on the CPU: the operators, and which thread does what.
 #include "svgd.h"
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <optional>
 #include <thread>
 #include <tuple>
 
-#include "../common.h"
+#include "isa.h"
+#include "operator.h"
 
 namespace ivfast {
 namespace {
 
-enum Isa : int { generic, avx2, avx512 };
-
-Isa best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2;
-#endif
-  return generic;
-}
-
-const Isa supported = best_isa();
-Isa chosen = supported;
-
-SvgdStages stages(ScalarType dtype, bool backward) {
-  const Storage storage = dtype == ScalarType::Double     ? Storage::float64
-                          : dtype == ScalarType::BFloat16 ? Storage::bfloat16
-                          : dtype == ScalarType::Half     ? Storage::float16
-                                                          : Storage::float32;
-#if defined(__x86_64__)
-  if (chosen == avx512) return svgd_avx512(storage, backward);
-  if (chosen == avx2) return svgd_avx2(storage, backward);
-#endif
-  return svgd_generic(storage, backward);
-}
-
-// A thread's scratch memory: kept between calls while it is small.
-class Workspace {
- public:
-  ~Workspace() { std::free(memory_); }
-  void* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(memory_);
-      size_ = 0;
-      memory_ = std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64);
-      if (!memory_) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return memory_;
-  }
-  void trim() {
-    if (size_ <= 4 << 20) return;
-    std::free(memory_);
-    memory_ = nullptr, size_ = 0;
-  }
-
- private:
-  void* memory_ = nullptr;
-  int64_t size_ = 0;
-};
+SvgdStages stages(ScalarType dtype, bool backward) { return IVFAST_BY_ISA(svgd_stages, storage(dtype), backward); }
 
 // Rows of a block: few enough blocks that handing them out is cheap, enough of them for many threads, and two tiles of
 // wide rows so that a tile's rows are used twice from the second-level cache. Never a function of the number of
@@ -132,8 +80,9 @@ class Tournament {
   std::unique_ptr<std::atomic<int64_t>[]> more_;
 };
 
-// One particle set; returns ∂h in the backward pass.
-double run(SvgdSet set, const SvgdStages& stages, bool threaded) {
+}  // namespace
+
+double svgd_run(SvgdSet set, const SvgdStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
   stages.centre(set);
@@ -148,10 +97,9 @@ double run(SvgdSet set, const SvgdStages& stages, bool threaded) {
   return gradient;
 }
 
-// What is worth a second thread, in flop: about 150 µs of one core. A busy machine delays each join by milliseconds.
-constexpr int64_t worth_a_thread = 16'000'000;
+namespace {
 
-// `run` for each particle set, then `done`: threads share a large set, or take small sets each.
+// `svgd_run` for each particle set, then `done`: threads share a large set, or take small sets each.
 template <class SetOf, class Done>
 void run_batch(int64_t batch, const SvgdStages& stages, const SetOf& set_of, const Done& done) {
   if (batch == 0) return;
@@ -159,50 +107,17 @@ void run_batch(int64_t batch, const SvgdStages& stages, const SetOf& set_of, con
   const int64_t cost = set.n * set.n * (set.d + 8) * (set.grad ? 7 : 3);  // flop, about
   const bool large = cost > worth_a_thread;
   if (batch == 1 || (large && batch < int64_t(torch::stable::get_num_threads()))) {
-    for (int64_t i = 0; i < batch; ++i) done(i, run(set_of(i), stages, large));
+    for (int64_t i = 0; i < batch; ++i) done(i, svgd_run(set_of(i), stages, large));
     return;
   }
   const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) done(i, run(set_of(i), stages, false));
+    for (int64_t i = begin; i < end; ++i) done(i, svgd_run(set_of(i), stages, false));
   };
   const int64_t grain = std::max<int64_t>(1, worth_a_thread / cost);
   if (batch <= grain)
     range(0, batch);
   else
     torch::stable::parallel_for(0, batch, grain, range);
-}
-
-struct Shape {
-  std::vector<int64_t> full, rows, batch;  // [..., n, d], [..., n], [...]
-  int64_t n, d, sets = 1;
-
-  explicit Shape(const Tensor& x) {
-    const auto sizes = x.sizes();
-    full.assign(sizes.begin(), sizes.end()), rows.assign(sizes.begin(), sizes.end() - 1);
-    batch.assign(sizes.begin(), sizes.end() - 2);
-    n = full[full.size() - 2], d = full.back();
-    for (int64_t size : batch) sets *= size;
-    STD_TORCH_CHECK(n >= 1 && d >= 1, "x must hold n >= 1 samples of d >= 1 dimensions, got n = ", n, ", d = ", d);
-  }
-};
-
-// The data of one tensor, a block of `count` elements per particle set.
-struct Data {
-  char* data = nullptr;
-  int64_t bytes = 0;
-
-  Data() = default;
-  Data(const Tensor& x, int64_t count, ScalarType dtype)
-      : data(static_cast<char*>(x.data_ptr())), bytes(count * element_size(dtype)) {}
-  void* operator[](int64_t set) const { return data ? data + set * bytes : nullptr; }
-  static int64_t element_size(ScalarType dtype) {
-    return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-  }
-};
-
-double value(const Data& scalars, int64_t set) {
-  const void* at = scalars[set];
-  return scalars.bytes == 8 ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
 }
 
 std::tuple<Tensor, Tensor> svgd_direction(const Tensor& x_, const std::optional<Tensor>& score_, const Tensor& h_) {
@@ -261,12 +176,5 @@ STABLE_TORCH_LIBRARY_IMPL(ivfast, CPU, m) {
 }
 
 }  // namespace
-
-// For tests: the instruction set of every later call (0 generic, 1 AVX2, 2 AVX-512) where this CPU has it; −1 is the
-// default. Returns the one in force.
-extern "C" __attribute__((visibility("default"))) int ivfast_svgd_isa(int wanted) {
-  if (wanted <= supported) chosen = wanted < 0 ? supported : Isa(wanted);
-  return chosen;
-}
 
 }  // namespace ivfast

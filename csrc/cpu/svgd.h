@@ -1,11 +1,9 @@
 // What the driver (svgd.cpp) and the kernels (svgd_kernel.h, once per instruction set) agree on.
 #pragma once
 
-#include <cstdint>
+#include "../math.h"
 
 namespace ivfast {
-
-enum class Storage { float32, float64, bfloat16, float16 };
 
 // One particle set: x, score, grad and their results are contiguous [n, d]; score may be null (target N(0, I)).
 struct SvgdSet {
@@ -32,8 +30,18 @@ struct SvgdStages {
   double (*bandwidth_gradient)(const SvgdSet&);  // null in the forward pass
 };
 
-SvgdStages svgd_avx512(Storage, bool backward);
-SvgdStages svgd_avx2(Storage, bool backward);
-SvgdStages svgd_generic(Storage, bool backward);
+namespace avx512 {
+SvgdStages svgd_stages(Storage, bool backward);
+}
+namespace avx2 {
+SvgdStages svgd_stages(Storage, bool backward);
+}
+namespace generic {
+SvgdStages svgd_stages(Storage, bool backward);
+}
+
+// φ and the row sums, or the gradients, of one particle set; returns ∂h in the backward pass. `set.workspace` is
+// provided here.
+double svgd_run(SvgdSet set, const SvgdStages& stages, bool threaded);
 
 }  // namespace ivfast

@@ -1,21 +1,5 @@
-// AVX-512: 32 registers of 64 bytes.
 #if defined(__x86_64__)
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
-                             apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-#endif
-#define IVFAST_ISA avx512
-#define IVFAST_VECTOR_BYTES 64
-#define IVFAST_TILE_ROWS 8
-#define IVFAST_TILE_VECTORS 2
+#include "isa/avx512.h"
 #include "svgd_kernel.h"
-
-namespace ivfast {
-SvgdStages svgd_avx512(Storage storage, bool backward) { return avx512::stages(storage, backward); }
-}  // namespace ivfast
-#ifdef __clang__
-#pragma clang attribute pop
-#endif
+#include "isa/end.h"
 #endif

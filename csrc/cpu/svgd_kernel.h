@@ -1,5 +1,6 @@
 // The stages of the SVGD direction and of its gradient; included once per instruction set.
 //
+// t_ij = x_i·x_j − ‖x_i‖²/2 − ‖x_j‖²/2 = −‖x_i − x_j‖²/2 and k_ij = 2^(t_ij · 2 log2(e)/h).
 // K' = K − I, r' = K'1: a particle's own term is added apart and exactly, however narrow the kernel. With X centred,
 // V = αS − βX, γα = 1 and γβ = 2/h,
 //   φ_i = (1/n) [s_i + γ (K'V + β r'∘X)_i].
@@ -8,7 +9,8 @@
 //   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
 #pragma once
 
-#include "svgd_tiles.h"
+#include "svgd.h"
+#include "tiles.h"
 
 namespace ivfast {
 namespace IVFAST_ISA {
@@ -58,33 +60,6 @@ int64_t workspace_bytes(int64_t n, int64_t d) {
   SvgdSet set{};
   set.n = n, set.d = d, set.h = 1;
   return View<T>(set, backward).bytes;
-}
-
-// The first `count` lanes, zeros behind; `available` elements may be read.
-template <class T, class S>
-IVFAST_INLINE Vec<T> load_lanes(const S* from, int64_t count, int64_t available) {
-  constexpr int L = lanes<T>;
-  alignas(64) T value[L] = {};
-  if (available < L) {
-    for (int64_t l = 0; l < count; ++l) value[l] = load(from[l]);
-    return at(value);
-  }
-  for (int l = 0; l < L; ++l) value[l] = load(from[l]);
-  if (count >= L) return at(value);
-  typename Simd<T>::Bits lane;
-  for (int l = 0; l < L; ++l) lane[l] = l;
-  return lane < typename Simd<T>::Bits{} + typename Simd<T>::Scalar(count) ? at(value) : Vec<T>{};
-}
-
-// Rows of lanes × lanes into a panel [d, lanes] at its columns [k, k + count).
-template <class T>
-IVFAST_INLINE void store_panel(T* panel, Vec<T> (&rows)[lanes<T>], int64_t k, int64_t count) {
-  transpose<T>(rows);
-  if (count >= lanes<T>)
-#pragma GCC unroll 16
-    for (int c = 0; c < lanes<T>; ++c) at(panel + (k + c) * lanes<T>) = rows[c];
-  else
-    for (int64_t c = 0; c < count; ++c) at(panel + (k + c) * lanes<T>) = rows[c];
 }
 
 // Any centre serves: φ's kernel part does not move with x, its rounding does.
@@ -150,6 +125,26 @@ IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int
     for (int64_t row = i; row < i + L; ++row)
       if (row >= w.n) w.half_norms[row] = T(__builtin_inff());
   }
+}
+
+// K; the norms of padded rows are infinite, so that their k is 0. A tile on the diagonal gets k_ii = 0.
+template <class T>
+IVFAST_INLINE void kernel_tile(T* K, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
+  const T *const rows = half_norms + t.i, *const cols = half_norms + t.j;
+  product_tile<false>(K, x, x, t, d, [&](Vec<T> xx, int64_t i, int64_t j) __attribute__((always_inline)) {
+    return exp2_nonpositive<Vec<T>, typename Simd<T>::Bits>((xx - rows[i] - at(cols + j)) * exponent, T());
+  });
+  if (t.i == t.j)
+    for (int64_t i = 0; i < t.rows; ++i) K[i * tile + i] = 0;
+}
+
+// B_ij = k_ij (g_i·v_j + v_i·g_j + p_i + p_j)
+template <class T>
+IVFAST_INLINE void gradient_tile(T* B, const T* K, const T* g, const T* v, const T* p, Range t, int64_t d) {
+  const T *const rows = p + t.i, *const cols = p + t.j;
+  product_tile<true>(B, g, v, t, d, [&](Vec<T> gv, int64_t i, int64_t j) __attribute__((always_inline)) {
+    return at(K + i * tile + j) * (gv + rows[i] + at(cols + j));
+  });
 }
 
 // The tiles of rows [i, i_end) and [j, j_end), at most `tile` each.
@@ -259,7 +254,9 @@ SvgdStages stages_of(bool backward) {
           finish_forward<S, T>, nullptr};
 }
 
-SvgdStages stages(Storage storage, bool backward) {
+}  // namespace
+
+SvgdStages svgd_stages(Storage storage, bool backward) {
   switch (storage) {
     case Storage::float64: return stages_of<double, double>(backward);
     case Storage::bfloat16: return stages_of<BFloat16, float>(backward);
@@ -268,6 +265,5 @@ SvgdStages stages(Storage storage, bool backward) {
   }
 }
 
-}  // namespace
 }  // namespace IVFAST_ISA
 }  // namespace ivfast

@@ -1,13 +1,13 @@
-// Tiles of the SVGD kernel matrix, in vectors of IVFAST_VECTOR_BYTES; included once per instruction set.
+// Vectors of IVFAST_VECTOR_BYTES, and tiles of pairwise matrices in them; included once per instruction set.
 //
-// t_ij = x_i·x_j − ‖x_i‖²/2 − ‖x_j‖²/2 = −‖x_i − x_j‖²/2 and k_ij = 2^(t_ij · 2 log2(e)/h). A tile of K is at most
-// 64×64 and lives on the stack. K is symmetric: a tile (I, J) serves the sums of the rows I and, transposed, of the rows J.
+// A tile is at most 64×64 and lives on the stack. Where the matrix is symmetric, a tile (I, J) serves the sums of the
+// rows I and, transposed, of the rows J.
 #pragma once
 
+#include <cstdint>
 #include <utility>
 
 #include "../math.h"
-#include "svgd.h"
 
 #define IVFAST_INLINE static inline __attribute__((always_inline))
 
@@ -69,6 +69,33 @@ IVFAST_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
   for (int r = 0; r < lanes<T>; ++r)
     if (!(r & step)) swap_blocks<T, step>(rows[r], rows[r + step], std::make_integer_sequence<int, lanes<T>>());
   if constexpr (step > 1) transpose<T, step / 2>(rows);
+}
+
+// The first `count` lanes, zeros behind; `available` elements may be read.
+template <class T, class S>
+IVFAST_INLINE Vec<T> load_lanes(const S* from, int64_t count, int64_t available) {
+  constexpr int L = lanes<T>;
+  alignas(64) T value[L] = {};
+  if (available < L) {
+    for (int64_t l = 0; l < count; ++l) value[l] = load(from[l]);
+    return at(value);
+  }
+  for (int l = 0; l < L; ++l) value[l] = load(from[l]);
+  if (count >= L) return at(value);
+  typename Simd<T>::Bits lane;
+  for (int l = 0; l < L; ++l) lane[l] = l;
+  return lane < typename Simd<T>::Bits{} + typename Simd<T>::Scalar(count) ? at(value) : Vec<T>{};
+}
+
+// Rows of lanes × lanes into a panel [d, lanes] at its columns [k, k + count).
+template <class T>
+IVFAST_INLINE void store_panel(T* panel, Vec<T> (&rows)[lanes<T>], int64_t k, int64_t count) {
+  transpose<T>(rows);
+  if (count >= lanes<T>)
+#pragma GCC unroll 16
+    for (int c = 0; c < lanes<T>; ++c) at(panel + (k + c) * lanes<T>) = rows[c];
+  else
+    for (int64_t c = 0; c < count; ++c) at(panel + (k + c) * lanes<T>) = rows[c];
 }
 
 // A matrix [n, d] as panels of `lanes` rows, each [d, lanes]: element (i, k) of row i is row(i)[k * lanes].
@@ -145,26 +172,6 @@ IVFAST_INLINE void product_tile(T* out, const T* a, const T* b, Range t, int64_t
       }
     });
   }
-}
-
-// K; the norms of padded rows are infinite, so that their k is 0. A tile on the diagonal gets k_ii = 0.
-template <class T>
-IVFAST_INLINE void kernel_tile(T* K, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
-  const T *const rows = half_norms + t.i, *const cols = half_norms + t.j;
-  product_tile<false>(K, x, x, t, d, [&](Vec<T> xx, int64_t i, int64_t j) __attribute__((always_inline)) {
-    return exp2_nonpositive<Vec<T>, typename Simd<T>::Bits>((xx - rows[i] - at(cols + j)) * exponent, T());
-  });
-  if (t.i == t.j)
-    for (int64_t i = 0; i < t.rows; ++i) K[i * tile + i] = 0;
-}
-
-// B_ij = k_ij (g_i·v_j + v_i·g_j + p_i + p_j)
-template <class T>
-IVFAST_INLINE void gradient_tile(T* B, const T* K, const T* g, const T* v, const T* p, Range t, int64_t d) {
-  const T *const rows = p + t.i, *const cols = p + t.j;
-  product_tile<true>(B, g, v, t, d, [&](Vec<T> gv, int64_t i, int64_t j) __attribute__((always_inline)) {
-    return at(K + i * tile + j) * (gv + rows[i] + at(cols + j));
-  });
 }
 
 // out_i += Σ_j K_ij y_j for `rows` rows i, in whole groups, and `cols` columns j; K_ij at i * row_step +

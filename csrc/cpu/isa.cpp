@@ -1,0 +1,31 @@
+#include "isa.h"
+
+namespace ivfast {
+namespace {
+
+Isa widest() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::generic;
+}
+
+const Isa supported = widest();
+Isa chosen = supported;
+
+}  // namespace
+
+Isa isa() { return chosen; }
+
+// For tests: the instruction set of every later call (0 generic, 1 AVX2, 2 AVX-512) where this CPU has it; −1 is the
+// default. Returns the one in force.
+extern "C" __attribute__((visibility("default"))) int ivfast_isa(int wanted) {
+  if (wanted <= int(supported)) chosen = wanted < 0 ? supported : Isa(wanted);
+  return int(chosen);
+}
+
+}  // namespace ivfast

@@ -1,0 +1,80 @@
+// What the CPU operators share: views of particle sets, scratch memory, and what is worth a thread.
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "../common.h"
+#include "../math.h"
+
+namespace ivfast {
+
+inline Storage storage(ScalarType dtype) {
+  return dtype == ScalarType::Double     ? Storage::float64
+         : dtype == ScalarType::BFloat16 ? Storage::bfloat16
+         : dtype == ScalarType::Half     ? Storage::float16
+                                         : Storage::float32;
+}
+
+// A thread's scratch memory: kept between calls while it is small.
+class Workspace {
+ public:
+  ~Workspace() { std::free(memory_); }
+  void* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(memory_);
+      size_ = 0;
+      memory_ = std::aligned_alloc(64, size_t(bytes + 63) / 64 * 64);
+      if (!memory_) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return memory_;
+  }
+  void trim() {
+    if (size_ <= 4 << 20) return;
+    std::free(memory_);
+    memory_ = nullptr, size_ = 0;
+  }
+
+ private:
+  void* memory_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// What is worth a second thread, in flop: about 150 µs of one core. A busy machine delays each join by milliseconds.
+inline constexpr int64_t worth_a_thread = 16'000'000;
+
+struct Shape {
+  std::vector<int64_t> full, rows, batch;  // [..., n, d], [..., n], [...]
+  int64_t n, d, sets = 1;
+
+  explicit Shape(const Tensor& x) {
+    const auto sizes = x.sizes();
+    full.assign(sizes.begin(), sizes.end()), rows.assign(sizes.begin(), sizes.end() - 1);
+    batch.assign(sizes.begin(), sizes.end() - 2);
+    n = full[full.size() - 2], d = full.back();
+    for (int64_t size : batch) sets *= size;
+    STD_TORCH_CHECK(n >= 1 && d >= 1, "x must hold n >= 1 samples of d >= 1 dimensions, got n = ", n, ", d = ", d);
+  }
+};
+
+// The data of one tensor, a block of `count` elements per particle set.
+struct Data {
+  char* data = nullptr;
+  int64_t bytes = 0;
+
+  Data() = default;
+  Data(const Tensor& x, int64_t count, ScalarType dtype)
+      : data(static_cast<char*>(x.data_ptr())), bytes(count * element_size(dtype)) {}
+  void* operator[](int64_t set) const { return data ? data + set * bytes : nullptr; }
+  static int64_t element_size(ScalarType dtype) {
+    return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+  }
+};
+
+inline double value(const Data& scalars, int64_t set) {
+  const void* at = scalars[set];
+  return scalars.bytes == 8 ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
+}
+
+}  // namespace ivfast
