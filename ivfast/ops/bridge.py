@@ -173,9 +173,10 @@ def svgd_bridge_reference(z, draws, t, iterations, step_size, scale, noise):
     """The bridge, and for backward every particle set `[L, ..., n, d]` that φ was taken at, its h `[L, ...]` and
     its row sums `[L, ..., n]`, L = (t−1)·iterations."""
     x = arithmetic(z)
+    heuristic = median.heuristic(z.shape[-2], "paper")
     bridges, states, bandwidths, row_sums = [z], [], [], []
     for step, draw in enumerate(draws[:-1].unbind(0)):
-        h = scale * median._forward(x, "paper")[0]
+        h = scale * median._forward(x, *heuristic)[0]
         phi, row_sum = svgd._forward(x, None, h)
         states.append(x)
         bandwidths.append(h)

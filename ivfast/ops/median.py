@@ -50,28 +50,30 @@ def median_bandwidth(x: Tensor, *, convention: str = "liu-wang") -> Tensor:
     """
     _check.samples("x", x)
     _check.choice("convention", convention, CONVENTIONS)
-    return _MedianBandwidth.apply(x, convention)[0]
+    return _MedianBandwidth.apply(x, *heuristic(x.shape[-2], convention))[0]
 
 
-def median_bandwidth_reference(x: Tensor, convention: str) -> tuple[Tensor, Tensor]:
+def heuristic(n: int, convention: str) -> tuple[bool, bool, float]:
+    """`full`, `squared` and the divisor of the op for n particles."""
+    full, squared, plus_one = _CONVENTIONS[convention]
+    return full, squared, math.log(n + 1 if plus_one or n == 1 else n)
+
+
+def median_bandwidth_reference(x: Tensor, full: bool, squared: bool, divisor: float) -> tuple[Tensor, Tensor]:
     """h `[...]` and the two middle squared distances `[..., 2]`, equal where their number is odd."""
     n = x.shape[-2]
     X = arithmetic(x)
-    middles = _middles(squared_distances(X - X.mean(-2, keepdim=True)), _CONVENTIONS[convention])
-    med2 = _combine(middles, _CONVENTIONS[convention])
+    middles = _middles(squared_distances(X - X.mean(-2, keepdim=True)), full)
+    med2 = _combine(middles, squared)
     spread = (X - X[..., :1, :]).square().sum((-2, -1)) / n
     med2 = torch.where(med2 > 0, med2, spread)
-    h = torch.where(med2 > 0, med2 / _divisor(n, convention), torch.ones_like(med2))
+    h = torch.where(med2 > 0, med2 / divisor, torch.ones_like(med2))
     return h, middles
 
 
-def _divisor(n: int, convention: str) -> float:
-    return math.log(n + 1 if _CONVENTIONS[convention].plus_one or n == 1 else n)
-
-
-def _middles(d2: Tensor, convention: _Convention) -> Tensor:
+def _middles(d2: Tensor, full: bool) -> Tensor:
     n = d2.shape[-1]
-    if convention.full or n == 1:
+    if full or n == 1:
         values = d2.flatten(-2)
     else:
         i, j = torch.triu_indices(n, n, 1, device=d2.device)
@@ -81,50 +83,51 @@ def _middles(d2: Tensor, convention: _Convention) -> Tensor:
     return torch.stack((ordered[..., (count - 1) // 2], ordered[..., count // 2]), -1)
 
 
-def _combine(middles: Tensor, convention: _Convention) -> Tensor:
+def _combine(middles: Tensor, squared: bool) -> Tensor:
     """med² from the two middle squared distances."""
-    return middles.mean(-1) if convention.squared else middles.sqrt().mean(-1).square()
+    return middles.mean(-1) if squared else middles.sqrt().mean(-1).square()
 
 
-def _backward_reference(grad, x, middles, convention):
+def _backward_reference(grad, x, middles, squared, divisor):
     # ∂h/∂x_i = Σ_j c_ij 2(x_i − x_j), c_ij the share of pair (i, j) in the two middles
     X = arithmetic(x)
     X = X - X.mean(-2, keepdim=True)
     d2 = squared_distances(X)
     chosen = middles[..., None, None, :] == d2.unsqueeze(-1)  # [..., n, n, 2]
     # ∂med²/∂m_a: ½ for (m₁ + m₂)/2, (√m₁ + √m₂)/(4 √m_a) for ((√m₁ + √m₂)/2)²
-    if _CONVENTIONS[convention].squared:
+    if squared:
         slope = torch.full_like(middles, 0.5)
     else:
         roots = middles.sqrt()
         slope = torch.where(roots > 0, roots.sum(-1, keepdim=True) / (4 * roots), torch.zeros_like(roots))
-    share = slope / chosen.sum((-3, -2)) * (grad / _divisor(x.shape[-2], convention)).unsqueeze(-1)
+    share = slope / chosen.sum((-3, -2)) * (grad / divisor).unsqueeze(-1)
     c = (chosen * share[..., None, None, :]).sum(-1)
     c = c + c.mT
     dx = 2 * (c.sum(-1, keepdim=True) * X - c @ X)
-    degenerate = (_combine(middles, _CONVENTIONS[convention]) <= 0)[..., None, None]
+    degenerate = (_combine(middles, squared) <= 0)[..., None, None]
     return torch.where(degenerate, torch.zeros_like(dx), dx).to(x.dtype)
 
 
 class _MedianBandwidth(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, convention):
-        h, middles = _forward(x, convention)
+    def forward(ctx, x, full, squared, divisor):
+        h, middles = _forward(x, full, squared, divisor)
         ctx.save_for_backward(x, middles)
-        ctx.convention = convention
+        ctx.heuristic = squared, divisor
         ctx.mark_non_differentiable(middles)
         return h, middles
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        return _backward(grad, *ctx.saved_tensors, ctx.convention), None
+        return _backward(grad, *ctx.saved_tensors, *ctx.heuristic), None, None, None
 
 
 _forward = register(
-    "median_bandwidth(Tensor x, str convention) -> (Tensor h, Tensor middles)", reference=median_bandwidth_reference
+    "median_bandwidth(Tensor x, bool full, bool squared, float divisor) -> (Tensor h, Tensor middles)",
+    reference=median_bandwidth_reference,
 )
 _backward = register(
-    "median_bandwidth_backward(Tensor grad, Tensor x, Tensor middles, str convention) -> Tensor",
+    "median_bandwidth_backward(Tensor grad, Tensor x, Tensor middles, bool squared, float divisor) -> Tensor",
     reference=_backward_reference,
 )
