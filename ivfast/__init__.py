@@ -5,7 +5,7 @@ import torch  # noqa: F401  loads libtorch, which the extensions link against
 from . import nn
 from ._registry import load_extensions, use
 from .ops.as_distance import as_distance, log_gaussian_kernel_sums
-from .ops.bridge import block_substitute, blockwise_bridge, radial_bridge, svgd_bridge
+from .ops.bridge import block_substitute, blockwise_bridge, radial_bridge
 from .ops.frechet import fld, frechet_distance, frechet_distance_from_samples
 from .ops.gaussian import gaussian_kl
 from .ops.importance import importance_weighted_loss
@@ -13,6 +13,7 @@ from .ops.median import median_bandwidth
 from .ops.mmd import mmd
 from .ops.multi_js import multi_js_divergence, multi_js_loss
 from .ops.svgd import svgd_direction
+from .ops.svgd_bridge import svgd_bridge
 from .statistics import GaussianStatistics
 
 load_extensions()

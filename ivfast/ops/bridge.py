@@ -1,5 +1,5 @@
 """Bridges from codes to the prior N(0, I): distributions T_0 (the identity), …, T_t (the prior) that a classifier tells
-apart (S1), and the block substitution O_i of S2. Each leaves N(0, I) unchanged."""
+apart (S1), and the block substitution O_i of S2. Each leaves N(0, I) unchanged. The SVGD bridge is in svgd_bridge.py."""
 
 import math
 
@@ -9,7 +9,6 @@ from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
-from . import median, svgd
 from ._pairwise import arithmetic
 
 
@@ -30,10 +29,10 @@ def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generato
 
     Source: S1 (IVAAE) section 2, "blockwise substitution".
     """
-    _check_z(z, t)
+    check_codes(z, t)
     if z.shape[-1] % t:
         raise ValueError(f"t must divide the dimension d = {z.shape[-1]} of z, got t = {t}")
-    return _Blockwise.apply(z, _draws(z, draws, generator), t)
+    return _Blockwise.apply(z, prior_draws(z, draws, generator), t)
 
 
 def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=None) -> Tensor:
@@ -43,49 +42,8 @@ def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=N
 
     Source: S1 (IVAAE) section 2, "radial substitution".
     """
-    _check_z(z, t)
-    return _Radial.apply(z, _draws(z, draws, generator), t)
-
-
-def svgd_bridge(
-    z: Tensor,
-    t: int,
-    *,
-    iterations: int = 2,
-    step_size: float = 1.0,
-    scale: float = 100.0,
-    noise: float = 0.1,
-    draws: Tensor | None = None,
-    generator=None,
-) -> Tensor:
-    """T_0 = z, then t − 1 iterates of SVGD towards N(0, I), `iterations` steps apart, then T_t from the prior.
-
-    One step: z ← z + step_size φ(z) + noise ε with h = scale·med²/log n of the current particles ("paper"
-    convention), through which no gradient flows. Gradients flow through the steps.
-
-    Args:
-        z: codes `[..., n, d]`; leading dimensions are independent particle sets.
-        t: number of steps of the bridge.
-        iterations: SVGD steps from one bridge to the next.
-        step_size, scale, noise: ε, the factor on h₀ and the standard deviation of the noise after each step.
-        draws: standard normal `[(t−1)·iterations + 1, ..., n, d]`, the last the prior's; None draws them.
-        generator: for `draws`.
-
-    Returns:
-        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once, in z.
-
-    Raises:
-        TypeError, ValueError: a wrong dtype or shape, counts < 1, numbers that are not finite.
-
-    Source: S1 (IVAAE) section 4, "MNIST" and Eq. 2.
-    """
-    _check_z(z, t)
-    _check.count("iterations", iterations)
-    _check.number("step_size", step_size)
-    _check.number("scale", scale, positive=True)
-    _check.number("noise", noise, non_negative=True)
-    draws = _draws(z, draws, generator, leading=((t - 1) * iterations + 1,))
-    return _Svgd.apply(z, draws, t, iterations, step_size, scale, noise)[0]
+    check_codes(z, t)
+    return _Radial.apply(z, prior_draws(z, draws, generator), t)
 
 
 def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None = None, generator=None) -> Tensor:
@@ -121,15 +79,15 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
         low, high = (int(value) for value in index.aminmax()) if index.numel() else (0, 0)
         if low < 0 or high >= k:
             raise ValueError(f"index must lie in [0, k) with k = {k}, got values from {low} to {high}")
-    return _BlockSubstitute.apply(z, _draws(z, draws, generator), index, k)
+    return _BlockSubstitute.apply(z, prior_draws(z, draws, generator), index, k)
 
 
-def _check_z(z: Tensor, t: int) -> None:
+def check_codes(z: Tensor, t: int) -> None:
     _check.samples("z", z)
     _check.count("t", t)
 
 
-def _draws(z: Tensor, draws: Tensor | None, generator, leading: tuple[int, ...] = ()) -> Tensor:
+def prior_draws(z: Tensor, draws: Tensor | None, generator, leading: tuple[int, ...] = ()) -> Tensor:
     shape = (*leading, *z.shape)
     if draws is None:
         return torch.randn(shape, generator=generator, dtype=z.dtype, device=z.device)
@@ -169,44 +127,6 @@ def _angles(t: int) -> list[tuple[float, float]]:
     return [(1.0, 0.0), *inner, (0.0, 1.0)]
 
 
-def svgd_bridge_reference(z, draws, t, iterations, step_size, scale, noise):
-    """The bridge, and for backward every particle set `[L, ..., n, d]` that φ was taken at, its h `[L, ...]` and
-    its row sums `[L, ..., n]`, L = (t−1)·iterations."""
-    x = arithmetic(z)
-    heuristic = median.heuristic(z.shape[-2], "paper")
-    bridges, states, bandwidths, row_sums = [z], [], [], []
-    for step, draw in enumerate(draws[:-1].unbind(0)):
-        h = scale * median._forward(x, *heuristic)[0]
-        phi, row_sum = svgd._forward(x, None, h)
-        states.append(x)
-        bandwidths.append(h)
-        row_sums.append(row_sum)
-        x = x + step_size * phi + noise * arithmetic(draw)
-        if (step + 1) % iterations == 0:
-            bridges.append(x.to(z.dtype))
-    bridges.append(draws[-1])
-
-    def stacked(tensors, shape):
-        return torch.stack(tensors) if tensors else x.new_empty(0, *shape)
-
-    return (
-        torch.stack(bridges),
-        stacked(states, z.shape),
-        stacked(bandwidths, z.shape[:-2]),
-        stacked(row_sums, z.shape[:-1]),
-    )
-
-
-def _svgd_backward_reference(grad, states, bandwidths, row_sums, iterations, step_size):
-    g = torch.zeros_like(arithmetic(grad[0]))
-    for step in reversed(range(states.shape[0])):
-        if (step + 1) % iterations == 0:
-            g = g + arithmetic(grad[(step + 1) // iterations])
-        dx, _, _ = svgd._backward(step_size * g, states[step], None, bandwidths[step], row_sums[step])
-        g = g + dx
-    return (g + arithmetic(grad[0])).to(grad.dtype)
-
-
 def block_substitute_reference(z: Tensor, draws: Tensor, index: Tensor, k: int) -> Tensor:
     return torch.where(_chosen(z, index, k), draws, z)
 
@@ -244,21 +164,6 @@ class _Radial(torch.autograd.Function):
         return _radial_backward(grad, ctx.t), None, None
 
 
-class _Svgd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, draws, t, iterations, step_size, scale, noise):
-        bridges, *saved = _svgd(z, draws, t, iterations, step_size, scale, noise)
-        ctx.save_for_backward(*saved)
-        ctx.steps = iterations, step_size
-        ctx.mark_non_differentiable(*saved)
-        return bridges, *saved
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        return _svgd_backward(grad, *ctx.saved_tensors, *ctx.steps), *[None] * 6
-
-
 class _BlockSubstitute(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, draws, index, k):
@@ -279,16 +184,6 @@ _blockwise_backward = register(
 _radial = register("radial_bridge(Tensor z, Tensor draws, int t) -> Tensor", reference=radial_bridge_reference)
 _radial_backward = register(
     "radial_bridge_backward(Tensor grad, int t) -> Tensor", reference=_radial_backward_reference
-)
-_svgd = register(
-    "svgd_bridge(Tensor z, Tensor draws, int t, int iterations, float step_size, float scale, float noise)"
-    " -> (Tensor bridges, Tensor states, Tensor bandwidths, Tensor row_sums)",
-    reference=svgd_bridge_reference,
-)
-_svgd_backward = register(
-    "svgd_bridge_backward(Tensor grad, Tensor states, Tensor bandwidths, Tensor row_sums, int iterations,"
-    " float step_size) -> Tensor",
-    reference=_svgd_backward_reference,
 )
 _block_substitute = register(
     "block_substitute(Tensor z, Tensor draws, Tensor index, int k) -> Tensor", reference=block_substitute_reference

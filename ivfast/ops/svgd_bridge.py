@@ -1,0 +1,117 @@
+"""S1's SVGD bridge from codes to the prior N(0, I): iterates of Stein variational gradient descent with noise."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check
+from .._registry import register
+from . import median, svgd
+from ._pairwise import arithmetic
+from .bridge import check_codes, prior_draws
+
+
+def svgd_bridge(
+    z: Tensor,
+    t: int,
+    *,
+    iterations: int = 2,
+    step_size: float = 1.0,
+    scale: float = 100.0,
+    noise: float = 0.1,
+    draws: Tensor | None = None,
+    generator=None,
+) -> Tensor:
+    """T_0 = z, then t − 1 iterates of SVGD towards N(0, I), `iterations` steps apart, then T_t from the prior.
+
+    One step: z ← z + step_size φ(z) + noise ε with h = scale·med²/log n of the current particles ("paper"
+    convention), through which no gradient flows. Gradients flow through the steps.
+
+    Args:
+        z: codes `[..., n, d]`; leading dimensions are independent particle sets.
+        t: number of steps of the bridge.
+        iterations: SVGD steps from one bridge to the next.
+        step_size, scale, noise: ε, the factor on h₀ and the standard deviation of the noise after each step.
+        draws: standard normal `[(t−1)·iterations + 1, ..., n, d]`, the last the prior's; None draws them.
+        generator: for `draws`.
+
+    Returns:
+        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once, in z.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape, counts < 1, numbers that are not finite.
+
+    Source: S1 (IVAAE) section 4, "MNIST" and Eq. 2.
+    """
+    check_codes(z, t)
+    _check.count("iterations", iterations)
+    _check.number("step_size", step_size)
+    _check.number("scale", scale, positive=True)
+    _check.number("noise", noise, non_negative=True)
+    draws = prior_draws(z, draws, generator, leading=((t - 1) * iterations + 1,))
+    return _SvgdBridge.apply(z, draws, t, iterations, step_size, scale, noise)[0]
+
+
+def svgd_bridge_reference(z, draws, t, iterations, step_size, scale, noise):
+    """The bridge, and for backward every particle set `[L, ..., n, d]` that φ was taken at, its h `[L, ...]` and
+    its row sums `[L, ..., n]`, L = (t−1)·iterations."""
+    x = arithmetic(z)
+    heuristic = median.heuristic(z.shape[-2], "paper")
+    bridges, states, bandwidths, row_sums = [z], [], [], []
+    for step, draw in enumerate(draws[:-1].unbind(0)):
+        h = scale * median._forward(x, *heuristic)[0]
+        phi, row_sum = svgd._forward(x, None, h)
+        states.append(x)
+        bandwidths.append(h)
+        row_sums.append(row_sum)
+        x = x + step_size * phi + noise * arithmetic(draw)
+        if (step + 1) % iterations == 0:
+            bridges.append(x.to(z.dtype))
+    bridges.append(draws[-1])
+
+    def stacked(tensors, shape):
+        return torch.stack(tensors) if tensors else x.new_empty(0, *shape)
+
+    return (
+        torch.stack(bridges),
+        stacked(states, z.shape),
+        stacked(bandwidths, z.shape[:-2]),
+        stacked(row_sums, z.shape[:-1]),
+    )
+
+
+def _backward_reference(grad, states, bandwidths, row_sums, iterations, step_size):
+    g = torch.zeros_like(arithmetic(grad[0]))
+    for step in reversed(range(states.shape[0])):
+        if (step + 1) % iterations == 0:
+            g = g + arithmetic(grad[(step + 1) // iterations])
+        dx, _, _ = svgd._backward(step_size * g, states[step], None, bandwidths[step], row_sums[step])
+        g = g + dx
+    return (g + arithmetic(grad[0])).to(grad.dtype)
+
+
+class _SvgdBridge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, draws, t, iterations, step_size, scale, noise):
+        bridges, *saved = _forward(z, draws, t, iterations, step_size, scale, noise)
+        ctx.save_for_backward(*saved)
+        ctx.steps = iterations, step_size
+        ctx.mark_non_differentiable(*saved)
+        return bridges, *saved
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        return _backward(grad, *ctx.saved_tensors, *ctx.steps), *[None] * 6
+
+
+_forward = register(
+    "svgd_bridge(Tensor z, Tensor draws, int t, int iterations, float step_size, float scale, float noise)"
+    " -> (Tensor bridges, Tensor states, Tensor bandwidths, Tensor row_sums)",
+    reference=svgd_bridge_reference,
+)
+_backward = register(
+    "svgd_bridge_backward(Tensor grad, Tensor states, Tensor bandwidths, Tensor row_sums, int iterations,"
+    " float step_size) -> Tensor",
+    reference=_backward_reference,
+)
