@@ -1,5 +1,5 @@
 """Bridges from codes to the prior N(0, I): distributions T_0 (the identity), …, T_t (the prior) that a classifier tells
-apart (S1), and the block substitution O_i of S2. Each leaves N(0, I) unchanged. The SVGD bridge is in svgd_bridge.py."""
+apart (S1), and the block substitution O_i of S2. Each leaves N(0, I) unchanged."""
 
 import math
 
