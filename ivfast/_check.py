@@ -18,10 +18,11 @@ def floating(name: str, x: Tensor) -> None:
 def samples(name: str, x: Tensor, *, at_least: int = 1) -> None:
     """`x` is a set of n samples in d dimensions, `[..., n, d]`."""
     floating(name, x)
-    if x.dim() < 2:
-        raise ValueError(f"{name} must have shape [..., n, d], got {tuple(x.shape)}")
-    if x.shape[-2] < at_least or x.shape[-1] < 1:
-        raise ValueError(f"{name} must hold n >= {at_least} samples of d >= 1 dimensions, got {tuple(x.shape)}")
+    shape = x.shape
+    if len(shape) < 2:
+        raise ValueError(f"{name} must have shape [..., n, d], got {tuple(shape)}")
+    if shape[-2] < at_least or shape[-1] < 1:
+        raise ValueError(f"{name} must hold n >= {at_least} samples of d >= 1 dimensions, got {tuple(shape)}")
 
 
 def same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -32,8 +33,9 @@ def same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """`x` has the dtype and device of `other`."""
-    floating(name, x)
+    """`x` has the dtype and device of `other`, which has been checked."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
     if x.dtype != other.dtype:
         raise TypeError(f"{name} must match {other_name}: {other.dtype}, got {x.dtype}")
     if x.device != other.device:

@@ -48,7 +48,14 @@ def svgd_direction(
     if score is not None:
         _check.same("score", score, "x", x)
     _check.number("scale", scale, positive=True)
-    return _SvgdDirection.apply(x, score, _bandwidth(x, bandwidth, scale, convention))[0]
+    inputs = x, score, _bandwidth(x, bandwidth, scale, convention)
+    # a Function costs 2 µs, half of what 64 particles do
+    function = _SvgdDirection.apply if _differentiable(*inputs) else _forward
+    return function(*inputs)[0]
+
+
+def _differentiable(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _bandwidth(x: Tensor, bandwidth: float | Tensor | str, scale: float, convention: str) -> Tensor:
