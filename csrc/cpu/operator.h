@@ -72,6 +72,24 @@ struct Data {
   }
 };
 
+// f(set, threaded) for each particle set of `cost` flop: threads share a large set, or take small sets each.
+template <class F>
+void each_set(int64_t sets, int64_t cost, const F& f) {
+  const bool large = cost > worth_a_thread;
+  if (sets == 1 || (large && sets < int64_t(torch::stable::get_num_threads()))) {
+    for (int64_t set = 0; set < sets; ++set) f(set, large);
+    return;
+  }
+  const auto range = [&](int64_t begin, int64_t end) {
+    for (int64_t set = begin; set < end; ++set) f(set, false);
+  };
+  const int64_t grain = worth_a_thread / (cost + 1) + 1;
+  if (sets <= grain)
+    range(0, sets);
+  else
+    torch::stable::parallel_for(0, sets, grain, range);
+}
+
 inline double value(const Data& scalars, int64_t set) {
   const void* at = scalars[set];
   return scalars.bytes == 8 ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));

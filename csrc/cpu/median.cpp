@@ -1,0 +1,328 @@
+// The median heuristic on the CPU: how the middle of all distances is found without keeping them.
+//
+// A sample of the pairs brackets the middle. One pass over all pairs counts those below the bracket and collects those
+// inside, a percent or so, among which the middle is selected. Where the counts show that it is elsewhere, or more are
+// inside than there is room for, histograms over the keys' bits narrow the range down to what there is room for.
+#include "median.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <mutex>
+#include <tuple>
+
+#include "isa.h"
+#include "operator.h"
+
+namespace ivfast {
+namespace {
+
+MedianStages stages_of(ScalarType dtype) { return IVFAST_BY_ISA(median_stages, storage(dtype)); }
+
+std::atomic<int64_t> histograms{0};
+std::atomic<double> bracket_reach{2};
+
+// f(worker) on each thread, where f takes strips of rows off a common counter until none is left
+template <class Work>
+void each_thread(bool threaded, const Work& work) {
+  if (threaded)
+    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) { work(); });
+  else
+    work();
+}
+
+// f(i, j) for the tiles of the upper triangle, or of the whole matrix, a strip of rows at a time
+template <class F>
+void take_tiles(std::atomic<int64_t>& next, int64_t n, bool whole, const F& f) {
+  for (int64_t i; (i = next.fetch_add(median_tile, std::memory_order_relaxed)) < n;)
+    for (int64_t j = whole ? 0 : i; j < n; j += median_tile) f(i, j);
+}
+
+struct Range {
+  Key low, high;  // both may be the answer
+};
+
+// The order statistics of the u_ij of one packed set with too many pairs to keep.
+class Stream {
+ public:
+  Stream(const MedianSet& set, const MedianStages& stages, bool threaded, Workspace& memory)
+      : set_(set), stages_(stages), threaded_(threaded), memory_(memory), pairs_(set.n * (set.n - 1) / 2) {
+    const double size = std::cbrt(double(pairs_)) * std::cbrt(double(pairs_));
+    sampled_ = (int64_t(size) + 63) / 64 * 64;
+    room_ = 8 * sampled_;  // twice what is expected inside of ±2√sampled ranks
+    greatest_ = stages.element == 4 ? 0x7f800000 : 0x7ff0000000000000;
+  }
+
+  // Ranks and the ones after them are asked for in turn; what one pass has counted serves them all.
+  Key find(int64_t rank) {
+    if (!counted_) count(sampled_bracket(rank));
+    Range range{0, greatest_};
+    for (int64_t below = 0;;) {
+      if (rank < counts_.below_low)
+        range.high = std::min(range.high, bracket_.low - 1);
+      else if (rank < counts_.upto_low)
+        return bracket_.low;
+      else if (rank < counts_.below_high) {
+        if (collected_ <= room_) return selected(rank - counts_.upto_low);
+        range = {bracket_.low + 1, bracket_.high - 1}, below = counts_.upto_low;
+      } else if (rank < counts_.upto_high)
+        return bracket_.high;
+      else
+        range.low = bracket_.high + 1, below = counts_.upto_high;
+      count(narrowed(range, below, rank));
+    }
+  }
+
+ private:
+  Range sampled_bracket(int64_t rank) {
+    void* const values = memory_.reserve((room_ + sampled_ + 256) * stages_.element);
+    void* const scratch = static_cast<char*>(values) + sampled_ * stages_.element;
+    stages_.sample(set_, values, sampled_);
+    const double wanted = (double(rank) + 0.5) / double(pairs_) * double(sampled_);
+    const double reach = bracket_reach * std::sqrt(double(sampled_));
+    const int64_t low = int64_t(std::floor(wanted - reach)), high = int64_t(std::ceil(wanted + reach));
+    return {low < 0 ? 0 : stages_.select(values, sampled_, low, scratch).first,
+            high >= sampled_ ? greatest_ : stages_.select(values, sampled_, high, scratch).first};
+  }
+
+  void count(Range bracket) {
+    bracket_ = bracket, counts_ = {}, collected_ = 0, counted_ = true;
+    values_ = static_cast<char*>(memory_.reserve((room_ + room_ / 2 + 256) * stages_.element));
+    selected_rank_ = -1;
+    std::atomic<int64_t> next{0}, collected{0};
+    std::mutex mutex;
+    each_thread(threaded_, [&] {
+      constexpr int64_t most = median_tile * median_tile;
+      static thread_local Workspace workspace;
+      char* const chunk = static_cast<char*>(workspace.reserve((4 * most + 64) * stages_.element));
+      BracketCounts counts;
+      int64_t filled = 0;
+      const auto flush = [&] {
+        const int64_t first = collected.fetch_add(filled);
+        if (first + filled <= room_)
+          std::copy_n(chunk, filled * stages_.element, values_ + first * stages_.element);
+        filled = 0;
+      };
+      take_tiles(next, set_.n, false, [&](int64_t i, int64_t j) {
+        filled += stages_.count(set_, i, j, bracket.low, bracket.high, counts, chunk + filled * stages_.element);
+        if (filled > 3 * most) flush();
+      });
+      flush();
+      const std::lock_guard<std::mutex> lock(mutex);
+      counts_.below_low += counts.below_low, counts_.upto_low += counts.upto_low;
+      counts_.below_high += counts.below_high, counts_.upto_high += counts.upto_high;
+    });
+    collected_ = collected;
+  }
+
+  // The part of `range`, below which there are `below` pairs, that holds `rank`: one key, or no more pairs than room.
+  Range narrowed(Range range, int64_t below, int64_t rank) {
+    for (int64_t inside = pairs_; range.low < range.high && inside > room_;) {
+      int shift = 0;
+      while ((range.high - range.low) >> shift >= median_bins) ++shift;
+      int64_t bins[median_bins] = {};
+      histograms.fetch_add(1, std::memory_order_relaxed);
+      std::atomic<int64_t> next{0};
+      std::mutex mutex;
+      each_thread(threaded_, [&] {
+        int64_t own[median_bins] = {};
+        take_tiles(next, set_.n, false,
+                   [&](int64_t i, int64_t j) { stages_.histogram(set_, i, j, range.low, shift, own); });
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (int64_t bin = 0; bin < median_bins; ++bin) bins[bin] += own[bin];
+      });
+      int64_t bin = 0;
+      while (bin < median_bins - 1 && below + bins[bin] <= rank) below += bins[bin++];
+      range.low += bin << shift;
+      range.high = std::min(range.high, range.low + (Key(1) << shift) - 1);
+      inside = bins[bin];
+    }
+    return range;
+  }
+
+  Key selected(int64_t rank) {
+    if (selected_rank_ < 0 || rank - selected_rank_ > 1) {
+      selected_ = stages_.select(values_, collected_, rank, values_ + (room_ + 64) * stages_.element);
+      selected_rank_ = rank;
+    }
+    return rank == selected_rank_ ? selected_.first : selected_.second;
+  }
+
+  const MedianSet& set_;
+  const MedianStages& stages_;
+  const bool threaded_;
+  Workspace& memory_;
+  const int64_t pairs_;
+  int64_t sampled_, room_, collected_ = 0, selected_rank_ = -1;
+  Key greatest_;
+  bool counted_ = false;
+  Range bracket_{};
+  BracketCounts counts_;
+  char* values_ = nullptr;
+  std::pair<Key, Key> selected_;
+};
+
+// d² = 2u in the dtype of the arithmetic
+double squared_distance(Key key, const MedianStages& stages) {
+  return stages.element == 4 ? double(2 * bit_cast<float>(int32_t(key))) : 2 * bit_cast<double>(key);
+}
+
+Key key_of(double squared_distance, const MedianStages& stages) {
+  return stages.element == 4 ? bit_cast<int32_t>(float(squared_distance / 2)) : bit_cast<Key>(squared_distance / 2);
+}
+
+// med² from the two middle squared distances
+double combine(const double (&middles)[2], bool squared) {
+  if (squared) return (middles[0] + middles[1]) / 2;
+  const double mean = (std::sqrt(middles[0]) + std::sqrt(middles[1])) / 2;
+  return mean * mean;
+}
+
+}  // namespace
+
+Bandwidth median_run(MedianSet set, const MedianStages& stages, const Heuristic& heuristic, bool threaded) {
+  static thread_local Workspace workspace, memory;
+  set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
+  const int64_t n = set.n, pairs = n * (n - 1) / 2, count = heuristic.full ? n * n : pairs;
+  // entry k of the sorted matrix is 0 for k < n, then each pair comes twice
+  const auto rank_of = [&](int64_t k) { return !heuristic.full ? k : k < n ? -1 : (k - n) / 2; };
+  const int64_t ranks[2] = {pairs ? rank_of((count - 1) / 2) : -1, pairs ? rank_of(count / 2) : -1};
+  Key keys[2] = {};
+  if (ranks[1] >= 0 && pairs <= median_kept_pairs) {
+    stages.pack(set, false);
+    const auto [key, next] = stages.middle_of_all(set, std::max<int64_t>(ranks[0], 0));
+    keys[0] = ranks[0] < 0 ? 0 : key, keys[1] = ranks[1] > ranks[0] && ranks[0] >= 0 ? next : key;
+  } else if (ranks[1] >= 0) {
+    stages.pack(set, true);
+    Stream stream(set, stages, threaded, memory);
+    for (int a = 0; a < 2; ++a) keys[a] = stream.find(ranks[a]);
+  }
+  Bandwidth result{1, {squared_distance(keys[0], stages), squared_distance(keys[1], stages)}};
+  double med2 = combine(result.middles, heuristic.squared);
+  if (!(med2 > 0)) med2 = stages.spread(set);
+  if (med2 > 0) result.h = med2 / heuristic.divisor;
+  workspace.trim(), memory.trim();
+  return result;
+}
+
+namespace {
+
+// The pairs at the middles, in both orders: in order where they are few, else row by row of the whole matrix.
+void gradient(MedianSet set, const MedianStages& stages, const double (&middles)[2], double grad, bool squared,
+              double divisor, bool threaded, void* out) {
+  static thread_local Workspace workspace, memory;
+  const int64_t size = set.n * set.d;
+  char* const dx = static_cast<char*>(memory.reserve(size * stages.element));
+  std::fill_n(dx, size * stages.element, 0);
+  if (combine(middles, squared) > 0) {
+    set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
+    stages.pack(set, false);
+    const bool equal = middles[0] == middles[1];
+    Key keys[2];  // at distance 0 the difference is 0
+    for (int a = 0; a < 2; ++a) keys[a] = middles[a] > 0 ? key_of(middles[a], stages) : -1;
+
+    const size_t room = size_t(std::max<int64_t>(size / 8, 4096));
+    constexpr int64_t most = median_tile * median_tile;
+    std::vector<MedianPair> pairs;
+    int64_t counts[2] = {};
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    each_thread(threaded, [&] {
+      std::vector<MedianPair> found(most);
+      take_tiles(next, set.n, false, [&](int64_t i, int64_t j) {
+        const int64_t matches = stages.match(set, i, j, keys, found.data());
+        if (!matches) return;
+        const std::lock_guard<std::mutex> lock(mutex);
+        for (int64_t m = 0; m < matches; ++m) {
+          const MedianPair pair = found[m];
+          counts[pair.middle] += i == j ? 1 : 2;
+          if (pairs.size() > room) continue;
+          pairs.push_back(pair);
+          if (i != j) pairs.push_back({pair.j, pair.i, pair.middle});
+        }
+      });
+    });
+    // ∂h/∂m_a: ½ for (m₁ + m₂)/2, (√m₁ + √m₂)/(4 √m_a) for ((√m₁ + √m₂)/2)²;  ∂d²_ij/∂x_i = 2 (x_i − x_j)
+    double weights[2] = {};
+    for (int a = 0; a < 2; ++a) {
+      if (!(middles[a] > 0)) continue;
+      const int found = equal ? 0 : a;
+      STD_TORCH_CHECK(counts[found] > 0, "middles must be squared distances of x as the forward pass computed them");
+      const double roots = std::sqrt(middles[0]) + std::sqrt(middles[1]);
+      const double slope = squared ? 0.5 : roots / (4 * std::sqrt(middles[a]));
+      weights[found] += 2 * 2 * slope * grad / divisor / double(counts[found]);
+    }
+    if (pairs.size() <= room) {
+      std::sort(pairs.begin(), pairs.end(),
+                [](const MedianPair& a, const MedianPair& b) { return std::tie(a.i, a.j) < std::tie(b.i, b.j); });
+      stages.add(set, pairs.data(), int64_t(pairs.size()), weights, dx);
+    } else {
+      next = 0;
+      each_thread(threaded, [&] {
+        std::vector<MedianPair> found(most);
+        take_tiles(next, set.n, true, [&](int64_t i, int64_t j) {
+          stages.add(set, found.data(), stages.match(set, i, j, keys, found.data()), weights, dx);
+        });
+      });
+    }
+  }
+  stages.store(set, dx, out);
+  workspace.trim(), memory.trim();
+}
+
+void store_scalar(const Data& scalars, int64_t at, double value) {
+  if (scalars.bytes == 8)
+    *static_cast<double*>(scalars[at]) = value;
+  else
+    *static_cast<float*>(scalars[at]) = float(value);
+}
+
+std::tuple<Tensor, Tensor> median_bandwidth(const Tensor& x_, bool full, bool squared, double divisor) {
+  const Shape shape(x_);
+  const ScalarType dtype = x_.scalar_type(), wide = arithmetic(dtype);
+  const Tensor x = as_contiguous(x_);
+  std::vector<int64_t> two = shape.batch;
+  two.push_back(2);
+  Tensor h = empty(x, shape.batch, wide), middles = empty(x, two, wide);
+  const Data xs(x, shape.n * shape.d, dtype), hs(h, 1, wide), all_middles(middles, 1, wide);
+  const MedianStages stages = stages_of(dtype);
+  each_set(shape.sets, shape.n * shape.n * (shape.d + 8), [&](int64_t set, bool threaded) {
+    const Bandwidth result = median_run({shape.n, shape.d, xs[set], nullptr}, stages, {full, squared, divisor}, threaded);
+    store_scalar(hs, set, result.h);
+    for (int a = 0; a < 2; ++a) store_scalar(all_middles, 2 * set + a, result.middles[a]);
+  });
+  return {h, middles};
+}
+
+Tensor median_bandwidth_backward(const Tensor& grad_, const Tensor& x_, const Tensor& middles_, bool squared,
+                                 double divisor) {
+  const Shape shape(x_);
+  const ScalarType dtype = x_.scalar_type(), wide = arithmetic(dtype);
+  STD_TORCH_CHECK(grad_.scalar_type() == wide && middles_.scalar_type() == wide,
+                  "grad and middles must be in the dtype of the arithmetic");
+  const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_), middles = as_contiguous(middles_);
+  Tensor dx = empty(x, shape.full, dtype);
+  const int64_t size = shape.n * shape.d;
+  const Data grads(grad, 1, wide), xs(x, size, dtype), all_middles(middles, 1, wide), dxs(dx, size, dtype);
+  const MedianStages stages = stages_of(dtype);
+  each_set(shape.sets, shape.n * shape.n * (shape.d + 8), [&](int64_t set, bool threaded) {
+    const double two[2] = {value(all_middles, 2 * set), value(all_middles, 2 * set + 1)};
+    gradient({shape.n, shape.d, xs[set], nullptr}, stages, two, value(grads, set), squared, divisor, threaded, dxs[set]);
+  });
+  return dx;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ivfast, CPU, m) {
+  m.impl("median_bandwidth", TORCH_BOX(&median_bandwidth));
+  m.impl("median_bandwidth_backward", TORCH_BOX(&median_bandwidth_backward));
+}
+
+}  // namespace
+
+// For tests: the passes that the histograms of the slow way have taken so far.
+extern "C" __attribute__((visibility("default"))) int64_t ivfast_median_histograms() { return histograms; }
+
+// For tests: how many times √sampled ranks the bracket reaches to either side of the wanted one; 2 is the default.
+extern "C" __attribute__((visibility("default"))) void ivfast_median_reach(double reach) { bracket_reach = reach; }
+
+}  // namespace ivfast

@@ -1,0 +1,278 @@
+// Half squared distances in tiles, and what is done with a tile; included once per instruction set.
+//
+// u_ij = ‖x_i‖²/2 + ‖x_j‖²/2 − x_i·x_j = ‖x_i − x_j‖²/2 of centred rows, the norms summed as the products are: equal rows
+// are at distance exactly 0, and u_ij = u_ji to the last bit.
+#pragma once
+
+#include "median_select.h"
+
+namespace ivfast {
+namespace IVFAST_ISA {
+namespace {
+
+// Rows are in panels [padded n, d]; padded rows are 0.
+template <class T>
+struct Panels {
+  int64_t n, d, padded;
+  T *mean, *half_norms, *x;
+  T *values, *scratch;  // all u_ij, where they are kept
+  int64_t bytes;
+
+  explicit Panels(const MedianSet& set) : n(set.n), d(set.d), padded(round_up(n, lanes<T>)) {
+    const int64_t pairs = n * (n - 1) / 2, kept = pairs <= median_kept_pairs ? pairs : 0;
+    char *const base = static_cast<char*>(set.workspace), *next = base;
+    const auto take = [&](int64_t count, T*& pointer) {
+      pointer = reinterpret_cast<T*>(next);
+      next += round_up(count * int64_t(sizeof(T)), 64);
+    };
+    take(round_up(d, lanes<T>), mean), take(padded, half_norms), take(padded * d, x);
+    take(kept + 64, values), take(kept / 2 + 64, scratch);
+    bytes = next - base;
+  }
+};
+
+// A fixed bijection of [0, n), as good as a random one.
+class Scatter {
+ public:
+  explicit Scatter(int64_t n) : n_(uint64_t(n)) {
+    while (mask_ < n_) mask_ = mask_ << 1 | 1, ++bits_;
+  }
+  int64_t operator()(int64_t i) const {
+    uint64_t x = uint64_t(i);
+    do {
+      for (const uint64_t factor : {0x9e3779b97f4a7c15u, 0xbf58476d1ce4e5b9u, 0x94d049bb133111ebu}) {
+        x = (x + 0x5bd1e995u) * factor & mask_;
+        x ^= x >> (bits_ / 2 + 1);
+      }
+    } while (x >= n_);
+    return int64_t(x);
+  }
+
+ private:
+  uint64_t n_, mask_ = 1;
+  int bits_ = 1;
+};
+
+inline uint64_t hash(uint64_t x) {
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+  return x ^ x >> 31;
+}
+
+template <class T>
+int64_t bytes(int64_t n, int64_t d) {
+  return Panels<T>(MedianSet{n, d, nullptr, nullptr}).bytes;
+}
+
+// Distances do not move with x, their rounding does: any centre serves.
+template <class S, class T>
+IVFAST_INLINE void centre(const Panels<T>& w, const S* x) {
+  constexpr int L = lanes<T>;
+  for (int64_t k = 0; k < w.d; k += L) {
+    const int64_t count = w.d - k < L ? w.d - k : L;
+    Vec<T> total[4] = {};
+    for (int64_t i = 0; i < w.n; ++i) total[i % 4] += load_lanes<T>(x + i * w.d + k, count, (w.n - i) * w.d - k);
+    at(w.mean + k) = ((total[0] + total[1]) + (total[2] + total[3])) / T(w.n);
+  }
+}
+
+template <class S, class T>
+void pack(const MedianSet& set, bool scattered) {
+  constexpr int L = lanes<T>;
+  const Panels<T> w(set);
+  const S* const x = static_cast<const S*>(set.x);
+  const Scatter place(w.n);
+  centre<S, T>(w, x);
+  for (int64_t i = 0; i < w.padded; i += L) {
+    int64_t source[L];
+    for (int r = 0; r < L; ++r) source[r] = i + r < w.n ? (scattered ? place(i + r) : i + r) : w.n;
+    T* const panel = w.x + i * w.d;
+    for (int64_t k = 0; k < w.d; k += L) {
+      const int64_t count = w.d - k < L ? w.d - k : L;
+      Vec<T> rows[L];
+      for (int r = 0; r < L; ++r) {
+        const int64_t from = source[r] * w.d + k;
+        rows[r] = source[r] < w.n ? load_lanes<T>(x + from, count, w.n * w.d - from) - at(w.mean + k) : Vec<T>{};
+      }
+      store_panel<T>(panel, rows, k, count);
+    }
+    Vec<T> norm = {};
+    for (int64_t k = 0; k < w.d; ++k) norm += at(panel + k * L) * at(panel + k * L);
+    at(w.half_norms + i) = T(0.5) * norm;
+  }
+}
+
+// u of whole groups of rows and whole vectors of columns; not a number gives 0.
+template <class T>
+IVFAST_INLINE void distance_tile(T* u, const Panels<T>& w, Range t) {
+  const T *const rows = w.half_norms + t.i, *const cols = w.half_norms + t.j;
+  product_tile<false>(u, w.x, w.x, t, w.d, [&](Vec<T> xx, int64_t i, int64_t j) __attribute__((always_inline)) {
+    const Vec<T> value = (rows[i] + at(cols + j)) - xx;
+    return value > Vec<T>{} ? value : Vec<T>{};
+  });
+}
+
+IVFAST_INLINE int64_t extent(int64_t i, int64_t n) { return n - i < tile ? n - i : tile; }
+
+// A tile's u; padding where there is no pair, or, if `ordered`, none with i < j.
+template <class T>
+IVFAST_INLINE void pair_tile(T* u, const Panels<T>& w, int64_t i, int64_t j, bool ordered) {
+  const int64_t rows = extent(i, w.n), cols = extent(j, w.n), vectors = round_up(cols, lanes<T>);
+  distance_tile(u, w, Range{i, round_up(rows, group<T>), j, vectors});
+  const T none = bit_cast<T>(padding<T>);
+  for (int64_t r = 0; cols < vectors && r < rows; ++r)
+    for (int64_t c = cols; c < vectors; ++c) u[r * tile + c] = none;
+  if (ordered && i == j)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c <= r; ++c) u[r * tile + c] = none;
+}
+
+// f(vector of keys) for each vector of a tile
+template <class T, class F>
+IVFAST_INLINE void each_vector(const T* u, int64_t rows, int64_t cols, const F& f) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; c += lanes<T>) f(unaligned(u + r * tile + c));
+}
+
+// Strips of few rows: half of a square tile on the diagonal would be computed for nothing.
+template <class T>
+std::pair<Key, Key> middle_of_all(const MedianSet& set, int64_t rank) {
+  constexpr int64_t strip = 16, L = lanes<T>;
+  const Panels<T> w(set);
+  T* out = w.values;
+  for (int64_t i = 0; i < w.n; i += strip) {
+    alignas(64) T u[strip * tile + L];
+    const int64_t rows = w.n - i < strip ? w.n - i : strip;
+    for (int64_t j = i; j < w.n; j += tile) {
+      const int64_t cols = extent(j, w.n);
+      distance_tile(u, w, Range{i, round_up(rows, group<T>), j, round_up(cols, L)});
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = i == j ? r + 1 : 0; c < cols; c += L) {
+          __builtin_memcpy(out, u + r * tile + c, sizeof(Vec<T>));  // rubbish behind a row is written over
+          out += cols - c < L ? cols - c : L;
+        }
+    }
+  }
+  pad(out);
+  return select<T>(w.values, out - w.values, rank, w.scratch);
+}
+
+// Lane by lane of two panels: no pair shares a row with another of its vector.
+template <class T>
+void sample(const MedianSet& set, void* values, int64_t count) {
+  constexpr int L = lanes<T>;
+  const Panels<T> w(set);
+  const uint64_t panels = uint64_t(w.n / L);
+  for (int64_t s = 0; s < count; s += L) {
+    const uint64_t random = hash(uint64_t(s)), a = (random & 0xffffffff) % panels;
+    const uint64_t b = (a + 1 + (random >> 32) % (panels - 1)) % panels;
+    const T *const x = w.x + a * L * w.d, *const y = w.x + b * L * w.d;
+    Vec<T> xy = {};
+    for (int64_t k = 0; k < w.d; ++k) xy += at(x + k * L) * at(y + k * L);
+    const Vec<T> u = (at(w.half_norms + a * L) + at(w.half_norms + b * L)) - xy;
+    at(static_cast<T*>(values) + s) = u > Vec<T>{} ? u : Vec<T>{};
+  }
+}
+
+template <class T>
+std::pair<Key, Key> select_key(void* values, int64_t count, int64_t rank, void* scratch) {
+  pad(static_cast<T*>(values) + count);
+  return select<T>(static_cast<const T*>(values), count, rank, static_cast<T*>(scratch));
+}
+
+template <class T>
+int64_t count(const MedianSet& set, int64_t i, int64_t j, Key low, Key high, BracketCounts& counts, void* values) {
+  const Panels<T> w(set);
+  alignas(64) T u[tile * tile];
+  pair_tile(u, w, i, j, true);
+  const Bits<T> lows = Bits<T>{} + Integer<T>(low), highs = Bits<T>{} + Integer<T>(high);
+  Bits<T> below_low = {}, upto_low = {}, below_high = {}, upto_high = {};
+  T *const first = static_cast<T*>(values), *out = first;
+  each_vector(u, extent(i, w.n), extent(j, w.n), [&](Bits<T> key) __attribute__((always_inline)) {
+    const Bits<T> above_low = key > lows, under_high = key < highs;
+    below_low -= key < lows, upto_low -= ~above_low, below_high -= under_high, upto_high -= key <= highs;
+    out = append<T>(out, key, above_low & under_high);
+  });
+  counts.below_low += sum<T>(below_low), counts.upto_low += sum<T>(upto_low);
+  counts.below_high += sum<T>(below_high), counts.upto_high += sum<T>(upto_high);
+  return out - first;
+}
+
+template <class T>
+void histogram(const MedianSet& set, int64_t i, int64_t j, Key low, int shift, int64_t* bins) {
+  const Panels<T> w(set);
+  alignas(64) T u[tile * tile];
+  pair_tile(u, w, i, j, true);
+  each_vector(u, extent(i, w.n), extent(j, w.n), [&](Bits<T> key) {
+    for (int l = 0; l < lanes<T>; ++l) {
+      const uint64_t bin = (uint64_t(key[l]) - uint64_t(low)) >> shift;
+      if (bin < uint64_t(median_bins)) ++bins[bin];
+    }
+  });
+}
+
+template <class T>
+int64_t match(const MedianSet& set, int64_t i, int64_t j, const Key* middles, MedianPair* pairs) {
+  const Panels<T> w(set);
+  alignas(64) T u[tile * tile];
+  pair_tile(u, w, i, j, false);
+  const Bits<T> first = Bits<T>{} + Integer<T>(middles[0]), second = Bits<T>{} + Integer<T>(middles[1]);
+  Bits<T> any = {};
+  const int64_t rows = extent(i, w.n), cols = extent(j, w.n);
+  each_vector(u, rows, cols, [&](Bits<T> key) __attribute__((always_inline)) { any |= (key == first) | (key == second); });
+  if (sum<T>(any) == 0) return 0;
+  int64_t found = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) {
+      const Key key = bit_cast<Integer<T>>(u[r * tile + c]);
+      if (key == middles[0] || key == middles[1]) pairs[found++] = {i + r, j + c, key != middles[0]};
+    }
+  return found;
+}
+
+template <class S, class T>
+void add(const MedianSet& set, const MedianPair* pairs, int64_t count, const double* weights, void* dx) {
+  const S* const x = static_cast<const S*>(set.x);
+  for (; count-- > 0; ++pairs) {
+    const S *const from = x + pairs->i * set.d, *const to = x + pairs->j * set.d;
+    T* const out = static_cast<T*>(dx) + pairs->i * set.d;
+    const T weight = T(weights[pairs->middle]);
+    for (int64_t k = 0; k < set.d; ++k) out[k] += weight * (load(from[k]) - load(to[k]));
+  }
+}
+
+template <class S, class T>
+void store_all(const MedianSet& set, const void* from, void* dx) {
+  for (int64_t e = 0; e < set.n * set.d; ++e) store(static_cast<S*>(dx) + e, static_cast<const T*>(from)[e]);
+}
+
+template <class S, class T>
+double spread(const MedianSet& set) {
+  const S* const x = static_cast<const S*>(set.x);
+  double total = 0;
+  for (int64_t e = 0; e < set.n * set.d; ++e) {
+    const double difference = double(load(x[e])) - double(load(x[e % set.d]));
+    total += difference * difference;
+  }
+  return total / double(set.n);
+}
+
+template <class S, class T>
+MedianStages stages_of() {
+  return {bytes<T>, pack<S, T>, middle_of_all<T>, sample<T>, select_key<T>, count<T>, histogram<T>,
+          match<T>, add<S, T>, store_all<S, T>, int64_t(sizeof(T)), spread<S, T>};
+}
+
+}  // namespace
+
+MedianStages median_stages(Storage storage) {
+  switch (storage) {
+    case Storage::float64: return stages_of<double, double>();
+    case Storage::bfloat16: return stages_of<BFloat16, float>();
+    case Storage::float16: return stages_of<Float16, float>();
+    default: return stages_of<float, float>();
+  }
+}
+
+}  // namespace IVFAST_ISA
+}  // namespace ivfast
