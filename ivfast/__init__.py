@@ -14,6 +14,7 @@ from .ops.mmd import mmd
 from .ops.multi_js import multi_js_divergence, multi_js_loss
 from .ops.svgd import svgd_direction
 from .ops.svgd_bridge import svgd_bridge
+from .sampling import svgd
 from .statistics import GaussianStatistics
 
 load_extensions()
@@ -36,6 +37,7 @@ __all__ = [
     "multi_js_loss",
     "nn",
     "radial_bridge",
+    "svgd",
     "svgd_bridge",
     "svgd_direction",
     "use",
