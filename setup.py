@@ -82,8 +82,8 @@ def extensions() -> list:
 
 
 setup(
-    packages=["ivfast", "ivfast.ops", "ivfast.models", "ivfast.train", "ivfast.kernels"],
-    package_dir={"ivfast": "ivfast", "ivfast.kernels": "kernels"},
+    packages=["ivfast", "ivfast.ops", "ivfast.models", "ivfast.train", "ivfast.kernels", "ivfast.bench"],
+    package_dir={"ivfast": "ivfast", "ivfast.kernels": "kernels", "ivfast.bench": "bench"},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

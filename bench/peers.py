@@ -1,38 +1,159 @@
-"""The best other ways to compute what ivfast computes, written for PyTorch alone."""
+"""The best other ways to compute what ivfast computes. Each is checked against float64 before it is timed."""
+
+import functools
+import math
+import os
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+
+
+def compiled(function: Callable) -> Callable:
+    """`function` under torch.compile, for exactly the shapes it is called with."""
+
+    @functools.cache
+    def build():
+        return torch.compile(function, fullgraph=True, dynamic=False)
+
+    return lambda *args, **keywords: build()(*args, **keywords)
 
 
 def svgd_matmul(x: Tensor, score: Tensor, h: float) -> Tensor:
-    """SVGD direction of x [n, d]: K by one addmm of the centred particles, then K V."""
-    x = x - x.mean(0)
-    norms = x.square().sum(1)
-    kernel = torch.addmm(norms[:, None] + norms, x, x.mT, beta=-1 / h, alpha=2 / h).clamp_max(0).exp()
-    return (kernel @ (score - (2 / h) * x) + (2 / h) * kernel.sum(1, keepdim=True) * x) / len(x)
+    """SVGD direction of x [..., n, d]: K by one addmm of the centred particles, then K V."""
+    x = x - x.mean(-2, keepdim=True)
+    norms = x.square().sum(-1)
+    norms = norms[..., :, None] + norms[..., None, :]
+    product = torch.addmm if x.dim() == 2 else torch.baddbmm
+    kernel = product(norms, x, x.mT, beta=-1 / h, alpha=2 / h).clamp_max(0).exp()
+    return (kernel @ (score - (2 / h) * x) + (2 / h) * kernel.sum(-1, keepdim=True) * x) / x.shape[-2]
 
 
 def svgd_cdist(x: Tensor, score: Tensor, h: float) -> Tensor:
-    """SVGD direction of x [n, d] through torch.cdist."""
+    """SVGD direction of x [..., n, d] through torch.cdist."""
     kernel = torch.exp(torch.cdist(x, x).square() / -h)
-    return (kernel @ (score - (2 / h) * x) + (2 / h) * kernel.sum(1, keepdim=True) * x) / len(x)
+    return (kernel @ (score - (2 / h) * x) + (2 / h) * kernel.sum(-1, keepdim=True) * x) / x.shape[-2]
 
 
 def svgd_attention(x: Tensor, score: Tensor, h: float) -> Tensor:
-    """SVGD direction of x [n, d] by fused attention, which never writes K.
+    """SVGD direction of x [..., n, d] by fused attention, which never writes K.
 
     Key j's logit is 2 x_i·x_j/h − ‖x_j‖²/h. One more key, of logit ‖x_i‖²/h and of value (0, 1), brings out the
     denominator: the last column is 1/(r_i + 1), and the others are (K V)_i/(r_i + 1).
     """
-    x = x - x.mean(0)
-    norms = x.square().sum(1, keepdim=True) / h
-    query = torch.cat([(2 / h) * x, torch.ones_like(norms), norms], 1)
-    key = torch.cat([pad(torch.cat([x, -norms], 1), (0, 1)), query.new_zeros(1, query.shape[1])])
-    value = pad(score - (2 / h) * x, (0, 2, 0, 1))
+    x = x - x.mean(-2, keepdim=True)
+    norms = x.square().sum(-1, keepdim=True) / h
+    query = torch.cat([(2 / h) * x, torch.ones_like(norms), norms], -1)
+    key = F.pad(torch.cat([x, -norms], -1), (0, 1, 0, 1))
+    value = F.pad(score - (2 / h) * x, (0, 2, 0, 1))
     last = torch.zeros_like(value)
-    last[-1, -1] = 1
-    key = key + last
-    out = scaled_dot_product_attention(query[None, None], key[None, None], (value + last)[None, None], scale=1.0)[0, 0]
-    total = 1 / out[:, -1:]  # r + 1
-    return (total * out[:, :-2] + (2 / h) * (total - 1) * x) / len(x)
+    last[..., -1, -1] = 1
+    heads = (part.reshape(-1, 1, *part.shape[-2:]) for part in (query, key + last, value + last))
+    out = F.scaled_dot_product_attention(*heads, scale=1.0).view(*x.shape[:-1], -1)
+    total = 1 / out[..., -1:]  # r + 1
+    return (total * out[..., :-2] + (2 / h) * (total - 1) * x) / x.shape[-2]
+
+
+def svgd_keops(x: Tensor, score: Tensor, h: float) -> Tensor:
+    """SVGD direction of x [..., n, d] by a KeOps reduction, which never writes K: K [V, 1] in one pass."""
+    os.environ.setdefault("PYKEOPS_VERBOSE", "0")
+    from pykeops.torch import LazyTensor
+
+    x_i, x_j = LazyTensor(x[..., :, None, :].contiguous()), LazyTensor(x[..., None, :, :].contiguous())
+    values = torch.cat([score - (2 / h) * x, torch.ones_like(x[..., :1])], -1)
+    sums = (-(x_i - x_j).sqnorm2() / h).exp() @ values
+    return (sums[..., :-1] + (2 / h) * sums[..., -1:] * x) / x.shape[-2]
+
+
+def bind_jax(function: Callable, tensors, cotangent: Tensor | None):
+    """One jitted call of `function` on jax arrays that are there already, with its gradients by jax.vjp."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
+    jax.config.update("jax_default_matmul_precision", "highest")  # TF32 is not what the others compute
+
+    def pulled(arrays, cotangent):
+        out, pull = jax.vjp(function, *arrays)
+        return (out, *pull(cotangent))
+
+    def plain(arrays, cotangent):
+        return (function(*arrays),)
+
+    run = jax.jit(plain if cotangent is None else pulled)
+    arrays = [jax.numpy.array(x.cpu().numpy()) for x in tensors]
+    cotangent = None if cotangent is None else jax.numpy.array(cotangent.cpu().numpy())
+    return lambda: jax.block_until_ready(run(arrays, cotangent))
+
+
+def svgd_jax(x, score, h: float):
+    """SVGD direction of a jax array x [n, d] by matrix algebra."""
+    import jax.numpy as jnp
+
+    x = x - x.mean(0)
+    norms = jnp.square(x).sum(1)
+    kernel = jnp.exp(jnp.minimum((2 * x @ x.T - norms[:, None] - norms) / h, 0))
+    return (kernel @ (score - (2 / h) * x) + (2 / h) * kernel.sum(1, keepdims=True) * x) / len(x)
+
+
+def svgd_blackjax(x, score, h: float):
+    """SVGD direction of a jax array x [n, d] by blackjax's own kernel.
+
+    Its score is a function of a particle, so a particle carries its score with it; an optimiser whose state is the
+    gradient that it is given hands out −φ.
+    """
+    import jax
+    import optax
+    from blackjax.vi import svgd
+
+    taps = optax.GradientTransformation(lambda particles: particles, lambda gradient, *_: (gradient, gradient))
+    state = svgd.init({"x": x, "score": score}, {"h": h}, taps)
+
+    def kernel(a, b, h):
+        return svgd.rbf_kernel(a["x"], b["x"], length_scale=h)
+
+    def gradient(particle):
+        return {"x": particle["score"], "score": jax.numpy.zeros_like(particle["score"])}
+
+    return -svgd.build_kernel(taps)(state, gradient, kernel).opt_state["x"]
+
+
+def median_pdist(x: Tensor) -> Tensor:
+    """med²/log n of x [n, d] as it is usually written; torch.median is the lower of two middles."""
+    return torch.pdist(x).median().square() / math.log(len(x))
+
+
+def median_cdist(x: Tensor) -> Tensor:
+    """The same over the full matrix: n zeros, then each distance twice."""
+    n = len(x)
+    lower = (n * (n - 1) // 2 - 1) // 2
+    return torch.cdist(x, x).flatten().kthvalue(n + 2 * lower + 1).values.square() / math.log(n)
+
+
+def median_sort(x: Tensor) -> Tensor:
+    """The same by sorting, with the mean of the two middles."""
+    ordered = torch.pdist(x).sort().values
+    count = len(ordered)
+    return ((ordered[(count - 1) // 2] + ordered[count // 2]) / 2).square() / math.log(len(x))
+
+
+def median_jax(x):
+    """blackjax's heuristic, its distances by matrix algebra."""
+    import jax.numpy as jnp
+
+    x = x - x.mean(0)
+    norms = jnp.square(x).sum(1)
+    d2 = jnp.maximum(norms[:, None] + norms - 2 * x @ x.T, 0)
+    return jnp.square(jnp.median(jnp.sqrt(d2[jnp.tril_indices(len(x), k=-1)]))) / jnp.log(len(x))
+
+
+def svgd_bridge(z: Tensor, t: int, draws: Tensor | None = None) -> Tensor:
+    """S1's bridge of z [n, d] as a loop: two noisy steps from one bridge to the next, the bandwidth anew in each."""
+    x, bridges = z, [z]
+    for step in range(2 * (t - 1)):
+        h = 100 * median_pdist(x.detach())
+        x = x + svgd_cdist(x, -x, h) + 0.1 * (torch.randn_like(x) if draws is None else draws[step])
+        if step % 2:
+            bridges.append(x)
+    bridges.append(torch.randn_like(z) if draws is None else draws[-1])
+    return torch.stack(bridges)

@@ -1,54 +1,73 @@
-"""SVGD direction at a fixed bandwidth: `pytest bench/svgd.py`. Each provider is checked before it is timed."""
+"""SVGD direction at a fixed bandwidth: `pytest bench/svgd.py`, `ivfast bench svgd`."""
 
-import functools
-
-import peers
-import pytest
 import torch
 
 import ivfast
 
-SHAPES = [(64, 16), (100, 64), (128, 128), (1024, 64), (4096, 64)]
-PROVIDERS = {
-    "ivfast": lambda x, score, h: ivfast.svgd_direction(x, score, bandwidth=h),
-    "eager": peers.svgd_matmul,
-    "eager-cdist": peers.svgd_cdist,
-    "compile": functools.cache(lambda: torch.compile(peers.svgd_matmul, dynamic=False)),
-    "attention": peers.svgd_attention,
-}
+from . import peers
+from .problem import BACKWARD, Problem, Provider
 
 
-def forward(function, x, score, h, weights):
-    return (function(x, score, h),)
+def at_fixed_bandwidth(function):
+    return lambda x, score: function(x, score, float(x.shape[-1]))
 
 
-def forward_backward(function, x, score, h, weights):
-    phi = function(x, score, h)
-    return phi.detach(), *torch.autograd.grad(phi, (x, score), weights)
+def exact(tensors, cotangent, rows=64, above=8192):
+    """φ_i and the gradients for some particles i, in O(n) memory, where n is too large for n × n matrices.
+
+    The loss depends on particle i through φ_i, and through its term in every other φ_j.
+    """
+    x, score = tensors
+    n, h = x.shape[-2], float(x.shape[-1])
+    if n <= above or x.dim() > 2:
+        return None
+    chosen = torch.linspace(0, n - 1, rows, dtype=torch.float64).long().to(x.device)
+    x_i, s_i = (t[chosen].clone().requires_grad_() for t in tensors)
+
+    def terms(at, x, score):
+        """Σ_j [k(x_j, at) s_j + ∇_{x_j} k(x_j, at)]/n over the particles that are given."""
+        d2 = at.square().sum(1, keepdim=True) + x.square().sum(1) - 2 * at @ x.mT
+        kernel = torch.exp(-d2 / h)
+        return (kernel @ (score - (2 / h) * x) + (2 / h) * kernel.sum(1, keepdim=True) * at) / n
+
+    phi = terms(x_i, x.index_put((chosen,), x_i), score.index_put((chosen,), s_i))
+    others = cotangent.index_fill(0, chosen, 0)
+    loss = (cotangent[chosen] * phi).sum() + (others * terms(x, x_i, s_i)).sum()
+    gradients = torch.autograd.grad(loss, (x_i, s_i))
+    return [(chosen, value) for value in (phi.detach(), *gradients)]
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def problem(request):
-    """x, score, h, upstream gradient, and φ with its gradients in float64."""
-    n, d = request.param
-    x, score, weights = torch.randn(3, n, d).unbind()
-    exact = [t.double().requires_grad_() for t in (x, score)]
-    with ivfast.use("reference"):
-        expected = forward_backward(PROVIDERS["ivfast"], *exact, float(d), weights.double())
-    return x, score, float(d), weights, expected
+def work(size, what):
+    """K and K V; backward recomputes K and multiplies four more times."""
+    *_, n, d = size
+    return (14 if what == BACKWARD else 4) * n * d * torch.Size(size[:-1]).numel()
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.compile's own
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("run", [forward, forward_backward], ids=["forward", "forward+backward"])
-def test_svgd(benchmark, problem, run, provider):
-    x, score, h, weights, expected = problem
-    function = PROVIDERS[provider]
-    if provider == "compile":
-        function = function()
-    if run is forward_backward:
-        x, score = (t.clone().requires_grad_() for t in (x, score))
-    for actual, exact in zip(run(function, x, score, h, weights), expected, strict=False):
-        torch.testing.assert_close(actual.double(), exact, rtol=0, atol=1e-4 * float(exact.abs().max()))
-    benchmark.group = f"{x.shape[0]}x{x.shape[1]} {run.__name__}"
-    benchmark(run, function, x, score, h, weights)
+PROBLEM = Problem(
+    op="svgd_direction",
+    axes="n×d",
+    sizes=((64, 16), (100, 64), (128, 128), (1024, 64)),
+    long_sizes=((4096, 64), (8192, 128), (65536, 64)),
+    gpu_sizes=((64, 64, 16),),
+    draw=lambda size: (torch.randn(size), torch.randn(size)),
+    output=lambda size: size,
+    function=lambda x, score: ivfast.svgd_direction(x, score, bandwidth=float(x.shape[-1])),
+    peers=(
+        Provider("eager", at_fixed_bandwidth(peers.svgd_matmul), squares=(3, 6)),
+        Provider("eager-cdist", at_fixed_bandwidth(peers.svgd_cdist), squares=(3, 6)),
+        Provider("compile", at_fixed_bandwidth(peers.compiled(peers.svgd_matmul)), squares=(2, 4), compiles=True),
+        Provider("attention", at_fixed_bandwidth(peers.svgd_attention)),
+        Provider("keops", at_fixed_bandwidth(peers.svgd_keops), packages=("pykeops",), compiles=True),
+        Provider("jax", at_fixed_bandwidth(peers.svgd_jax), packages=("jax",), devices=("cpu",), bind=peers.bind_jax,
+                 squares=(2, 4), compiles=True),
+        Provider("blackjax", at_fixed_bandwidth(peers.svgd_blackjax), packages=("jax", "blackjax"), devices=("cpu",),
+                 bind=peers.bind_jax, cubes=(1, 6), compiles=True),
+    ),
+    work=work,
+    squares=(5, 9),
+    exact=exact,
+)  # fmt: skip
+
+
+def test_svgd(timed):
+    timed()

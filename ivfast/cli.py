@@ -1,4 +1,4 @@
-"""The command line: `ivfast train | sample | evaluate | info`.
+"""The command line: `ivfast train | sample | evaluate | bench | info`.
 
 torch is imported inside the commands, so that this file costs the help nothing.
 """
@@ -308,6 +308,58 @@ def evaluate(
     record = {value.name: value.value for value in values} | {"samples": samples, "seed": seed}
     (run / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     console.print(report.values_table(f"{settings.system} on {settings.data}, {run}", values))
+
+
+BENCH_HELP = """
+Measure the ops against the best other ways to compute them, here.
+
+\b[bold]Ops[/bold]: median, multi_js, svgd, svgd_bridge; all without an OP.
+[bold]Providers[/bold]: ivfast as it comes and each of its implementations; eager PyTorch,
+torch.compile, fused attention, KeOps, JAX and blackjax where they are installed
+([b]pip install "ivfast\\[bench]"[/b]). Each is checked against float64 first, and a
+wrong one is not timed. Providers take turns, so that a drift meets all of them.
+
+\bThe table gives each time over ivfast's and over the best peer's; what share of
+it a limit of this machine explains (the op's flop at the rate of a large
+product, its traffic at that of a copy, or an empty call); and the memory used
+above the inputs. The JSON, the tables and a picture for each op go to
+bench/results in a clone of the repository, else to bench-results; a group of
+rows measured again replaces the old one.
+
+\b[bold]Examples[/bold]
+  [green]ivfast bench[/green]                             about ten minutes on two cores
+  [green]ivfast bench svgd --quick[/green]                a rough look; written only with --out
+  [green]ivfast bench svgd --shapes 64x16,300x50[/green]  your sizes
+  [green]ivfast bench --resume[/green]                    goes on after Ctrl-C
+"""
+
+
+@app.command(help=BENCH_HELP)
+@friendly
+def bench(
+    ops: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP]...", help="Of the above.", show_default=False)
+    ] = None,
+    shapes: Annotated[str | None, option(metavar="NxD,...", help="Sizes, in place of the op's own.")] = None,
+    providers: Annotated[
+        str | None, option(metavar="A,B,...", help="Peers and implementations to measure beside ivfast.")
+    ] = None,
+    quick: Annotated[bool, option("--quick", help="Small sizes, few rounds, no memory.")] = False,
+    device: Annotated[str | None, option(metavar="NAME", help="cpu or cuda; default: a GPU, else the CPU.")] = None,
+    threads: Annotated[int | None, option(min=1, metavar="N", help="Processors for every provider.")] = None,
+    minutes: Annotated[float | None, option(min=0, metavar="M", help="Start nothing new after so long.")] = None,
+    memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, a process each.")] = True,
+    resume: Annotated[bool, option("--resume", help="Only what is not there yet with these versions.")] = False,
+    out: Annotated[Path | None, option(metavar="DIR", help="Folder of the results.")] = None,
+    debug: Debug = False,
+) -> None:
+    from .bench import command
+
+    given = {"ops": ops, "shapes": shapes, "providers": providers, "quick": quick, "device": device, "out": out}
+    right = command.bench(console, **given, threads=threads, minutes=minutes, memory=memory, resume=resume)
+    if not right:
+        errors.print("[bold red]error:[/bold red] ivfast computed something wrong: see the table")
+        raise typer.Exit(1)
 
 
 @app.command()
