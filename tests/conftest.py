@@ -15,3 +15,25 @@ def _fresh_seed(request):
     seed = int(os.environ.get("IVFAST_SEED", torch.seed() % 2**31))
     torch.manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"IVFAST_SEED={seed}")
+
+
+@pytest.fixture
+def poisoned():
+    """Memory from torch.empty is NaN: an output or a part of it that no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def simt(poisoned):
+    """The kernels of csrc/cuda serve CPU tensors, through tests/simt."""
+    from simt import build
+
+    try:
+        build.load()
+    except build.NoCompilerError as error:
+        pytest.skip(str(error))
+    return build

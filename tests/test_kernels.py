@@ -1,7 +1,6 @@
-"""Kernels proved without a GPU: Triton interpreted and compiled ahead of time, CUDA C++ run by tests/simt and by nvcc."""
+"""Kernels proved without a GPU: Triton interpreted and compiled ahead of time, CUDA C++ compiled by nvcc; and tests/simt."""
 
 import ctypes
-import functools
 import json
 import os
 import re
@@ -106,16 +105,6 @@ def test_every_triton_kernel_compiles_ahead_of_time_without_spills():
     assert not wrong, "\n".join(map(str, wrong))
 
 
-@pytest.fixture
-def poisoned():
-    """Memory from torch.empty is NaN: an output or a part of it that no kernel wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def assert_matches(case: Case, dtype: torch.dtype, implementation: str, device: str = "cpu"):
     testing.check(case, testing.inputs(case, dtype, device=device), implementation)
 
@@ -210,103 +199,6 @@ class TestMultiJs:
             assert torch.autograd.grad(loss.sum(), x)[0].shape == x.shape
 
 
-# CUDA C++: on the CPU through tests/simt
-
-
-@functools.cache
-def simt_failure() -> str | None:
-    try:
-        build.load()
-    except build.NoCompilerError as error:
-        return str(error)
-    return None
-
-
-@pytest.fixture
-def simt(poisoned):
-    """The kernels of csrc/cuda serve CPU tensors."""
-    if simt_failure():
-        pytest.skip(simt_failure())
-    return build
-
-
-def svgd_case(n, d, *, batch=(), score=True, shift=0.0, slack=1.0) -> Case:
-    def draw(generator):
-        def normal():
-            return torch.randn(*batch, n, d, generator=generator, dtype=torch.float64)
-
-        h = (torch.rand(batch, generator=generator, dtype=torch.float64) + 0.5) * d
-        return (normal() + shift, normal(), h) if score else (normal() + shift, h)
-
-    def direction(x, *rest):
-        return ivfast.svgd_direction(x, *rest[:-1], bandwidth=rest[-1])
-
-    return Case("svgd_direction", f"{(*batch, n, d)}", direction, draw, slack=slack)
-
-
-class TestSvgd:
-    @pytest.mark.parametrize("seed", [0, 1])
-    @pytest.mark.parametrize(
-        ("n", "d"),
-        [(1, 1), (2, 3), (31, 16), (32, 32), (33, 33), (64, 1), (64, 16), (64, 64), (100, 65), (256, 3), (256, 128)],
-    )
-    def test_edges(self, simt, n, d, seed):
-        simt.schedule(seed + 1000 * size(0, 1 << 20))
-        assert_matches(svgd_case(n, d, score=bool(seed)), torch.float32, "cuda")
-
-    @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-    @pytest.mark.parametrize("score", [False, True])
-    def test_random_sizes(self, simt, dtype, score):
-        batch = [size(1, 3) for _ in range(size(1, 2))]
-        assert_matches(svgd_case(size(1, 80), size(1, 128), batch=batch, score=score), dtype, "cuda")
-
-    def test_data_far_from_the_origin(self, simt):
-        # inputs of mean 10 leave float32 ten times less of each difference
-        assert_matches(svgd_case(90, 20, shift=10.0, slack=10), torch.float32, "cuda")
-
-    def test_equal_particles_follow_the_score_alone(self, simt):
-        x, score = torch.randn(1, 7).expand(40, 7), torch.randn(40, 7)
-        with ivfast.use("cuda"):
-            phi = ivfast.svgd_direction(x, score, bandwidth=1.0)
-        assert testing.error(phi, score.double().mean(0).expand(40, 7)) <= testing.TOLERANCES[torch.float32]
-
-    def test_every_schedule_gives_the_same_bits(self, simt):
-        case = svgd_case(70, 33, batch=(2,))
-        tensors = testing.inputs(case, torch.float32)
-        results = []
-        for seed in range(6):
-            simt.schedule(seed)
-            with ivfast.use("cuda"):
-                value, gradients = testing.value_and_gradients(case, tensors)
-            results.append([*value, *gradients])
-        for result in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
-
-    def test_strided_inputs_and_expanded_gradient(self, simt):
-        x, score = (torch.randn(3, 20, 35).mT.requires_grad_() for _ in range(2))
-        h = torch.rand(()).expand(3) + 4
-        with ivfast.use("cuda"):
-            ours = torch.autograd.grad(ivfast.svgd_direction(x, score, bandwidth=h).sum(), (x, score))
-        with ivfast.use("reference"):
-            phi = ivfast.svgd_direction(x.double(), score.double(), bandwidth=h.double())
-            theirs = torch.autograd.grad(phi.sum(), (x, score))
-        for a, b in zip(ours, theirs, strict=True):
-            assert testing.error(a, b) <= testing.TOLERANCES[torch.float32]
-
-    def test_no_sets(self, simt):
-        with ivfast.use("cuda"):
-            assert ivfast.svgd_direction(torch.empty(0, 4, 3), bandwidth=1.0).shape == (0, 4, 3)
-
-    def test_what_it_does_not_serve_is_refused(self, simt):
-        with ivfast.use("cuda"):
-            with pytest.raises(RuntimeError, match=r"d <= 128, got n = 5, d = 129"):
-                ivfast.svgd_direction(torch.randn(5, 129), bandwidth=1.0)
-            with pytest.raises(RuntimeError, match=r"takes float32, bfloat16 or float16, got Double"):
-                ivfast.svgd_direction(torch.randn(5, 3, dtype=torch.float64), bandwidth=1.0)
-        with pytest.raises(RuntimeError, match=r"n, d >= 1, got n = 0, d = 3"):
-            torch.ops.ivfast.svgd_direction.cuda(torch.empty(0, 3), None, torch.ones(()))
-
-
 # CUDA C++: nvcc
 
 
@@ -339,7 +231,7 @@ def test_cuda_kernels_compile_without_spills(source, tmp_path):
     assert set(used) == {("0", "0", "0")}
     registers = [int(count) for count in re.findall(r"Used (\d+) registers", report)]
     assert len(registers) == len(kernels)
-    assert max(registers) <= REGISTERS
+    assert max(registers) <= 168  # what the 65,536 of a multiprocessor come to for 384 threads, the widest launch bound
 
 
 # The shim itself
@@ -401,7 +293,7 @@ class TestShim:
             probes("shared_memory", y, ctypes.c_size_t(163 * 1024 + 1), ctypes.c_bool(True))
 
     def test_warp_operations(self, probes):
-        x, y = torch.randn(64), torch.empty(8, 64)
+        x, y = torch.randn(64), torch.empty(11, 64)
         probes("warp_operations", x, y, seed=3)
         warp, lane = x.view(2, 32), torch.arange(32)
         half = x.view(4, 16)
@@ -414,6 +306,9 @@ class TestShim:
             (half > 1.5).any(1, keepdim=True).expand(4, 16),
             (half > -1.5).all(1, keepdim=True).expand(4, 16),
             half[:, [*range(1, 16), 15]],
+            (warp * 1024).trunc().amin(1, keepdim=True).expand(2, 32),
+            (half * 1024).trunc().amax(1, keepdim=True).expand(4, 16),
+            warp.square().amax(1, keepdim=True).expand(2, 32),
         ]
         for ours, theirs in zip(y, expected, strict=True):
             assert torch.equal(ours, theirs.reshape(64).float())

@@ -39,6 +39,16 @@ inline cudaStream_t current_stream([[maybe_unused]] const torch::stable::Tensor&
   return static_cast<cudaStream_t>(stream);
 }
 
+// Bytes of shared memory that a block on the device of `x` may ask for.
+inline int shared_limit([[maybe_unused]] const torch::stable::Tensor& x) {
+  int device = 0, bytes = 0;
+#ifndef IVFAST_SIMT
+  device = x.get_device_index();
+#endif
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return bytes;
+}
+
 // Starts `kernel` on the device and current stream of `x`, with `shared` bytes of dynamic shared memory.
 template <class... Parameters, class... Arguments>
 void launch(

@@ -126,8 +126,10 @@ class _MedianBandwidth(torch.autograd.Function):
 _forward = register(
     "median_bandwidth(Tensor x, bool full, bool squared, float divisor) -> (Tensor h, Tensor middles)",
     reference=median_bandwidth_reference,
+    cuda=True,
 )
 _backward = register(
     "median_bandwidth_backward(Tensor grad, Tensor x, Tensor middles, bool squared, float divisor) -> Tensor",
     reference=_backward_reference,
+    cuda=True,
 )

@@ -57,7 +57,7 @@ __global__ void unwritten_shared(float* y) {
   y[threadIdx.x] = threadIdx.x % 2 ? tile[threadIdx.x] : reinterpret_cast<float*>(ivfast::dynamic_shared)[threadIdx.x];
 }
 
-// row k of y [8, 64] is one warp operation on x [64]
+// row k of y [11, 64] is one warp operation on x [64]
 __global__ void warp_operations(const float* x, float* y) {
   const int t = threadIdx.x, half = 0xFFFFu << (t & 16);
   const float v = x[t];
@@ -70,6 +70,10 @@ __global__ void warp_operations(const float* x, float* y) {
   y[384 + t] = static_cast<float>(__all_sync(half, v > -1.5f));
   __syncwarp();
   y[448 + t] = static_cast<float>(__shfl_down_sync(half, v, 1, 16));
+  const int whole = static_cast<int>(v * 1024);
+  y[512 + t] = static_cast<float>(__reduce_min_sync(~0u, whole));
+  y[576 + t] = static_cast<float>(__reduce_max_sync(half, whole));
+  y[640 + t] = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(v * v)));
 }
 
 // Threads of a 3-D grid of 3-D blocks count themselves at their own place, and all of them in one

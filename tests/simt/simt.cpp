@@ -105,13 +105,14 @@ void wake(int thread) {
 void try_warp(int thread) {
   const Thread& first = *threads[thread];
   const int warp = thread / 32 * 32;
-  uint64_t votes = 0;
+  uint64_t votes = 0, least = first.bits;
   for (int lane = 0; lane < 32; ++lane) {
     if (!(first.mask >> lane & 1)) continue;
     if (warp + lane >= count) return;
     const Thread& other = *threads[warp + lane];
     if (other.state != State::warp || other.op != first.op || other.mask != first.mask) return;
     votes |= (other.bits & 1) << lane;
+    least = std::min(least, other.bits);
   }
   const unsigned mask = first.mask;
   for (int lane = 0; lane < 32; ++lane) {
@@ -120,7 +121,7 @@ void try_warp(int thread) {
     if (self.op == Op::shuffle && !(mask >> self.source & 1)) {
       throw std::runtime_error("simt: shuffle at " + where(self.site) + " reads a lane outside its mask");
     }
-    self.reply = self.op == Op::shuffle ? threads[warp + self.source]->bits : votes;
+    self.reply = self.op == Op::shuffle ? threads[warp + self.source]->bits : self.op == Op::least ? least : votes;
   }
   for (int lane = 0; lane < 32; ++lane) {
     if (mask >> lane & 1) wake(warp + lane);
@@ -239,6 +240,11 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
     default: return "invalid argument";
   }
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = ivfast::kShared;
+  return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {

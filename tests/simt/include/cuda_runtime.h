@@ -32,6 +32,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
@@ -53,10 +56,10 @@ struct Site {  // of a wait in the source
   int line;
 };
 
-enum class Op { sync, shuffle, ballot };
+enum class Op { sync, shuffle, ballot, least };
 
 void block_barrier(Site site);
-// Waits for every lane of `mask`; returns the bits of `source` (shuffle) or of the votes (ballot).
+// Waits for every lane of `mask`; returns the bits of `source` (shuffle), of the votes (ballot) or of the least.
 uint64_t warp_op(Op op, unsigned mask, uint64_t bits, int source, Site site);
 int lane();
 
@@ -106,9 +109,33 @@ inline unsigned __ballot_sync(unsigned mask, int vote, SIMT_SITE) {
 }
 inline int __any_sync(unsigned mask, int vote, SIMT_SITE) { return __ballot_sync(mask, vote, file, line) != 0; }
 inline int __all_sync(unsigned mask, int vote, SIMT_SITE) { return __ballot_sync(mask, vote, file, line) == mask; }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value, SIMT_SITE) {
+  return static_cast<unsigned>(simt::warp_op(simt::Op::least, mask, value, 0, {file, line}));
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value, SIMT_SITE) {
+  return ~__reduce_min_sync(mask, ~value, file, line);
+}
+inline int __reduce_min_sync(unsigned mask, int value, SIMT_SITE) {
+  return static_cast<int>(__reduce_min_sync(mask, static_cast<unsigned>(value) ^ 1u << 31, file, line) ^ 1u << 31);
+}
+inline int __reduce_max_sync(unsigned mask, int value, SIMT_SITE) {
+  return static_cast<int>(__reduce_max_sync(mask, static_cast<unsigned>(value) ^ 1u << 31, file, line) ^ 1u << 31);
+}
 #undef SIMT_SITE
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz(static_cast<unsigned>(x)) : 32; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof(x));
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 
 // Fibers share one system thread: a plain read and write is atomic.
 template <class T>
@@ -136,6 +163,12 @@ T atomicExch(T* p, T value) {
   return old;
 }
 template <class T>
+T atomicOr(T* p, T value) {
+  const T old = *p;
+  *p = old | value;
+  return old;
+}
+template <class T>
 T atomicCAS(T* p, T expected, T value) {
   const T old = *p;
   if (old == expected) *p = value;
@@ -145,6 +178,7 @@ T atomicCAS(T* p, T expected, T value) {
 using cudaStream_t = struct CUstream_st*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -152,6 +186,7 @@ struct cudaLaunchConfig_t {
 };
 
 const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
 namespace simt {

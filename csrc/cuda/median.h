@@ -1,0 +1,65 @@
+// The median heuristic of one particle set, by the block that holds its distances.
+#pragma once
+
+#include "particles.h"
+#include "selection.h"
+
+namespace ivfast {
+
+// h = med²/divisor. The ranks of the two middles among the pairs i < j; -1 is a zero of the full matrix's diagonal.
+struct Heuristic {
+  int first, second;
+  bool squared;
+  float divisor;
+
+  // Entry k of the sorted full matrix is 0 for k < n, else entry (k − n)/2 of the sorted pairs.
+  Heuristic(int64_t n, bool full, bool squared, double divisor) : squared(squared), divisor(float(divisor)) {
+    const int64_t count = full ? n * n : n * (n - 1) / 2, below = n == 1 ? -1 : (count - 1) / 2, above = count / 2;
+    const auto rank = [&](int64_t k) { return int(full && k >= 0 ? (k < n ? -1 : (k - n) / 2) : k); };
+    first = rank(below), second = n == 1 ? -1 : rank(above);
+  }
+
+  __device__ float combine(float2 middles) const {
+    const float root = 0.5f * (sqrtf(middles.x) + sqrtf(middles.y));
+    return squared ? 0.5f * (middles.x + middles.y) : root * root;
+  }
+};
+
+// The two middle squared distances of the tiles d2; every thread returns them.
+template <class B>
+__device__ __forceinline__ float2 middles_of(
+    const float (&d2)[B::tiles][16], int n, const Heuristic& heuristic, Selection& selection) {
+  if (heuristic.second < 0) return make_float2(0.f, 0.f);
+  unsigned values[B::tiles * 16];
+#pragma unroll
+  for (int t = 0; t < B::tiles; ++t) {
+    const Tile tile = upper_tile(threadIdx.x / 32 + t * (B::threads / 32));
+#pragma unroll
+    for (int pair = 0; pair < 16; ++pair) {
+      const int i = tile.i + pair / 4, j = tile.j + pair % 4;
+      values[t * 16 + pair] = i < j && j < n ? __float_as_uint(d2[t][pair]) & 0x7FFFFFFFu : kNone;
+    }
+  }
+  const float2 found = select(values, max(heuristic.first, 0), heuristic.second, selection);
+  return heuristic.first < 0 ? make_float2(0.f, found.y) : found;
+}
+
+// Where med² is 0, the mean squared distance from the first particle takes its place; where that is 0 too, h = 1.
+// value(row, column) is x.
+template <class F>
+__device__ __forceinline__ float bandwidth_of(float2 middles, const Heuristic& heuristic, int n, int d, F value) {
+  float med2 = heuristic.combine(middles);
+  if (!(med2 > 0.f)) {
+    float sum = 0.f;
+    for (int at = threadIdx.x % 32; at < n * d; at += 32) {
+      const float difference = value(at / d, at % d) - value(0, at % d);
+      sum += difference * difference;
+    }
+#pragma unroll
+    for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
+    med2 = sum / n;
+  }
+  return med2 > 0.f ? med2 / heuristic.divisor : 1.f;
+}
+
+}  // namespace ivfast

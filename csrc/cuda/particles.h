@@ -1,0 +1,125 @@
+// A particle set as one thread block holds it: columns in shared memory, squared distances in registers.
+//
+// Distances are sums of squared differences: nothing cancels, equal particles are at exactly 0, and the same pair has the
+// same bits wherever it is computed.
+#pragma once
+
+#include <vector>
+
+#include "../common.h"
+#include "launch.h"
+
+namespace ivfast {
+
+__device__ __forceinline__ float4 vec4(const float* p) { return *reinterpret_cast<const float4*>(p); }
+
+__device__ __forceinline__ float part(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+
+__host__ __device__ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// A panel: 4 quads columns of n samples at row_at(row, quads), zero outside the n x d that exist. Four floats between
+// groups of four rows keep eight threads that read rows 4 apart on banks of their own.
+__host__ __device__ constexpr int row_at(int row, int quads) { return row * 4 * quads + row / 4 * 4; }
+__host__ __device__ constexpr int panel_floats(int n, int quads) { return row_at(round_up(n, 4), quads); }
+
+// panel[row][column] = value(row, first + column)
+template <class F>
+__device__ __forceinline__ void fill(float* panel, int n, int d, int first, int quads, F value) {
+  for (int at = threadIdx.x; at < round_up(n, 4) * quads; at += blockDim.x) {
+    const int row = at / quads, quad = at % quads, column = first + 4 * quad;
+    float v[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) v[c] = row < n && column + c < d ? value(row, column + c) : 0.f;
+    *reinterpret_cast<float4*>(panel + row_at(row, quads) + 4 * quad) = make_float4(v[0], v[1], v[2], v[3]);
+  }
+}
+
+// Rows i..i+3 by columns j..j+3 of the matrix of pairs. A warp covers 16 by 32; of two lanes that differ in one of the
+// last two bits one pair reads the same rows and the other the same columns, which shared memory serves at once.
+struct Tile {
+  int i, j;
+  __device__ bool exists(int n) const { return i <= j && j < n; }
+};
+
+// Tile `index` of the warps that cover the pairs i <= j: 2c + 2 of them in block column c.
+__device__ __forceinline__ Tile upper_tile(int index) {
+  const int lane = threadIdx.x % 32;
+  int column = 0;
+  while ((column + 1) * (column + 2) <= index) ++column;
+  const int row = index - column * (column + 1);
+  return {16 * row + lane / 16 * 8 + lane % 2 * 4, 32 * column + lane / 2 % 8 * 4};
+}
+
+// Threads and, for each of them, the upper tiles that hold all pairs of up to n = 64, 128 and 256 particles
+template <int Threads, int Tiles>
+struct Block {
+  static constexpr int threads = Threads, tiles = Tiles;
+};
+constexpr int kMostParticles = 256;
+
+template <class F>
+void by_size(int n, F f) {
+  if (n <= 64) return f(Block<256, 1>{});
+  if (n <= 128) return f(Block<384, 2>{});
+  return f(Block<384, 6>{});
+}
+
+// d2[4p + q] += Σ_k (x_ik − x_jk)² over the columns of a panel, of rows i + p and j + q
+__device__ __forceinline__ void add_distances(float (&d2)[16], const float* x_i, const float* x_j, int quads) {
+#pragma unroll 1
+  for (int k = 0; k < 4 * quads; k += 4) {
+    float4 a[4], b[4];
+#pragma unroll
+    for (int p = 0; p < 4; ++p) a[p] = vec4(x_i + 4 * quads * p + k), b[p] = vec4(x_j + 4 * quads * p + k);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+#pragma unroll
+      for (int pair = 0; pair < 16; ++pair) {
+        const float difference = part(a[pair / 4], c) - part(b[pair % 4], c);
+        d2[pair] += difference * difference;
+      }
+    }
+  }
+}
+
+// The squared distances of the block's upper tiles, panel by panel. load(first) fills `panel` with columns first, …
+template <class B, class Load>
+__device__ __forceinline__ void distances(
+    float (&d2)[B::tiles][16], const float* panel, int n, int d, int quads, Load load) {
+#pragma unroll
+  for (int t = 0; t < B::tiles; ++t) {
+#pragma unroll
+    for (int pair = 0; pair < 16; ++pair) d2[t][pair] = 0.f;
+  }
+  for (int first = 0; first < d; first += 4 * quads) {
+    load(first);
+#pragma unroll
+    for (int t = 0; t < B::tiles; ++t) {
+      const Tile tile = upper_tile(threadIdx.x / 32 + t * (B::threads / 32));
+      if (tile.exists(n)) add_distances(d2[t], panel + row_at(tile.i, quads), panel + row_at(tile.j, quads), quads);
+    }
+  }
+}
+
+// A batch of particle sets x [..., n, d]
+struct Sets {
+  std::vector<int64_t> full, rows, batch;  // [..., n, d], [..., n], [...]
+  int64_t count = 1;
+  int n = 0, d = 0;
+
+  Sets(const char* op, const Tensor& x, int64_t most_n, int64_t most_d) {
+    const auto sizes = x.sizes();
+    full.assign(sizes.begin(), sizes.end()), rows.assign(sizes.begin(), sizes.end() - 1);
+    batch.assign(sizes.begin(), sizes.end() - 2);
+    for (const int64_t size : batch) count *= size;
+    const int64_t n_here = rows.back(), d_here = full.back();
+    STD_TORCH_CHECK(
+        n_here >= 1 && d_here >= 1, op, " takes x [..., n, d] of n, d >= 1, got n = ", n_here, ", d = ", d_here);
+    STD_TORCH_CHECK(
+        n_here <= most_n && d_here <= most_d, op, " in CUDA C++ takes x [..., n, d] of n <= ", most_n, " and d <= ",
+        most_d, ", got n = ", n_here, ", d = ", d_here);
+    n = static_cast<int>(n_here), d = static_cast<int>(d_here);
+  }
+};
+
+}  // namespace ivfast

@@ -1,0 +1,128 @@
+// Order statistics, exact, of non-negative floats that the threads of a block hold in registers.
+//
+// Bits of such floats order as the floats do. A histogram of 1024 buckets from the least to the largest tells the bucket
+// of the wanted rank, and a bucket of more than 32 values is the range of the next histogram: at most four for 31 bits,
+// one for the distances of a small particle set. A warp ranks what is left.
+#pragma once
+
+#include "launch.h"
+
+namespace ivfast {
+
+constexpr unsigned kNone = 0xFFFFFFFFu;  // no value: above the bits of every float from 0 to infinity
+constexpr unsigned kInfinity = 0x7F800000u;
+constexpr int kBuckets = 1024, kScanners = kBuckets / 4;
+constexpr unsigned kFew = 32;
+
+// Shared memory; clear() and a barrier come before the first use.
+struct alignas(16) Selection {
+  unsigned histogram[kBuckets];
+  unsigned few[kFew];
+  unsigned low[32];
+  int high[32];
+  unsigned sums[kScanners / 32];
+  unsigned bucket, before, count, listed;
+
+  __device__ void clear() {
+    for (int at = threadIdx.x; at < kBuckets; at += blockDim.x) histogram[at] = 0;
+  }
+};
+
+// value's entry of rank `place` among the `count` first lanes' distinct places
+__device__ __forceinline__ unsigned at_place(unsigned value, unsigned place, unsigned wanted) {
+  return __shfl_sync(~0u, value, __ffs(static_cast<int>(__ballot_sync(~0u, place == wanted))) - 1);
+}
+
+// The values of ranks `first` and `second`, which is `first` or the next, among those that are not kNone; NaN where one
+// of them is.
+template <int Count>
+__device__ __forceinline__ float2 select(const unsigned (&values)[Count], unsigned first, unsigned second, Selection& s) {
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warps = blockDim.x / 32;
+
+  unsigned low = kNone;
+  int high = -1;  // as kNone is
+#pragma unroll
+  for (int at = 0; at < Count; ++at) low = min(low, values[at]), high = max(high, static_cast<int>(values[at]));
+  low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
+  if (lane == 0) s.low[warp] = low, s.high[warp] = high;
+  if (thread == 0) s.listed = 0;
+  __syncthreads();
+  low = __reduce_min_sync(~0u, lane < warps ? s.low[lane] : kNone);
+  unsigned top = __reduce_max_sync(~0u, lane < warps ? s.high[lane] : -1);
+  if (top > kInfinity) return make_float2(__uint_as_float(top), __uint_as_float(top));
+
+  int shift;
+  unsigned count;
+  do {
+    shift = max(0, 22 - __clz(static_cast<int>(top - low)));  // 1024 buckets of 2^shift hold low..top
+#pragma unroll
+    for (int at = 0; at < Count; ++at) {
+      const unsigned bucket = (values[at] - low) >> shift;  // what is below wraps round, and kNone is far above
+      if (bucket < kBuckets) atomicAdd(s.histogram + bucket, 1u);
+    }
+    __syncthreads();
+    uint4 four = {};
+    unsigned through = 0;  // how many are in this thread's buckets and below, first within the warp
+    if (thread < kScanners) {
+      uint4* const at = reinterpret_cast<uint4*>(s.histogram) + thread;
+      four = *at, *at = uint4{};
+      through = four.x + four.y + four.z + four.w;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const unsigned other = __shfl_up_sync(~0u, through, step);
+        through += lane >= step ? other : 0;
+      }
+      if (lane == 31) s.sums[warp] = through;
+    }
+    __syncthreads();
+    if (thread < kScanners) {
+#pragma unroll
+      for (int other = 0; other < kScanners / 32; ++other) through += other < warp ? s.sums[other] : 0;
+      unsigned before = through - four.x - four.y - four.z - four.w;
+      if (before <= first && first < through) {
+        const unsigned sizes[4] = {four.x, four.y, four.z, four.w};
+        bool found = false;
+#pragma unroll
+        for (int at = 0; at < 4; ++at) {
+          if (!found && first < before + sizes[at]) {
+            s.bucket = 4 * thread + at, s.before = before, s.count = sizes[at];
+            found = true;
+          }
+          before += sizes[at];
+        }
+      }
+    }
+    __syncthreads();
+    low += s.bucket << shift, top = low + (1u << shift) - 1;
+    first -= s.before, second -= s.before, count = s.count;
+  } while (shift > 0 && count > kFew);
+
+  unsigned lower = low, upper = low;  // of one value there may be any number
+  if (shift > 0) {
+#pragma unroll
+    for (int at = 0; at < Count; ++at) {
+      if (values[at] - low <= top - low) s.few[atomicAdd(&s.listed, 1u)] = values[at];
+    }
+    __syncthreads();
+    const unsigned mine = static_cast<unsigned>(lane) < count ? s.few[lane] : kNone;
+    unsigned place = static_cast<unsigned>(lane) < count ? 0 : kNone - kFew;
+    for (unsigned other = 0; other < count; ++other) {
+      const unsigned value = s.few[other];
+      place += value < mine || (value == mine && other < static_cast<unsigned>(lane));
+    }
+    lower = at_place(mine, place, first);
+    upper = at_place(mine, place, min(second, count - 1));
+  }
+  if (second >= count) {  // the least above
+    unsigned next = kNone;
+#pragma unroll
+    for (int at = 0; at < Count; ++at) next = min(next, values[at] > top ? values[at] : kNone);
+    next = __reduce_min_sync(~0u, next);
+    if (lane == 0) s.low[warp] = next;
+    __syncthreads();
+    upper = __reduce_min_sync(~0u, lane < warps ? s.low[lane] : kNone);
+  }
+  return make_float2(__uint_as_float(lower), __uint_as_float(upper));
+}
+
+}  // namespace ivfast
