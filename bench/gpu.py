@@ -1,15 +1,15 @@
 """Build, test and time the kernels on a CUDA machine; one JSON and one table in bench/results/.
 
-python bench/gpu.py                    # all of it; a few minutes
-python bench/gpu.py --device cpu       # the same code on the CPU: kernels interpreted, few and small sizes, no files
+python bench/gpu.py                       # all of it, in less than nine minutes
+python bench/gpu.py --tune --minutes 20   # also which tiles the Triton kernels are fastest with
+python bench/gpu.py --device cpu          # the same code on the CPU: kernels interpreted, few and small sizes, no files
 
-The exit status is 1 if any result is wrong.
+What the time does not suffice for is named in the table. The exit status is 1 if any result is wrong.
 """
 
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import subprocess
@@ -19,20 +19,29 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
-SANITIZED = ("svgd_direction-odd", "svgd_direction-batch", "multi_js_loss-batch", "multi_js_loss-many-classes")
+STARTED = "IVFAST_BENCH_STARTED"  # time.time() of the first process, before the build
+TOOLS = ("memcheck", "racecheck", "synccheck")  # of compute-sanitizer
+# an implementation that does not take a size or dtype says so in these words
+REFUSAL = re.compile(r"implementation here|in (CUDA C\+\+|Triton) (computes in float32 and )?takes")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results; none for cpu)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for everything, the build included (8.5)")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="benchmarks to run (default: all)")
     parser.add_argument("--no-sanitizer", action="store_true")
+    parser.add_argument("--tune", action="store_true", help="sweep the tiles of the Triton kernels, last of all")
     parser.add_argument("--only", default="", help="a regular expression of cases to test, such as svgd_direction-odd")
     parser.add_argument("--check", action="store_true", help="test and stop: what runs under compute-sanitizer")
     options = parser.parse_args()
+    began = float(os.environ.setdefault(STARTED, str(time.time())))
+    end = time.monotonic() + 60 * options.minutes - (time.time() - began)
     prepare(options.device, options.check)
 
-    checks = correctness(options.device, options.only)
+    # of the time, two fifths at most for the checks and one for the sanitizer
+    checks = correctness(options.device, options.only, time.monotonic() + 0.4 * (end - time.monotonic()))
     wrong = [row for row in checks if row["status"] in ("wrong", "error")]
     print(f"{len(checks)} checks, {sum(r['status'] == 'ok' for r in checks)} right, {len(wrong)} wrong", flush=True)
     for row in wrong:
@@ -40,29 +49,25 @@ def main() -> int:
     if options.check:
         return bool(wrong)
 
-    import gpu_times
+    from ivfast.bench import tables
 
-    report = {
-        "machine": machine(options.device),
-        "sanitizer": {} if options.no_sanitizer or options.device == "cpu" else sanitizer(),
-        "limits": gpu_times.limits(options.device),
-        "times": gpu_times.timings(options.device),
-        "checks": checks,
-    }
-    out = options.out or (RESULTS if options.device == "cuda" else None)
-    text = table(report)
-    print(text)
-    if out:
-        out.mkdir(parents=True, exist_ok=True)
-        name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", report["machine"]["device"].lower()).strip("-")
-        (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n")
-        (out / f"{name}.md").write_text(text)
-        print(f"wrote {out / name}.json and .md")
-    return bool(wrong) or "failed" in [result["status"] for result in report["sanitizer"].values()]
+    found = {"checks": checks, "sanitizer": {}}
+    if options.device == "cuda" and not options.no_sanitizer:
+        found["sanitizer"] = sanitizer(0.3 * (end - time.monotonic()))
+    results = timings(options, found, end)
+    report = results.report()
+    text = tables.markdown(report)
+    if results.path:
+        results.path.with_suffix(".md").write_text(text)
+        print(f"wrote {results.path} and .md")
+    print(text, flush=True)
+    failed = any(result["status"] == "failed" for result in report["sanitizer"].values())
+    return bool(wrong) or failed or any(r.get("wrong") and r["kind"] != "peer" for r in results.rows)
 
 
 def prepare(device: str, quiet: bool) -> None:
     """ivfast importable with the kernels of this device."""
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != RESULTS.parent]  # whose names are ours alone
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         sys.path.insert(0, str(REPOSITORY / "tests"))
@@ -74,7 +79,8 @@ def prepare(device: str, quiet: bool) -> None:
 
     if not torch.cuda.is_available():
         sys.exit("bench/gpu.py: PyTorch sees no CUDA device. `--device cpu` is a dry run without one.")
-    missing = subprocess.run([sys.executable, "-c", "import torch, ivfast._cuda"], capture_output=True, text=True)
+    importable = [sys.executable, "-c", "import torch, ivfast._cuda, ivfast.bench"]
+    missing = subprocess.run(importable, capture_output=True, text=True)
     if missing.returncode:
         if os.environ.get("IVFAST_BENCH_BUILT"):
             sys.exit(f"bench/gpu.py: built, but ivfast._cuda cannot be imported:\n{missing.stderr}")
@@ -90,41 +96,31 @@ def prepare(device: str, quiet: bool) -> None:
         sys.stdout.flush()
 
 
-def machine(device: str) -> dict:
-    import torch
-    import triton
+def has_gpu_kernel(case) -> bool:
+    from ivfast._registry import OPS
 
-    import ivfast
-
-    nvcc = Path("/usr/local/cuda/bin/nvcc")
-    nvcc = shutil.which("nvcc") or (str(nvcc) if nvcc.exists() else None)
-    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout if nvcc else ""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu {platform.machine()}",
-        "capability": ".".join(map(str, torch.cuda.get_device_capability())) if device == "cuda" else "",
-        "ivfast": ivfast.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton.__version__,
-        "nvcc": (re.findall(r"release (\S+),", release) or [""])[0],
-        "python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    op = OPS.get(case.op)
+    return op is not None and bool(op.triton or op.cuda)
 
 
-def correctness(device: str, only: str) -> list[dict]:
-    """Every case by every implementation that serves it, against the float64 reference on the CPU."""
+def correctness(device: str, only: str, deadline: float) -> list[dict]:
+    """Every case by every implementation that serves it, against the float64 reference on the CPU.
+
+    The ops with kernels come first; a case that the time does not suffice for is a row that says so.
+    """
     import torch
 
     from ivfast import testing
 
     rows = []
-    for case in (c for c in testing.CASES if re.search(only, str(c))):
+    cases = [case for case in testing.CASES if re.search(only, str(case))]
+    for case in sorted(cases, key=lambda case: not has_gpu_kernel(case)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             tensors = testing.inputs(case, dtype, device=device)
-            for implementation in ("default", "triton", "cuda"):
+            for implementation in ("default", "triton", "cuda", "reference"):
                 row = {"case": str(case), "dtype": str(dtype).removeprefix("torch."), "implementation": implementation}
-                rows.append(row | compare(case, tensors, implementation))
+                late = time.monotonic() > deadline
+                rows.append(row | ({"status": "not started"} if late else compare(case, tensors, implementation)))
     return rows
 
 
@@ -136,25 +132,42 @@ def compare(case, tensors, implementation) -> dict:
     except Exception as error:
         if "CUDA error" in str(error):
             raise  # the device is lost to this process
-        refused = "implementation here" in str(error) or "in CUDA C++ takes" in str(error)
+        refused = REFUSAL.search(str(error)) and implementation != "default"
         return {"status": "not served" if refused else "error", "reason": str(error)[:300]}
     return {"status": "ok" if max(errors.values()) <= 1 else "wrong", "error_over_tolerance": errors}
 
 
-def sanitizer() -> dict:
+def sanitized(limit: int = 400, each: int = 2) -> list[str]:
+    """The largest cases of few numbers of each op that has a kernel: odd sizes and batches among them."""
+    import torch
+
+    from ivfast import testing
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = {str(c): sum(x.numel() for x in c.draw(generator)) for c in testing.CASES if has_gpu_kernel(c)}
+    chosen = []
+    for op in dict.fromkeys(case.op for case in testing.CASES if has_gpu_kernel(case)):
+        names = [str(c) for c in testing.CASES if c.op == op]
+        small = sorted((n for n in names if sizes[n] <= limit), key=sizes.get)[-each:]
+        chosen += small or [min(names, key=sizes.get)]
+    return chosen
+
+
+def sanitizer(seconds: float) -> dict:
     """A few cases under each tool of compute-sanitizer, with PyTorch's caching allocator off."""
     found = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if found is None:
         return {"compute-sanitizer": {"status": "absent"}}
-    results = {}
-    only = "^(" + "|".join(SANITIZED) + ")$"
-    for tool in ("memcheck", "racecheck", "synccheck"):
+    results, deadline = {}, time.monotonic() + seconds
+    only = "^(" + "|".join(map(re.escape, sanitized())) + ")$"
+    for i, tool in enumerate(TOOLS):
         command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, __file__, "--check", "--only", only]
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        share = max(5.0, (deadline - time.monotonic()) / (len(TOOLS) - i))
         try:
-            run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+            run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=share)
         except subprocess.TimeoutExpired:
-            results[tool] = {"status": "ran out of time"}
+            results[tool] = {"status": f"did not end in {share:.0f} s"}
             continue
         # a tool that cannot attach says so in words of its own and finds nothing
         could_not = run.returncode != 0 and "Device not supported" in run.stdout + run.stderr
@@ -164,45 +177,39 @@ def sanitizer() -> dict:
     return results
 
 
-def number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.1f}"
+def timings(options, found: dict, end: float):
+    """Every benchmark, written after each group of rows, and after them the tiles."""
+    import warnings
 
+    from ivfast.bench import command, names, tune
+    from ivfast.bench.session import Session
 
-def table(report: dict) -> str:
-    """Markdown: the machine, the checks in a line each, the times."""
-    counts = {}
-    for row in report["checks"]:
-        key = (row["implementation"], row["status"])
-        counts[key] = counts.get(key, 0) + 1
-    limit = report["limits"]
-    lines = [
-        "# " + report["machine"]["device"],
-        "",
-        ", ".join(f"{k} {v}" for k, v in report["machine"].items() if v and k != "device"),
-        "",
-        "Checks against the float64 reference: " + "; ".join(f"{i} {n} {s}" for (i, s), n in sorted(counts.items())),
-        "",
-        "compute-sanitizer: "
-        + ("; ".join(f"{tool} {r['status']}" for tool, r in report["sanitizer"].items()) or "not run"),
-        "",
-        f"Empty launch {number(limit['empty_launch_call_us'])} µs by call,"
-        f" {number(limit['empty_launch_device_us'])} µs on the device;"
-        f" copy {limit['copy_bytes_per_s'] / 1e9:.0f} GB/s read and written.",
-        "",
-        "| op | size | dtype | what | by | call µs | device µs | rate on the device | peak MB |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-
-    for row in report["times"]:
-        rate = "–"
-        if "flop_per_s" in row:
-            rate = f"{row['flop_per_s'] / 1e12:.2f} TFLOP/s"
-        elif "byte_per_s" in row:
-            rate = f"{row['byte_per_s'] / 1e9:.0f} GB/s"
-        times = [number(row.get("call_us")), number(row.get("device_us"))]
-        head = [row["op"], row["size"], row["dtype"], row["what"], row["peer"]]
-        lines.append("| " + " | ".join([*head, *times, rate, number(row.get("peak_MB"))]) + " |")
-    return "\n".join(lines) + "\n"
+    warnings.simplefilter("ignore")  # the peers' own
+    dry = options.device == "cpu"
+    order = [name for name in ("svgd", "svgd_bridge", "median", "multi_js") if name in names()]
+    session = Session(
+        options.ops or [*order, *(name for name in names() if name not in order)],
+        options.device,
+        sizes=[(8, 3)] if dry else None,
+        providers=["ivfast:triton", "ivfast:cuda", "eager"] if dry else None,
+        implementations=("triton", "cuda", "reference") if dry else None,
+        quick=dry,
+        deadline=end - (90 if options.tune else 20),
+        step=lambda text: None,
+    )
+    results = command.open_results(session, options.out or (None if dry else RESULTS))
+    results.extra |= found
+    results.write()
+    for group, rows in session.run():
+        results.add(rows)
+        for row in rows:
+            told = {k: row[k] for k in ("provider", "us", "device_us", "reason") if k in row}
+            print(group, json.dumps(told), flush=True)
+    if options.tune:
+        sizes = [(8, 3)] if dry else None
+        results.extra["tiles"] = tune.sweep(session.names, options.device, end, sizes)
+    results.write()
+    return results
 
 
 if __name__ == "__main__":

@@ -46,10 +46,11 @@ class Results:
 
     def __init__(self, machine: Row, session: Row, path: Path | None = None):
         self.machine, self.path = machine, path
-        self.sessions, self.rows = [], []
+        self.sessions, self.rows, self.extra = [], [], {}
         if path and path.exists():
             earlier = json.loads(path.read_text())
-            self.sessions, self.rows = earlier["sessions"], earlier["rows"]
+            self.sessions, self.rows = earlier.pop("sessions"), earlier.pop("rows")
+            self.extra = {name: value for name, value in earlier.items() if name != "machine"}
         self.session = session
         self.session["id"] = max((s["id"] for s in self.sessions), default=-1) + 1
         self.sessions.append(session)
@@ -69,7 +70,8 @@ class Results:
     def report(self) -> dict[str, object]:
         used = {row["session"] for row in self.rows} | {self.session["id"]}
         rows = [row for rows in groups(self.rows).values() for row in rows]
-        return {"machine": self.machine, "sessions": [s for s in self.sessions if s["id"] in used], "rows": rows}
+        sessions = [s for s in self.sessions if s["id"] in used]
+        return {"machine": self.machine, **self.extra, "sessions": sessions, "rows": rows}
 
     def write(self) -> None:
         """In one step: who stops it at any moment finds the file before or after."""

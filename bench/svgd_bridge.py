@@ -12,6 +12,9 @@ from .problem import Problem, Provider
 T = 4
 STEPS = 2 * (T - 1)
 
+# the loop's bandwidth comes from the lower of the two middle distances, which 8 particles leave far apart
+LOWER = 2e-3
+
 eager = functools.partial(peers.svgd_bridge, t=T)
 _compiled = peers.compiled(eager)
 
@@ -34,8 +37,8 @@ PROBLEM = Problem(
     output=lambda size: (T + 1, *size),
     function=lambda z, draws=None: ivfast.svgd_bridge(z, T, draws=draws),
     peers=(
-        Provider("eager", eager),
-        Provider("compile", compiled, compiles=True),
+        Provider("eager", eager, tolerance=LOWER),
+        Provider("compile", compiled, tolerance=LOWER, compiles=True),
     ),
     work=work,
     constants=lambda size: {"draws": torch.randn(STEPS + 1, *size)},

@@ -1,5 +1,7 @@
 """Tables of results: for a terminal, a row a provider; for a file, a column a provider."""
 
+from collections import Counter
+
 from rich import box
 from rich.console import Group
 from rich.markup import escape
@@ -74,7 +76,7 @@ def missing(report: dict, op: str) -> list[tuple[str, str]]:
 
 def markdown(report: dict) -> str:
     machine = ", ".join(f"{k} {v}" for k, v in report["machine"].items() if k != "name")
-    lines = [f"# {report['machine']['name']}", "", machine, ""]
+    lines = [f"# {report['machine']['name']}", "", machine, "", *_checked(report)]
     for s in report["sessions"]:
         versions = ", ".join(f"{k} {v}" for k, v in s["versions"].items())
         limit = s["limits"]
@@ -85,7 +87,8 @@ def markdown(report: dict) -> str:
             f"empty call {limit['empty_forward_s'] * 1e6:.1f} µs, "
             f"with backward {limit['empty_forward+backward_s'] * 1e6:.1f} µs"
             + (f", empty launch {limit['empty_launch_s'] * 1e6:.1f} µs" if "empty_launch_s" in limit else "")
-            + ".",
+            + "."
+            + (f" The time was up before: {'; '.join(s['not_started'])}." if s["not_started"] else ""),
             "",
         ]
     lines += [
@@ -97,6 +100,28 @@ def markdown(report: dict) -> str:
     for op in dict.fromkeys(row["op"] for row in report["rows"]):
         lines += [f"## {op}", "", *_wide(report, op), ""]
     return "\n".join(lines)
+
+
+def _checked(report: dict) -> list[str]:
+    """What gpu.py found before it timed."""
+    lines = []
+    if "checks" in report:
+        counts = Counter((row["implementation"], row["status"]) for row in report["checks"])
+        told = "; ".join(f"{name} {count} {status}" for (name, status), count in sorted(counts.items()))
+        lines += [f"Checks against the float64 reference: {told}.", ""]
+        lines += [f"- {row['status']}: {row['case']} {row['dtype']} {row['implementation']}"
+                  for row in report["checks"] if row["status"] in ("wrong", "error")]  # fmt: skip
+    if "sanitizer" in report:
+        told = "; ".join(f"{tool} {result['status']}" for tool, result in report["sanitizer"].items()) or "not run"
+        lines += ["", f"compute-sanitizer: {told}.", ""]
+    if "tiles" in report:
+        lines += ["| op | size | pass | tile | µs |", "|---|---|---|---|---:|"]
+        for row in report["tiles"]:
+            tile = ", ".join(f"{k} {v}" for k, v in row["tile"].items()) + (" (present)" if row["present"] else "")
+            took = microseconds(row["us"]) if "us" in row else row["reason"]
+            lines.append(_row(row["op"], times(row["size"]), row["pass"], tile, took))
+        lines.append("")
+    return lines
 
 
 def _wide(report: dict, op: str) -> list[str]:
