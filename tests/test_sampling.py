@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 from torch.distributions import Categorical, Gamma, Independent, MixtureSameFamily, MultivariateNormal, Normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ivfast
 from ivfast.sampling import AdaGradWithMomentum, NonFiniteParticles, SvgdResult
@@ -296,6 +297,25 @@ def test_a_failure_seen_late_freezes_the_particles(monkeypatch):
     assert torch.equal(caught.value.result.particles, expected.particles)
     assert torch.equal(caught.value.result.trajectory, expected.trajectory)
     assert torch.equal(caught.value.result.phi_norm, expected.phi_norm)
+
+
+def test_nothing_is_read_on_the_host_between_checks(monkeypatch):
+    """On a GPU every such read would wait for it; the checks, which come at every step on the CPU, are taken out."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(ivfast.sampling._Run, "check", lambda run: None)
+    reads = []
+    for steps in (1, 40):
+        with Reads() as mode:
+            ivfast.svgd(torch.randn(8, 3), steps, log_prob=log_normal, step_size=0.1, trajectory_every=2)
+        reads.append(mode.count)
+    assert reads == [1, 1]  # x0 is finite
 
 
 def test_a_step_too_large_is_told_apart():
