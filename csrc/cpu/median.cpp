@@ -270,13 +270,6 @@ void gradient(MedianSet set, const MedianStages& stages, const double (&middles)
   workspace.trim(), memory.trim();
 }
 
-void store_scalar(const Data& scalars, int64_t at, double value) {
-  if (scalars.bytes == 8)
-    *static_cast<double*>(scalars[at]) = value;
-  else
-    *static_cast<float*>(scalars[at]) = float(value);
-}
-
 std::tuple<Tensor, Tensor> median_bandwidth(const Tensor& x_, bool full, bool squared, double divisor) {
   const Shape shape(x_);
   const ScalarType dtype = x_.scalar_type(), wide = arithmetic(dtype);
@@ -288,8 +281,8 @@ std::tuple<Tensor, Tensor> median_bandwidth(const Tensor& x_, bool full, bool sq
   const MedianStages stages = stages_of(dtype);
   each_set(shape.sets, shape.n * shape.n * (shape.d + 8), [&](int64_t set, bool threaded) {
     const Bandwidth result = median_run({shape.n, shape.d, xs[set], nullptr}, stages, {full, squared, divisor}, threaded);
-    store_scalar(hs, set, result.h);
-    for (int a = 0; a < 2; ++a) store_scalar(all_middles, 2 * set + a, result.middles[a]);
+    set_value(hs, set, result.h);
+    for (int a = 0; a < 2; ++a) set_value(all_middles, 2 * set + a, result.middles[a]);
   });
   return {h, middles};
 }

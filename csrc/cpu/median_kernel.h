@@ -1,9 +1,7 @@
-// Half squared distances in tiles, and what is done with a tile; included once per instruction set.
-//
-// u_ij = ‖x_i‖²/2 + ‖x_j‖²/2 − x_i·x_j = ‖x_i − x_j‖²/2 of centred rows, the norms summed as the products are: equal rows
-// are at distance exactly 0, and u_ij = u_ji to the last bit.
+// What is done with the distances of a tile of pairs; included once per instruction set.
 #pragma once
 
+#include "median_distances.h"
 #include "median_select.h"
 
 namespace ivfast {
@@ -64,25 +62,13 @@ int64_t bytes(int64_t n, int64_t d) {
   return Panels<T>(MedianSet{n, d, nullptr, nullptr}).bytes;
 }
 
-// Distances do not move with x, their rounding does: any centre serves.
-template <class S, class T>
-IVFAST_INLINE void centre(const Panels<T>& w, const S* x) {
-  constexpr int L = lanes<T>;
-  for (int64_t k = 0; k < w.d; k += L) {
-    const int64_t count = w.d - k < L ? w.d - k : L;
-    Vec<T> total[4] = {};
-    for (int64_t i = 0; i < w.n; ++i) total[i % 4] += load_lanes<T>(x + i * w.d + k, count, (w.n - i) * w.d - k);
-    at(w.mean + k) = ((total[0] + total[1]) + (total[2] + total[3])) / T(w.n);
-  }
-}
-
 template <class S, class T>
 void pack(const MedianSet& set, bool scattered) {
   constexpr int L = lanes<T>;
   const Panels<T> w(set);
   const S* const x = static_cast<const S*>(set.x);
   const Scatter place(w.n);
-  centre<S, T>(w, x);
+  centre(w.mean, x, w.n, w.d);
   for (int64_t i = 0; i < w.padded; i += L) {
     int64_t source[L];
     for (int r = 0; r < L; ++r) source[r] = i + r < w.n ? (scattered ? place(i + r) : i + r) : w.n;
@@ -96,20 +82,8 @@ void pack(const MedianSet& set, bool scattered) {
       }
       store_panel<T>(panel, rows, k, count);
     }
-    Vec<T> norm = {};
-    for (int64_t k = 0; k < w.d; ++k) norm += at(panel + k * L) * at(panel + k * L);
-    at(w.half_norms + i) = T(0.5) * norm;
+    at(w.half_norms + i) = half_norms(panel, w.d);
   }
-}
-
-// u of whole groups of rows and whole vectors of columns; not a number gives 0.
-template <class T>
-IVFAST_INLINE void distance_tile(T* u, const Panels<T>& w, Range t) {
-  const T *const rows = w.half_norms + t.i, *const cols = w.half_norms + t.j;
-  product_tile<false>(u, w.x, w.x, t, w.d, [&](Vec<T> xx, int64_t i, int64_t j) __attribute__((always_inline)) {
-    const Vec<T> value = (rows[i] + at(cols + j)) - xx;
-    return value > Vec<T>{} ? value : Vec<T>{};
-  });
 }
 
 IVFAST_INLINE int64_t extent(int64_t i, int64_t n) { return n - i < tile ? n - i : tile; }
@@ -118,7 +92,7 @@ IVFAST_INLINE int64_t extent(int64_t i, int64_t n) { return n - i < tile ? n - i
 template <class T>
 IVFAST_INLINE void pair_tile(T* u, const Panels<T>& w, int64_t i, int64_t j, bool ordered) {
   const int64_t rows = extent(i, w.n), cols = extent(j, w.n), vectors = round_up(cols, lanes<T>);
-  distance_tile(u, w, Range{i, round_up(rows, group<T>), j, vectors});
+  distance_tile(u, w.x, w.half_norms, w.d, Range{i, round_up(rows, group<T>), j, vectors});
   const T none = bit_cast<T>(padding<T>);
   for (int64_t r = 0; cols < vectors && r < rows; ++r)
     for (int64_t c = cols; c < vectors; ++c) u[r * tile + c] = none;
@@ -145,7 +119,7 @@ std::pair<Key, Key> middle_of_all(const MedianSet& set, int64_t rank) {
     const int64_t rows = w.n - i < strip ? w.n - i : strip;
     for (int64_t j = i; j < w.n; j += tile) {
       const int64_t cols = extent(j, w.n);
-      distance_tile(u, w, Range{i, round_up(rows, group<T>), j, round_up(cols, L)});
+      distance_tile(u, w.x, w.half_norms, w.d, Range{i, round_up(rows, group<T>), j, round_up(cols, L)});
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = i == j ? r + 1 : 0; c < cols; c += L) {
           __builtin_memcpy(out, u + r * tile + c, sizeof(Vec<T>));  // rubbish behind a row is written over
@@ -246,21 +220,15 @@ void store_all(const MedianSet& set, const void* from, void* dx) {
   for (int64_t e = 0; e < set.n * set.d; ++e) store(static_cast<S*>(dx) + e, static_cast<const T*>(from)[e]);
 }
 
-template <class S, class T>
-double spread(const MedianSet& set) {
-  const S* const x = static_cast<const S*>(set.x);
-  double total = 0;
-  for (int64_t e = 0; e < set.n * set.d; ++e) {
-    const double difference = double(load(x[e])) - double(load(x[e % set.d]));
-    total += difference * difference;
-  }
-  return total / double(set.n);
+template <class S>
+double spread_of(const MedianSet& set) {
+  return spread(static_cast<const S*>(set.x), set.n, set.d);
 }
 
 template <class S, class T>
 MedianStages stages_of() {
   return {bytes<T>, pack<S, T>, middle_of_all<T>, sample<T>, select_key<T>, count<T>, histogram<T>,
-          match<T>, add<S, T>, store_all<S, T>, int64_t(sizeof(T)), spread<S, T>};
+          match<T>, add<S, T>, store_all<S, T>, int64_t(sizeof(T)), spread_of<S>};
 }
 
 }  // namespace

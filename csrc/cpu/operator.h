@@ -95,4 +95,11 @@ inline double value(const Data& scalars, int64_t set) {
   return scalars.bytes == 8 ? *static_cast<const double*>(at) : double(*static_cast<const float*>(at));
 }
 
+inline void set_value(const Data& scalars, int64_t set, double value) {
+  if (scalars.bytes == 8)
+    *static_cast<double*>(scalars[set]) = value;
+  else
+    *static_cast<float*>(scalars[set]) = float(value);
+}
+
 }  // namespace ivfast

@@ -1,84 +1,107 @@
 // The SVGD bridge on the CPU: every iterate of every particle set in one call, forward and backward.
+#include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <tuple>
 
 #include "isa.h"
 #include "median.h"
 #include "operator.h"
 #include "svgd.h"
+#include "svgd_bridge.h"
 
 namespace ivfast {
 namespace {
 
-// Steps of one particle set [n, d] among `sets`: blocks of a step lie `sets` blocks apart.
+// One particle set [n, d] among `sets`: its blocks of two steps lie `sets` blocks apart.
 struct Trajectory {
   int64_t n, d, sets, length, iterations;
   double step_size, scale, noise;
+  ScalarType dtype;
+  Data draws, bridges, states, bandwidths, row_sums;  // a block per set and step; `bridges` holds ∂L in the backward pass
+
+  int64_t block(int64_t step, int64_t set) const { return step * sets + set; }
+  BridgeStep step() const {
+    BridgeStep s{};
+    s.n = n, s.d = d, s.step_size = step_size, s.scale = scale, s.noise = noise;
+    return s;
+  }
 };
 
-template <class S, class T>
-void forward(const Trajectory& t, const S* draws, S* bridges, T* states, T* bandwidths, T* row_sums, bool threaded) {
+// A thread's scratch memory: `count` matrices in the dtype of the arithmetic, then the small sets' workspace.
+struct Scratch {
+  char* matrices;
+  int64_t bytes;
+
+  Scratch(Workspace& workspace, const Trajectory& t, int count, int64_t more) {
+    bytes = (t.n * t.d * Data::element_size(arithmetic(t.dtype)) + 63) / 64 * 64;
+    matrices = static_cast<char*>(workspace.reserve(count * bytes + more));
+  }
+  void* operator[](int i) const { return matrices + i * bytes; }
+};
+
+void forward(const Trajectory& t, int64_t set, bool threaded) {
   static thread_local Workspace workspace;
-  const int64_t size = t.n * t.d, stride = t.sets * size;
-  T* const phi = static_cast<T*>(workspace.reserve(2 * size * int64_t(sizeof(T))));
-  constexpr Storage storage = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
-  const MedianStages median = IVFAST_BY_ISA(median_stages, storage);
-  const SvgdStages svgd = IVFAST_BY_ISA(svgd_stages, storage, false);
-  const Heuristic paper{false, false, std::log(t.n == 1 ? 2. : double(t.n))};
-  const T step_size = T(t.step_size), noise = T(t.noise);
-  for (int64_t e = 0; e < size; ++e) states[e] = load(bridges[e]);
+  const Storage wide = storage(arithmetic(t.dtype));
+  const bool small = t.n <= bridge_small;
+  const BridgeStages stages = IVFAST_BY_ISA(bridge_stages, storage(t.dtype));
+  const MedianStages median = IVFAST_BY_ISA(median_stages, wide);
+  const SvgdStages svgd = IVFAST_BY_ISA(svgd_stages, wide, false);
+  const Heuristic paper{false, false, std::log(double(t.n))};
+  const Scratch scratch(workspace, t, 2, small ? stages.bytes(t.n, t.d, false) : 0);
   for (int64_t step = 0; step < t.length; ++step) {
-    const T* const x = states + step * stride;
-    T& h = bandwidths[step * t.sets];
-    h = T(t.scale * median_run({t.n, t.d, x, nullptr}, median, paper, threaded).h);
-    SvgdSet set{};
-    set.n = t.n, set.d = t.d, set.h = h, set.x = x, set.phi = phi, set.row_sum = row_sums + step * t.sets * t.n;
-    svgd_run(set, svgd, threaded);
-    // x ← x + step_size φ + noise ε
-    T* const next = step + 1 < t.length ? states + (step + 1) * stride : phi + size;
-    const S* const draw = draws + step * stride;
-    for (int64_t e = 0; e < size; ++e) next[e] = x[e] + step_size * phi[e] + noise * load(draw[e]);
-    if ((step + 1) % t.iterations) continue;
-    S* const bridge = bridges + (step + 1) / t.iterations * stride;
-    for (int64_t e = 0; e < size; ++e) store(bridge + e, next[e]);
+    BridgeStep s = t.step();
+    s.x = t.states[t.block(step, set)], s.row_sum = t.row_sums[t.block(step, set)];
+    s.phi = scratch[0], s.workspace = scratch[2];
+    double h;
+    if (small) {
+      h = stages.direction(s);
+    } else {
+      h = t.scale * median_run({t.n, t.d, s.x, nullptr}, median, paper, threaded).h;
+      if (wide == Storage::float32) h = float(h);
+      SvgdSet direction{};
+      direction.n = t.n, direction.d = t.d, direction.h = h;
+      direction.x = s.x, direction.phi = s.phi, direction.row_sum = s.row_sum;
+      svgd_run(direction, svgd, threaded);
+    }
+    set_value(t.bandwidths, t.block(step, set), h);
+    s.draw = t.draws[t.block(step, set)];
+    s.next = step + 1 < t.length ? t.states[t.block(step + 1, set)] : scratch[1];
+    if ((step + 1) % t.iterations == 0) s.bridge = t.bridges[t.block((step + 1) / t.iterations, set)];
+    stages.advance(s);
   }
   workspace.trim();
 }
 
-template <class S, class T>
-void backward(const Trajectory& t, const S* grad, const T* states, const T* bandwidths, S* dz, bool threaded) {
+// ∂L/∂x of the first step into `out`
+void backward(const Trajectory& t, int64_t set, bool threaded, const Data& out) {
   static thread_local Workspace workspace;
-  const int64_t size = t.n * t.d, stride = t.sets * size;
-  T* const g = static_cast<T*>(workspace.reserve(3 * size * int64_t(sizeof(T))));
-  T *const pushed = g + size, *const dx = pushed + size;
-  constexpr Storage storage = sizeof(T) == 8 ? Storage::float64 : Storage::float32;
-  const SvgdStages svgd = IVFAST_BY_ISA(svgd_stages, storage, true);
-  const T step_size = T(t.step_size);
-  for (int64_t e = 0; e < size; ++e) g[e] = 0;
+  const bool small = t.n <= bridge_small;
+  const BridgeStages stages = IVFAST_BY_ISA(bridge_stages, storage(t.dtype));
+  const SvgdStages svgd = IVFAST_BY_ISA(svgd_stages, storage(arithmetic(t.dtype)), true);
+  const Scratch scratch(workspace, t, 3, small ? stages.bytes(t.n, t.d, true) : 0);
+  BridgeStep s = t.step();
+  s.grad = scratch[0], s.pushed = scratch[1], s.dx = scratch[2], s.workspace = scratch[3];
+  std::fill_n(static_cast<char*>(s.grad), scratch.bytes, 0);
   for (int64_t step = t.length; step-- > 0;) {
-    const S* const from = grad + (step + 1) / t.iterations * stride;
-    if ((step + 1) % t.iterations == 0)
-      for (int64_t e = 0; e < size; ++e) g[e] += load(from[e]);
-    for (int64_t e = 0; e < size; ++e) pushed[e] = step_size * g[e];
-    SvgdSet set{};
-    set.n = t.n, set.d = t.d, set.h = bandwidths[step * t.sets], set.x = states + step * stride;
-    set.grad = pushed, set.dx = dx;
-    svgd_run(set, svgd, threaded);
-    for (int64_t e = 0; e < size; ++e) g[e] += dx[e];
+    const bool kept = (step + 1) % t.iterations == 0;
+    s.x = t.states[t.block(step, set)];
+    s.bridge_grad = kept ? t.bridges[t.block((step + 1) / t.iterations, set)] : nullptr;
+    stages.push(s);
+    const double h = value(t.bandwidths, t.block(step, set));
+    if (small) {
+      stages.pull(s, h);
+    } else {
+      SvgdSet direction{};
+      direction.n = t.n, direction.d = t.d, direction.h = h;
+      direction.x = s.x, direction.grad = s.pushed, direction.dx = s.dx;
+      svgd_run(direction, svgd, threaded);
+    }
+    stages.collect(s);
   }
-  for (int64_t e = 0; e < size; ++e) store(dz + e, g[e] + load(grad[e]));
+  s.bridge_grad = t.bridges[t.block(0, set)], s.bridge = out[set];
+  stages.finish(s);
   workspace.trim();
-}
-
-// f(S*, T*) with the dtypes of storage and arithmetic
-template <class F>
-void by_dtype(ScalarType dtype, const F& f) {
-  switch (dtype) {
-    case ScalarType::Double: return f((double*)nullptr, (double*)nullptr);
-    case ScalarType::BFloat16: return f((BFloat16*)nullptr, (float*)nullptr);
-    case ScalarType::Half: return f((Float16*)nullptr, (float*)nullptr);
-    default: return f((float*)nullptr, (float*)nullptr);
-  }
 }
 
 std::vector<int64_t> stacked(int64_t first, const std::vector<int64_t>& sizes) {
@@ -100,21 +123,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svgd_bridge(const Tensor& z_, const T
   Tensor bridges = empty(z, stacked(t + 1, shape.full), dtype), states = empty(z, stacked(length, shape.full), wide);
   Tensor bandwidths = empty(z, stacked(length, shape.batch), wide);
   Tensor row_sums = empty(z, stacked(length, shape.rows), wide);
-  const Trajectory trajectory{n, shape.d, sets, length, iterations, step_size, scale, noise};
-  by_dtype(dtype, [&](auto* s, auto* a) {
-    using S = std::remove_pointer_t<decltype(s)>;
-    using T = std::remove_pointer_t<decltype(a)>;
-    S* const out = static_cast<S*>(bridges.data_ptr());
-    const S* const noises = static_cast<const S*>(draws.data_ptr());
-    std::copy_n(static_cast<const S*>(z.data_ptr()), sets * size, out);
-    std::copy_n(noises + length * sets * size, sets * size, out + t * sets * size);
-    if (length == 0) return;
-    T *const x = static_cast<T*>(states.data_ptr()), *const h = static_cast<T*>(bandwidths.data_ptr());
-    T* const r = static_cast<T*>(row_sums.data_ptr());
+  const Trajectory trajectory{n, shape.d, sets, length, iterations, step_size, scale, noise, dtype,
+                              Data(draws, size, dtype), Data(bridges, size, dtype), Data(states, size, wide),
+                              Data(bandwidths, 1, wide), Data(row_sums, n, wide)};
+  const Data zs(z, size, dtype);
+  std::memcpy(trajectory.bridges[0], zs[0], size_t(sets * zs.bytes));
+  std::memcpy(trajectory.bridges[t * sets], trajectory.draws[length * sets], size_t(sets * zs.bytes));
+  if (length > 0)
     each_set(sets, length * n * n * (5 * shape.d + 20), [&](int64_t set, bool threaded) {
-      forward<S, T>(trajectory, noises + set * size, out + set * size, x + set * size, h + set, r + set * n, threaded);
+      IVFAST_BY_ISA(bridge_stages, storage(dtype)).widen(zs[set], trajectory.states[set], size);
+      forward(trajectory, set, threaded);
     });
-  });
   return {bridges, states, bandwidths, row_sums};
 }
 
@@ -129,17 +148,11 @@ Tensor svgd_bridge_backward(const Tensor& grad_, const Tensor& states_, const Te
   Tensor dz = empty(grad, full, dtype);
   const Shape shape(dz);
   const int64_t n = shape.n, size = n * shape.d, length = states.sizes()[0], sets = shape.sets;
-  const Trajectory trajectory{n, shape.d, sets, length, iterations, step_size, 1, 0};
-  by_dtype(dtype, [&](auto* s, auto* a) {
-    using S = std::remove_pointer_t<decltype(s)>;
-    using T = std::remove_pointer_t<decltype(a)>;
-    const S* const g = static_cast<const S*>(grad.data_ptr());
-    const T *const x = static_cast<const T*>(states.data_ptr()), *const h = static_cast<const T*>(bandwidths.data_ptr());
-    S* const out = static_cast<S*>(dz.data_ptr());
-    each_set(sets, length * n * n * (10 * shape.d + 20), [&](int64_t set, bool threaded) {
-      backward<S, T>(trajectory, g + set * size, x + set * size, h + set, out + set * size, threaded);
-    });
-  });
+  const Trajectory trajectory{n, shape.d, sets, length, iterations, step_size, 1, 0, dtype, Data(),
+                              Data(grad, size, dtype), Data(states, size, wide), Data(bandwidths, 1, wide), Data()};
+  const Data out(dz, size, dtype);
+  each_set(sets, length * n * n * (10 * shape.d + 20),
+           [&](int64_t set, bool threaded) { backward(trajectory, set, threaded, out); });
   return dz;
 }
 

@@ -1,0 +1,61 @@
+// Half squared distances in tiles; included once per instruction set.
+//
+// u_ij = ‖x_i‖²/2 + ‖x_j‖²/2 − x_i·x_j = ‖x_i − x_j‖²/2 of centred rows, the norms summed as the products are: equal rows
+// are at distance exactly 0, and u_ij = u_ji to the last bit.
+#pragma once
+
+#include "tiles.h"
+
+namespace ivfast {
+namespace IVFAST_ISA {
+namespace {
+
+// The mean of rows [n, d]. Distances do not move with x, their rounding does: any centre serves.
+template <class S, class T>
+IVFAST_INLINE void centre(T* mean, const S* x, int64_t n, int64_t d) {
+  constexpr int L = lanes<T>, chains = 4;
+  for (int64_t k = 0; k < d; k += L) {
+    const int64_t count = d - k < L ? d - k : L;
+    const auto row = [&](int64_t i) { return load_lanes<T>(x + i * d + k, count, (n - i) * d - k); };
+    Vec<T> total[chains] = {};
+    int64_t i = 0;
+    for (; i + chains <= n; i += chains)
+#pragma GCC unroll 4
+      for (int c = 0; c < chains; ++c) total[c] += row(i + c);
+    for (; i < n; ++i) total[0] += row(i);
+    at(mean + k) = ((total[0] + total[1]) + (total[2] + total[3])) / T(n);
+  }
+}
+
+// ‖x_i‖²/2 of the rows of one panel
+template <class T>
+IVFAST_INLINE Vec<T> half_norms(const T* panel, int64_t d) {
+  Vec<T> norm = {};
+  for (int64_t k = 0; k < d; ++k) norm += at(panel + k * lanes<T>) * at(panel + k * lanes<T>);
+  return T(0.5) * norm;
+}
+
+// Σ_i ‖x_i − x_0‖²/n
+template <class S>
+double spread(const S* x, int64_t n, int64_t d) {
+  double total = 0;
+  for (int64_t e = 0; e < n * d; ++e) {
+    const double difference = double(load(x[e])) - double(load(x[e % d]));
+    total += difference * difference;
+  }
+  return total / double(n);
+}
+
+// u of whole groups of rows and whole vectors of columns; not a number gives 0.
+template <class T>
+IVFAST_INLINE void distance_tile(T* u, const T* panels, const T* half_norms, int64_t d, Range t) {
+  const T *const rows = half_norms + t.i, *const cols = half_norms + t.j;
+  product_tile<false>(u, panels, panels, t, d, [&](Vec<T> xx, int64_t i, int64_t j) __attribute__((always_inline)) {
+    const Vec<T> value = (rows[i] + at(cols + j)) - xx;
+    return value > Vec<T>{} ? value : Vec<T>{};
+  });
+}
+
+}  // namespace
+}  // namespace IVFAST_ISA
+}  // namespace ivfast

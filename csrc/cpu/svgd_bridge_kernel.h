@@ -1,0 +1,329 @@
+// φ for the target N(0, I) and its gradient for small particle sets, and the steps of the bridge between them; included
+// once per instruction set.
+//
+// With X = x − m centred, K' = K − I, r' = K'1, γα = 1 and γβ = 2/h, the score −x leaves
+//   φ_i = (1/n) [−x_i − γ(α + β) (K'X)_i + r'_i (γβ X_i − m)].
+// Backward, with B_ij = k'_ij (q_i + q_j − (α + β)(g_i·X_j + X_i·g_j)), q_i = β g_i·X_i − α g_i·m,
+// D = (γ/n) [(B1)∘X − BX] and E = (1/n) [r'∘G − K'G],
+//   ∂x = (2/h) (E − D) − (1/n) (G + K'G).
+#pragma once
+
+#include <cmath>
+
+#include "median_distances.h"
+#include "median_select.h"
+#include "svgd_bridge.h"
+
+namespace ivfast {
+namespace IVFAST_ISA {
+namespace {
+
+// The scalars of one h; neither factor of γβ = 2/h overflows.
+template <class T>
+struct Factors {
+  T alpha, beta, gamma, two_over_h, exponent;
+
+  explicit Factors(double h) {
+    const double largest = sizeof(T) == 4 ? 3.4028234e38 : 1.7976931348623157e308;
+    const auto finite = [&](double value) { return T(value < largest ? value : largest); };
+    two_over_h = finite(2 / h), exponent = finite(2 * 1.4426950408889634 / h);
+    const bool wide = h >= 1;
+    alpha = wide ? T(1) : T(h / 2), beta = wide ? two_over_h : T(1), gamma = wide ? T(1) : two_over_h;
+  }
+};
+
+// Matrices are rows [padded n, width] or panels [padded n, d].
+template <class T>
+struct Small {
+  int64_t n, d, width, padded, pairs;
+  T *mean, *half_norms, *r, *b, *q;
+  T *x_panels, *g_panels, *x, *g, *kx, *bx;  // kx = K'X forward, K'G backward
+  T *u, *values, *scratch;                   // forward: all tiles, then all pairs
+  int64_t bytes;
+
+  Small(const BridgeStep& s, bool backward) : n(s.n), d(s.d), width(round_up(d, lanes<T>)) {
+    padded = round_up(n, lanes<T>), pairs = n * (n - 1) / 2;
+    char *const base = static_cast<char*>(s.workspace), *next = base;
+    const auto take = [&](int64_t count, T*& pointer) {
+      pointer = reinterpret_cast<T*>(next);
+      next += round_up(count * int64_t(sizeof(T)), 64);
+    };
+    const int64_t rows = padded * width, edge = (n + tile - 1) / tile;
+    take(width, mean), take(padded, half_norms), take(padded, r);
+    take(padded * d, x_panels), take(rows, x), take(rows, kx);
+    if (backward)
+      take(padded, b), take(padded, q), take(padded * d, g_panels), take(rows, g), take(rows, bx);
+    else
+      take(edge * (edge + 1) / 2 * tile * tile, u), take(pairs + 64, values), take(pairs / 2 + 64, scratch);
+    bytes = next - base;
+  }
+};
+
+template <class T>
+int64_t bytes(int64_t n, int64_t d, bool backward) {
+  BridgeStep s{};
+  s.n = n, s.d = d;
+  return Small<T>(s, backward).bytes;
+}
+
+// Rows [n, d], less `mean`, into padded rows and panels.
+template <class T>
+IVFAST_INLINE void pack(T* rows, T* panels, const T* from, const T* mean, int64_t n, int64_t d, int64_t width) {
+  constexpr int L = lanes<T>;
+  for (int64_t i = 0; i < n; i += L)
+    for (int64_t k = 0; k < d; k += L) {
+      const int64_t count = d - k < L ? d - k : L;
+      Vec<T> block[L];
+      for (int r = 0; r < L; ++r) {
+        const int64_t at_row = (i + r) * d + k;
+        block[r] = i + r < n ? load_lanes<T>(from + at_row, count, n * d - at_row) : Vec<T>{};
+        if (mean && i + r < n) block[r] -= at(mean + k);
+        at(rows + (i + r) * width + k) = block[r];
+      }
+      store_panel<T>(panels + i * d, block, k, count);
+    }
+}
+
+template <class T>
+IVFAST_INLINE void pack_particles(const Small<T>& w, const T* x) {
+  centre(w.mean, x, w.n, w.d);
+  pack(w.x, w.x_panels, x, w.mean, w.n, w.d, w.width);
+  for (int64_t i = 0; i < w.padded; i += lanes<T>)
+    at(w.half_norms + i) = half_norms(w.x_panels + i * w.d, w.d), at(w.r + i) = Vec<T>{};
+  for (int64_t i = w.n; i < w.padded; ++i) w.half_norms[i] = T(__builtin_inff());  // padded k are 0
+  for (int64_t e = 0; e < w.padded * w.width; e += lanes<T>) at(w.kx + e) = Vec<T>{};
+}
+
+template <class T>
+IVFAST_INLINE void store_lanes(T* to, Vec<T> value, int64_t count) {
+  if (count >= lanes<T>)
+    __builtin_memcpy(to, &value, sizeof value);
+  else
+    for (int64_t l = 0; l < count; ++l) to[l] = value[l];
+}
+
+// f(range, its corner of `out`) for a tile; on the diagonal for strips of its upper triangle.
+constexpr int64_t strip = 16;
+template <class T, class F>
+IVFAST_INLINE void each_range(T* out, int64_t n, int64_t i, int64_t j, const F& f) {
+  const int64_t rows = n - i < tile ? n - i : tile, cols = round_up(n - j < tile ? n - j : tile, lanes<T>);
+  if (i != j) return f(Range{i, round_up(rows, group<T>), j, cols}, out);
+  for (int64_t s = 0; s < rows; s += strip) {
+    const int64_t least = rows - s < strip ? rows - s : strip;
+    f(Range{i + s, round_up(least, group<T>), j + s, cols - s}, out + s * tile + s);
+  }
+}
+
+// The lower triangle of a symmetric tile from its upper one.
+template <class T>
+IVFAST_INLINE void mirror(T* K, int64_t rows) {
+  constexpr int L = lanes<T>;
+  for (int64_t i = 0; i < rows; i += L)
+    for (int64_t j = i + L; j < round_up(rows, L); j += L) {
+      Vec<T> block[L];
+      for (int r = 0; r < L; ++r) block[r] = at(K + (i + r) * tile + j);
+      transpose<T>(block);
+      for (int r = 0; r < L; ++r) at(K + (j + r) * tile + i) = block[r];
+    }
+}
+
+// K' of a tile from its u, in place
+template <class T>
+IVFAST_INLINE void kernel_tile(T* K, int64_t n, int64_t i, int64_t j, T exponent) {
+  each_range(K, n, i, j, [&](Range t, T* corner) __attribute__((always_inline)) {
+    for (int64_t r = 0; r < t.rows; ++r)
+      for (int64_t c = 0; c < t.cols; c += lanes<T>) {
+        T* const k = corner + r * tile + c;
+        at(k) = exp2_nonpositive<Vec<T>, Bits<T>>(at(k) * -exponent, T());
+      }
+  });
+  if (i != j) return;
+  const int64_t rows = n - i < tile ? n - i : tile;
+  for (int64_t r = 0; r < rows; ++r) K[r * tile + r] = 0;
+  mirror(K, rows);
+}
+
+// sums_i += Σ_j K_ij, out_i += Σ_j K_ij y_j, and the same transposed off the diagonal
+template <class T>
+IVFAST_INLINE void add_tile(T* sums, T* out, const T* K, const T* y, int64_t n, int64_t i, int64_t j, int64_t width) {
+  const int64_t rows = n - i < tile ? n - i : tile, cols = n - j < tile ? n - j : tile;
+  const int64_t vectors = round_up(cols, lanes<T>);
+  if (i == j)
+    add_column_sums(sums + i, K, rows, vectors);
+  else
+    add_row_sums(sums + i, K, rows, vectors), add_column_sums(sums + j, K, rows, vectors);
+  accumulate<tile, 1>(out + i * width, K, y + j * width, round_up(rows, group<T>), cols, width, width);
+  if (i != j) accumulate<1, tile>(out + j * width, K, y + i * width, round_up(cols, group<T>), rows, width, width);
+}
+
+template <class T, class F>
+IVFAST_INLINE void each_tile(int64_t n, const F& f) {
+  for (int64_t i = 0; i < n; i += tile)
+    for (int64_t j = i; j < n; j += tile) f(i, j);
+}
+
+// The pairs of a tile one behind the other; returns the end. Rubbish behind a row is written over.
+template <class T>
+IVFAST_INLINE T* gather(T* out, const T* u, int64_t n, int64_t i, int64_t j) {
+  constexpr int L = lanes<T>;
+  const int64_t rows = n - i < tile ? n - i : tile, cols = n - j < tile ? n - j : tile;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = i == j ? r + 1 : 0; c < cols; c += L) {
+      __builtin_memcpy(out, u + r * tile + c, sizeof(Vec<T>));
+      out += cols - c < L ? cols - c : L;
+    }
+  return out;
+}
+
+// scale · med²/log n of the packed particles, whose u are written
+template <class T>
+double bandwidth(const Small<T>& w, const T* x, double scale) {
+  T *u = w.u, *end = w.values;
+  each_tile<T>(w.n, [&](int64_t i, int64_t j) {
+    each_range(u, w.n, i, j, [&](Range t, T* corner) { distance_tile(corner, w.x_panels, w.half_norms, w.d, t); });
+    end = gather(end, u, w.n, i, j);
+    u += tile * tile;
+  });
+  pad(end);
+  double med2 = 0;
+  if (w.pairs) {
+    const auto [key, next] = select<T>(w.values, w.pairs, (w.pairs - 1) / 2, w.scratch);
+    const double low = std::sqrt(2 * double(bit_cast<T>(Integer<T>(key))));
+    const double high = w.pairs % 2 ? low : std::sqrt(2 * double(bit_cast<T>(Integer<T>(next))));
+    med2 = (low + high) / 2 * ((low + high) / 2);
+  }
+  if (!(med2 > 0)) med2 = spread(x, w.n, w.d);
+  return scale * (med2 > 0 ? med2 / std::log(w.n == 1 ? 2. : double(w.n)) : 1);
+}
+
+template <class T>
+double direction(const BridgeStep& s) {
+  constexpr int L = lanes<T>;
+  const Small<T> w(s, false);
+  const T* const x = static_cast<const T*>(s.x);
+  pack_particles(w, x);
+  const double h = T(bandwidth(w, x, s.scale));
+  const Factors<T> f(h);
+  T* K = w.u;
+  each_tile<T>(w.n, [&](int64_t i, int64_t j) {
+    kernel_tile(K, w.n, i, j, f.exponent);
+    add_tile(w.r, w.kx, K, w.x, w.n, i, j, w.width);
+    K += tile * tile;
+  });
+  const T per_n = T(1) / T(w.n), c = f.gamma * (f.alpha + f.beta);
+  for (int64_t i = 0; i < w.n; ++i) {
+    const T r = w.r[i], r_beta = r * f.gamma * f.beta;
+    static_cast<T*>(s.row_sum)[i] = 1 + r;
+    T* const phi = static_cast<T*>(s.phi) + i * w.d;
+    for (int64_t k = 0; k < w.d; k += L) {
+      const Vec<T> X = at(w.x + i * w.width + k), m = at(w.mean + k);
+      const Vec<T> value = per_n * (r_beta * X - (X + m) - c * at(w.kx + i * w.width + k) - r * m);
+      store_lanes(phi + k, value, w.d - k);
+    }
+  }
+  return h;
+}
+
+template <class T>
+void pull(const BridgeStep& s, double h) {
+  constexpr int L = lanes<T>;
+  const Small<T> w(s, true);
+  const Factors<T> f(h);
+  pack_particles(w, static_cast<const T*>(s.x));
+  pack<T>(w.g, w.g_panels, static_cast<const T*>(s.pushed), nullptr, w.n, w.d, w.width);
+  for (int64_t i = 0; i < w.padded; i += L) {
+    Vec<T> gx = {}, gm = {};
+    for (int64_t k = 0; k < w.d; ++k) {
+      const Vec<T> g = at(w.g_panels + i * w.d + k * L);
+      gx += g * at(w.x_panels + i * w.d + k * L), gm += g * w.mean[k];
+    }
+    at(w.q + i) = f.beta * gx - f.alpha * gm, at(w.b + i) = Vec<T>{};
+  }
+  for (int64_t e = 0; e < w.padded * w.width; e += L) at(w.bx + e) = Vec<T>{};
+
+  const T c = -(f.alpha + f.beta);
+  each_tile<T>(w.n, [&](int64_t i, int64_t j) {
+    alignas(64) T K[tile * tile], B[tile * tile];
+    each_range(K, w.n, i, j, [&](Range t, T* k) { distance_tile(k, w.x_panels, w.half_norms, w.d, t); });
+    kernel_tile(K, w.n, i, j, f.exponent);
+    each_range(B, w.n, i, j, [&](Range t, T* b) {
+      const T *const k = K + (b - B), *const rows = w.q + t.i, *const cols = w.q + t.j;
+      product_tile<true>(b, w.g_panels, w.x_panels, t, w.d,
+                         [&](Vec<T> gx, int64_t r, int64_t v) __attribute__((always_inline)) {
+                           return at(k + r * tile + v) * (c * gx + (rows[r] + at(cols + v)));
+                         });
+    });
+    if (i == j) mirror(B, w.n - i < tile ? w.n - i : tile);
+    add_tile(w.r, w.kx, K, w.g, w.n, i, j, w.width);
+    add_tile(w.b, w.bx, B, w.x, w.n, i, j, w.width);
+  });
+
+  const T per_n = T(1) / T(w.n);
+  for (int64_t i = 0; i < w.n; ++i) {
+    const int64_t row = i * w.width;
+    T* const dx = static_cast<T*>(s.dx) + i * w.d;
+    for (int64_t k = 0; k < w.d; k += L) {
+      const Vec<T> X = at(w.x + row + k), G = at(w.g + row + k), KG = at(w.kx + row + k);
+      const Vec<T> D = per_n * (f.gamma * (w.b[i] * X - at(w.bx + row + k))), E = per_n * (w.r[i] * G - KG);
+      store_lanes(dx + k, f.two_over_h * (E - D) - per_n * (G + KG), w.d - k);
+    }
+  }
+}
+
+template <class S, class T>
+void advance(const BridgeStep& s) {
+  const T *const x = static_cast<const T*>(s.x), *const phi = static_cast<const T*>(s.phi);
+  const T step_size = T(s.step_size), noise = T(s.noise);
+  const S* const draw = static_cast<const S*>(s.draw);
+  T* const next = static_cast<T*>(s.next);
+  S* const bridge = static_cast<S*>(s.bridge);
+  for (int64_t e = 0; e < s.n * s.d; ++e) next[e] = x[e] + step_size * phi[e] + noise * load(draw[e]);
+  for (int64_t e = 0; bridge && e < s.n * s.d; ++e) store(bridge + e, next[e]);
+}
+
+template <class S, class T>
+void push(const BridgeStep& s) {
+  const S* const from = static_cast<const S*>(s.bridge_grad);
+  T *const grad = static_cast<T*>(s.grad), *const pushed = static_cast<T*>(s.pushed);
+  const T step_size = T(s.step_size);
+  for (int64_t e = 0; from && e < s.n * s.d; ++e) grad[e] += load(from[e]);
+  for (int64_t e = 0; e < s.n * s.d; ++e) pushed[e] = step_size * grad[e];
+}
+
+template <class T>
+void collect(const BridgeStep& s) {
+  T* const grad = static_cast<T*>(s.grad);
+  const T* const dx = static_cast<const T*>(s.dx);
+  for (int64_t e = 0; e < s.n * s.d; ++e) grad[e] += dx[e];
+}
+
+template <class S, class T>
+void finish(const BridgeStep& s) {
+  const T* const grad = static_cast<const T*>(s.grad);
+  const S* const more = static_cast<const S*>(s.bridge_grad);
+  for (int64_t e = 0; e < s.n * s.d; ++e) store(static_cast<S*>(s.bridge) + e, grad[e] + load(more[e]));
+}
+
+template <class S, class T>
+void widen(const void* from, void* to, int64_t count) {
+  for (int64_t e = 0; e < count; ++e) static_cast<T*>(to)[e] = load(static_cast<const S*>(from)[e]);
+}
+
+template <class S, class T>
+BridgeStages stages_of() {
+  return {bytes<T>, direction<T>, advance<S, T>, push<S, T>, pull<T>, collect<T>, finish<S, T>, widen<S, T>};
+}
+
+}  // namespace
+
+BridgeStages bridge_stages(Storage storage) {
+  switch (storage) {
+    case Storage::float64: return stages_of<double, double>();
+    case Storage::bfloat16: return stages_of<BFloat16, float>();
+    case Storage::float16: return stages_of<Float16, float>();
+    default: return stages_of<float, float>();
+  }
+}
+
+}  // namespace IVFAST_ISA
+}  // namespace ivfast
