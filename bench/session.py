@@ -180,7 +180,8 @@ class Session:
             seconds = time.perf_counter() - first
             error = instance.error(results)
             del results
-            if seconds < ONCE or provider.compiles or instance.constants:
+            right = error <= instance.allowed(provider)
+            if right and (seconds < ONCE or provider.compiles or instance.constants):
                 call()
                 seconds = measure.clock(call, 1, self.device == "cuda")
         return call, seconds, error

@@ -1,0 +1,380 @@
+"""Benchmarks: right providers alone are timed, ratios and limits are what they say, nothing is lost or left unsaid."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import ivfast
+from ivfast import bench, cli
+from ivfast.bench import command, measure, memory, peers, plot, results, session, svgd, tables, tune
+from ivfast.bench.problem import BACKWARD, FORWARD, Instance, Problem, Provider
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def row(provider, us, kind="peer", **more):
+    about = {"op": "op", "size": [4, 2], "dtype": "float32", "pass": FORWARD, "provider": provider, "kind": kind}
+    return about | ({"us": us, "bound": "call", "share": 0.5} if us else {"reason": "no reason"}) | more
+
+
+def limits():
+    empty = {"empty_forward_s": 1e-6, "empty_forward+backward_s": 5e-6}
+    return {"matmul_flop_per_s": 1e9, "copy_bytes_per_s": 1e8, **empty}
+
+
+def report_of(rows, missing=()):
+    about = {"id": 0, "date": "", "versions": {}, "limits": limits(), "ops": ["op"], "not_started": []}
+    return {"machine": {"name": "here"}, "sessions": [about | {"missing": list(missing)}], "rows": rows}
+
+
+def square(*peers, tolerance=1e-4):
+    """Squares of the rows of x, for which no implementation is registered."""
+    return Problem(
+        op="square",
+        axes="n×d",
+        sizes=((8, 3), (16, 3)),
+        draw=lambda size: (torch.randn(size) + 2,),
+        output=lambda size: size[:1],
+        function=lambda x: x.square().sum(-1),
+        peers=peers,
+        work=lambda size, what: 2 * math.prod(size),
+        tolerance=tolerance,
+    )
+
+
+def measured(monkeypatch, problem, **options):
+    monkeypatch.setattr(session, "problem_of", {"square": problem}.get)
+    monkeypatch.setattr(measure, "limits", lambda *_: limits())
+    one = session.Session(["square"], quick=True, **options)
+    return one, [row for _, rows in one.run() for row in rows]
+
+
+class Counted:
+    def __init__(self, function):
+        self.function, self.calls = function, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return self.function(x)
+
+
+def test_ratios_are_over_ivfast_and_over_the_best_peer():
+    rows = [row("ivfast", 20.0, "ivfast"), row("ivfast:reference", 5.0, "implementation"), row("a", 40.0)]
+    rows = results.with_ratios([*rows, row("b", 10.0), row("c", None)])
+    assert [r["over_ivfast"] for r in rows] == [1.0, 0.25, 2.0, 0.5, None]
+    assert [r["over_best_peer"] for r in rows] == [2.0, 0.5, 4.0, 1.0, None]
+    assert results.best_peer(rows)["provider"] == "b"
+    assert "| 4 × 2 | forward | 20.0 | 5.0 | 40.0 | 10.0 | 0.50 | 50% call |" in tables.markdown(report_of(rows))
+
+
+def test_ratios_without_a_peer_or_without_ivfast():
+    (alone,) = results.with_ratios([row("ivfast", 20.0, "ivfast")])
+    assert (alone["over_ivfast"], alone["over_best_peer"]) == (1.0, None)
+    (peer,) = results.with_ratios([row("a", 20.0)])
+    assert (peer["over_ivfast"], peer["over_best_peer"]) == (None, 1.0)
+
+
+def test_a_drift_of_the_machine_leaves_ratios_alone(monkeypatch):
+    """The machine slows down tenfold during the run, and one provider takes three times as long as the other."""
+    now = [0]
+
+    def clock(call, calls, cuda):
+        now[0] += 1
+        return call() * (1 + 9 * now[0] / (2 * measure.ROUNDS))
+
+    monkeypatch.setattr(measure, "clock", clock)
+    fast, slow = Provider("fast", None), Provider("slow", None)
+    timings = measure.in_turns({fast: (lambda: 1.0, 1e-3), slow: (lambda: 3.0, 1e-3)}, budget=10)
+    assert timings[fast].rounds == timings[slow].rounds == measure.ROUNDS
+    assert timings[slow].median / timings[fast].median == pytest.approx(3, rel=0.05)  # half a turn's drift
+
+
+def test_rounds_fill_the_budget_and_no_more():
+    rounds, calls = measure.rounds_of(1e-5, 0.5)
+    assert (rounds, calls) == (measure.ROUNDS, 200)
+    assert measure.rounds_of(0.1, 0.65) == (6, 1)
+    assert measure.rounds_of(1.0, 0.6) == (3, 1)
+    assert measure.rounds_of(9.0, 0.6) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("work", "traffic", "expected"), [(1e6, 10, ("matmul", 1e-3)), (10, 1e6, ("copy", 1e-2)), (1, 1, ("call", 1e-6))]
+)
+def test_a_limit_is_the_largest_of_three(work, traffic, expected):
+    name, seconds = measure.bound(limits(), work, traffic, FORWARD)
+    assert (name, seconds) == (expected[0], pytest.approx(expected[1]))
+
+
+def test_a_missing_peer_is_reported_with_its_reason(monkeypatch):
+    absent = Provider("absent", None, packages=("no_such_package",))
+    elsewhere = Provider("elsewhere", None, devices=("cuda",))
+    one, rows = measured(monkeypatch, square(absent, elsewhere))
+    assert not {r["provider"] for r in rows} & {"absent", "elsewhere"}
+    reasons = {r["provider"]: r["reason"] for r in one.missing}
+    assert "no_such_package is not installed" in reasons["absent"]
+    assert reasons["elsewhere"] == "it is timed on cuda tensors alone"
+    text = tables.markdown(report_of(results.with_ratios([row("ivfast", 1.0, "ivfast")]), [row("absent", None)]))
+    assert "- absent: no reason" in text
+
+
+@pytest.mark.parametrize("what", [FORWARD, BACKWARD])
+def test_a_wrong_peer_is_refused_before_it_is_timed(monkeypatch, what):
+    def wrong(x):
+        """Right in value, and by 1 % wrong in its gradient where that is asked for."""
+        right = x.square().sum(-1)
+        return right * 1.01 if what == FORWARD else right + 0.02 * (x.square() - x.detach().square()).sum(-1)
+
+    function = Counted(wrong)
+    _, rows = measured(monkeypatch, replace(square(Provider("peer", function)), sizes=((8, 3),), passes=(what,)))
+    (refused,) = (r for r in rows if r["provider"] == "peer")
+    assert refused["wrong"]
+    assert "us" not in refused
+    assert refused["reason"].startswith("wrong: error ")
+    assert function.calls == 1
+    assert all("us" in r for r in rows if r["provider"] == "ivfast")
+
+
+def test_a_result_of_another_shape_or_with_nan_is_wrong(monkeypatch):
+    shape = Provider("shape", lambda x: x.square())
+    nan = Provider("nan", lambda x: x.square().sum(-1) * float("nan"))
+    _, rows = measured(monkeypatch, replace(square(shape, nan), passes=(FORWARD,)))
+    assert {r["provider"] for r in rows if r.get("wrong")} == {"shape", "nan"}
+
+
+def test_a_peer_that_fails_or_does_not_fit_or_takes_too_long_is_a_row_with_the_reason(monkeypatch):
+    def fail(x):
+        raise RuntimeError("out of luck\nand more")
+
+    slow = Counted(lambda x: x.square().sum(-1))
+    huge = Provider("huge", None, squares=(1e18, 1e18))
+    problem = replace(square(Provider("fail", fail), huge, Provider("slow", slow)), sizes=((8, 3),), passes=(FORWARD,))
+    one, rows = measured(monkeypatch, problem, _seen={("square", "slow", FORWARD): (100.0, 48)})
+    reasons = {r["provider"]: r.get("reason", "") for r in rows}
+    assert reasons["fail"] == "RuntimeError: out of luck"
+    assert "GB are free" in reasons["huge"]
+    assert reasons["slow"] == "about 100 s a call"
+    assert slow.calls == 0
+    assert one.missing == []
+
+
+def test_nothing_is_started_after_the_deadline(monkeypatch):
+    one, rows = measured(monkeypatch, square(), deadline=-math.inf)
+    assert rows == []
+    assert one.not_started == [f"square {n}x3 {what}" for n in (8, 16) for what in (FORWARD, BACKWARD)]
+
+
+@pytest.mark.parametrize("name", bench.names())
+def test_every_peer_is_right(name):
+    """KeOps and torch.compile take a compiler's time here; `pytest bench` and the command check them as well."""
+    problem = bench.problem_of(name)
+    instance = Instance(problem, problem.sizes[0], torch.float32, "cpu")
+    for provider in problem.providers("cpu"):
+        if (provider.compiles and provider.bind is not peers.bind_jax) or problem.missing(provider, "cpu"):
+            continue
+        for what in problem.passes:
+            with provider.forced():
+                call = instance.bind(provider, what, constants=bool(instance.constants))
+                assert instance.error(call()) <= instance.allowed(provider), (provider.name, what)
+
+
+@pytest.mark.parametrize("name", ["eager", "eager-cdist", "attention"])
+def test_batches_of_svgd_are_the_sets_one_by_one(name):
+    (provider,) = (p for p in svgd.PROBLEM.peers if p.name == name)
+    instance = Instance(svgd.PROBLEM, (3, 10, 4), torch.float32, "cpu")
+    assert instance.error(instance.bind(provider, BACKWARD)()) <= instance.allowed(provider)
+
+
+def test_the_rows_of_a_large_problem_are_those_of_the_reference():
+    x, score, cotangent = torch.randn(3, 60, 5, dtype=torch.float64).unbind()
+    with ivfast.use("reference"):
+        leaves = [x.requires_grad_(), score.requires_grad_()]
+        phi = svgd.PROBLEM.function(*leaves)
+        whole = [phi.detach(), *torch.autograd.grad(phi, leaves, cotangent)]
+    part = svgd.exact([x.detach(), score.detach()], cotangent, rows=7, above=10)
+    for (rows, actual), expected in zip(part, whole, strict=True):
+        assert len(rows) == 7
+        torch.testing.assert_close(actual, expected[rows], rtol=1e-9, atol=1e-12)
+    assert svgd.exact([x, score], cotangent) is None
+
+
+@pytest.mark.skipif(not memory.supported(), reason="peak memory is read from Linux's /proc")
+def test_peak_memory_is_that_of_the_call():
+    kept = torch.ones(64 << 20, dtype=torch.uint8)
+    assert memory.growth(lambda: None) < 1 << 20
+    grown = memory.growth(lambda: torch.ones(32 << 20, dtype=torch.uint8))
+    assert grown == pytest.approx(32 << 20, rel=0.1)
+    n = 1500  # K alone is 9 MB
+    jobs = [{"size": [n, 16], "what": FORWARD, "warm": True}]
+    (eager,) = memory.measured("svgd", "eager", jobs, threads=1)
+    (ours,) = memory.measured("svgd", "ivfast", jobs, threads=1)
+    assert 4 * n * n <= eager["peak_bytes"] <= 6 * 4 * n * n
+    if svgd.PROBLEM.served("cpu") == "cpu":
+        assert ours["peak_bytes"] < 4 * n * n / 4
+    del kept
+
+
+def ivfast_bench(*arguments, code=0):
+    result = CliRunner().invoke(cli.app, ["bench", *map(str, arguments)], env={"COLUMNS": "120", "TERM": "dumb"})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return " ".join(result.output.split())
+
+
+TINY = ("svgd", "--quick", "--shapes", "8x3", "--providers", "eager", "--device", "cpu")
+
+
+def test_the_command_writes_rows_a_table_and_a_picture(tmp_path):
+    output = ivfast_bench(*TINY, "--out", tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    report = json.loads(path.read_text())
+    assert report["machine"]["name"] == path.stem
+    (about,) = report["sessions"]
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["date"]
+    assert about["limits"]["matmul_flop_per_s"] > 1e6
+    assert {(r["provider"], r["pass"]) for r in report["rows"]} == {
+        (p, w) for p in ("ivfast", "eager") for w in (FORWARD, BACKWARD)
+    }
+    for r in report["rows"]:
+        assert r["size"] == [8, 3]
+        assert 0 < r["least_us"] <= r["us"]
+        assert r["share"] > 0
+        assert r["session"] == about["id"]
+        assert r["error"] < 1e-4
+    assert "| 8 × 3 | forward |" in path.with_suffix(".md").read_text()
+    assert Image.open(path.with_name(f"{path.stem}-svgd_direction.png")).width > 500
+    assert "svgd_direction" in output
+    assert "8×3 fwd+bwd" in output
+
+
+def test_rough_results_take_no_others_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ivfast_bench(*TINY)
+    assert list(tmp_path.iterdir()) == []
+    assert command.folder(None, partial=False) == Path("bench-results")
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/peers.py").touch()
+    assert command.folder(None, partial=False) == Path("bench/results")
+    assert command.folder(tmp_path, partial=True) == tmp_path
+
+
+def test_ctrl_c_leaves_what_was_measured_and_resume_goes_on(tmp_path, monkeypatch):
+    arguments = (
+        "svgd",
+        "--shapes",
+        "8x3,9x3",
+        "--providers",
+        "eager",
+        "--device",
+        "cpu",
+        "--no-memory",
+        "--out",
+        tmp_path,
+    )
+    group, left = session.Session._group, [2]
+
+    def interrupted(self, *args):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return group(self, *args)
+
+    monkeypatch.setattr(session.Session, "_group", interrupted)
+    monkeypatch.setattr(measure, "limits", lambda *_: limits())
+    output = ivfast_bench(*arguments, code=130)
+    assert "--resume goes on" in output
+    (path,) = tmp_path.glob("*.json")
+    before = json.loads(path.read_text())["rows"]
+    assert {(tuple(r["size"]), r["pass"]) for r in before} == {((8, 3), FORWARD), ((8, 3), BACKWARD)}
+    assert path.with_suffix(".md").exists()
+    left[0] = 2
+    ivfast_bench(*arguments, "--resume")
+    after = json.loads(path.read_text())
+    assert [r for r in after["rows"] if r["size"] == [8, 3]] == before
+    assert {tuple(r["size"]) for r in after["rows"]} == {(8, 3), (9, 3)}
+    assert len(after["sessions"]) == 2
+
+
+def test_a_group_that_is_measured_again_replaces_its_rows(tmp_path):
+    def add(us):
+        found = results.Results({"name": "here"}, {"versions": {}}, tmp_path / "here.json")
+        found.add([row("ivfast", us, "ivfast"), row("a", 2 * us)])
+        return found
+
+    add(1.0)
+    other = add(3.0)
+    other.add([row("ivfast", 7.0, "ivfast", size=[5, 2])])
+    report = json.loads((tmp_path / "here.json").read_text())
+    assert [r["us"] for r in report["rows"]] == [3.0, 6.0, 7.0]
+    assert [s["id"] for s in report["sessions"]] == [1]  # no row is left of the first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("sgvd",), "there is no benchmark 'sgvd'; did you mean svgd? Known: median, multi_js, svgd, svgd_bridge"),
+        (("svgd", "--shapes", "64"), "--shapes takes sizes like 64x16,1024x64, got '64'"),
+        (("svgd", "--shapes", "0x3"), "--shapes takes sizes like 64x16,1024x64, got '0x3'"),
+        (("svgd", "--providers", "egaer"), "there is no provider 'egaer'; did you mean eager? Known: ivfast"),
+        (("svgd", "--device", "tpu"), "--device must be cpu or cuda, got 'tpu'"),
+        (("svgd", "--threads", "10000"), "--threads must be at most"),
+    ],
+)
+def test_errors_name_what_was_given_and_what_exists(arguments, said):
+    assert said in ivfast_bench(*arguments, code=2)
+
+
+def test_help_teaches():
+    text = ivfast_bench("--help")
+    assert all(name in text for name in (*bench.names(), "KeOps", "--resume", "--quick", "checked against float64"))
+
+
+def test_a_picture_needs_times(tmp_path):
+    assert plot.draw(report_of([row("ivfast", None, "ivfast")]), "op", tmp_path / "a.png") is None
+    rows = [row(name, us, size=[n, 2]) for n, us in ((4, 1.0), (64, 9.0)) for name in ("ivfast", "a")]
+    assert plot.draw(report_of(rows), "op", tmp_path / "a.png").exists()
+
+
+def test_a_sweep_of_tiles_leaves_the_kernel_as_it_was(monkeypatch):
+    module = pytest.importorskip("ivfast.kernels.svgd")
+    own = module.forward_tile
+    monkeypatch.setattr(tune, "CHOICES", {"columns": (64,), "width": (64,)})
+    rows = tune.sweep(["svgd", "svgd_bridge"], "cpu", math.inf, [(8, 3)])
+    assert module.forward_tile is own
+    assert {(r["pass"], r["present"]) for r in rows} >= {(FORWARD, True), (BACKWARD, True), (BACKWARD, False)}
+    assert all("us" in r for r in rows)  # a width of 64 does not divide the padded 16 dimensions, and is not tried
+
+
+def test_gpu_py_without_a_gpu(tmp_path):
+    pytest.importorskip("triton")
+    arguments = ("--device", "cpu", "--ops", "multi_js", "--only", "multi_js_loss-small", "--out", tmp_path)
+    run = subprocess.run(
+        [sys.executable, REPOSITORY / "bench/gpu.py", *map(str, arguments)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    (path,) = tmp_path.glob("*.json")
+    report = json.loads(path.read_text())
+    assert {c["status"] for c in report["checks"] if c["implementation"] == "triton"} == {"ok"}
+    timed = {r["provider"] for r in report["rows"] if r.get("us")}
+    assert timed == {"ivfast", "ivfast:triton", "eager"}
+    assert run.stdout.rstrip().endswith(path.with_suffix(".md").read_text().rstrip())
+    assert "compute-sanitizer: not run." in run.stdout
