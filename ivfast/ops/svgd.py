@@ -128,13 +128,19 @@ class _SvgdDirection(torch.autograd.Function):
 
 
 def _prefer(x, *_):
-    """CUDA C++ where it serves: its memory is O(n·d). It computes in float32, in up to 128 dimensions."""
-    return ("cuda",) if x.shape[-1] <= 128 and x.dtype != torch.float64 else ()
+    """CUDA C++ for small sets and in up to 128 dimensions, Triton above. Both compute in float32."""
+    n, d = x.shape[-2:]
+    if x.dtype == torch.float64:
+        return ()
+    if d > 128:
+        return ("triton",)
+    return ("cuda", "triton") if n <= 256 else ("triton", "cuda")
 
 
 _forward = register(
     "svgd_direction(Tensor x, Tensor? score, Tensor bandwidth) -> (Tensor phi, Tensor row_sum)",
     reference=svgd_direction_reference,
+    triton="svgd.forward",
     cuda=True,
     prefer=_prefer,
 )
@@ -142,6 +148,7 @@ _backward = register(
     "svgd_direction_backward(Tensor grad, Tensor x, Tensor? score, Tensor bandwidth, Tensor row_sum)"
     " -> (Tensor dx, Tensor dscore, Tensor dbandwidth)",
     reference=_backward_reference,
+    triton="svgd.backward",
     cuda=True,
     prefer=lambda grad, x, *_: _prefer(x),
 )

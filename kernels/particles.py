@@ -1,0 +1,190 @@
+"""Particle sets as the pairwise kernels take them, and the pieces that these share.
+
+Every product of a pairwise kernel has the same shape of problem: rows of d numbers against rows of d numbers, tile by
+tile. One pass writes the rows centred, in float32 and padded to whole tiles with zeros, so that no inner loop knows of
+dtypes, strides or edges. With q_i = ‖x_i‖²/2,
+
+  t_ij = x_i·x_j − q_i − q_j = −‖x_i − x_j‖²/2 <= 0,
+
+where q_i is half the diagonal of the same product, so that equal particles are at distance 0 to the bit. q is infinite
+in padding: its k = exp(2t/h) is 0.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# fusion stated, since its default differs between versions of Triton
+OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+ROWS = 64  # of a packing program; n is padded to a multiple of twice as many
+WIDE = 128  # dimensions up to which they are padded to a power of two
+
+HALF = (torch.bfloat16, torch.float16)
+LARGEST, SMALLEST = tl.constexpr(3.4028234e38), tl.constexpr(1.1754944e-38)  # normal float32
+
+
+@triton.jit
+def as_operand(x, PRECISION: tl.constexpr):
+    """x as a product in PRECISION reads it. TF32 keeps 10 of 23 bits: rounded here, not cut off there, and what is
+    added up beside the product is the same number."""
+    if PRECISION == "tf32":
+        bits = x.to(tl.int32, bitcast=True)
+        finite = (bits & 0x7F800000) != 0x7F800000
+        x = tl.where(finite, (bits + 0x1000) & -0x2000, bits).to(tl.float32, bitcast=True)
+    return x
+
+
+@triton.jit
+def tile(p, ld, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] at p, rows ld apart."""
+    return tl.load(p + tl.arange(0, ROWS)[:, None] * ld + tl.arange(0, COLUMNS)[None, :])
+
+
+@triton.jit
+def add_product(c, p_a, p_b, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
+    """c + A Bᵀ for packed rows A at p_a and B at p_b, as many as c has rows and columns."""
+    for k in range(0, D, WIDTH):
+        b_a, b_b = tile(p_a + k, D, c.shape[0], WIDTH), tile(p_b + k, D, c.shape[1], WIDTH)
+        c = tl.dot(b_a, tl.trans(b_b), c, input_precision=PRECISION)
+    return c
+
+
+@triton.jit
+def half_diagonal(c):
+    i = tl.arange(0, c.shape[0])
+    return 0.5 * tl.sum(tl.where(i[:, None] == i[None, :], c, 0.0), 1)
+
+
+@triton.jit
+def factors(h):
+    """α, β, γ with γα = 1 and γβ = 2/h, and the factor 2 log2(e)/h of t in k = 2^(…): finite for any h > 0."""
+    two_over_h = tl.minimum(2 / h, LARGEST)
+    exponent = tl.maximum(tl.minimum(2.8853900817779268 / h, LARGEST), SMALLEST)
+    wide = h >= 1
+    alpha = tl.where(wide, 1.0, 0.5 * h)
+    return alpha, tl.where(wide, two_over_h, 1.0), tl.where(wide, 1.0, two_over_h), exponent
+
+
+@triton.jit
+def _pack_kernel(
+    p_x,
+    p_mean,
+    p_score,
+    p_grad,
+    p_bandwidth,
+    p_X,
+    p_V,
+    p_G,
+    p_q,
+    p_p,
+    n,
+    d,
+    N,
+    WITH_V: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    i_set, i_tile = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS)
+    row = i_tile * ROWS + tl.arange(0, ROWS)
+    inside = row < n
+    if WITH_V:
+        alpha, beta, _, _ = factors(tl.load(p_bandwidth + i_set))
+
+    xx = tl.zeros([ROWS, ROWS], tl.float32)
+    gx = tl.zeros([ROWS], tl.float32)
+    for start in range(0, D, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        mask = inside[:, None] & (column < d)[None, :]
+        given = (i_set * n + row)[:, None] * d + column[None, :]
+        packed = (i_set * N + row)[:, None] * D + column[None, :]
+        b_raw = tl.load(p_x + given, mask=mask, other=0.0).to(tl.float32)
+        b_mean = tl.load(p_mean + i_set * d + column, mask=column < d, other=0.0)
+        b_x = as_operand(tl.where(mask, b_raw - b_mean[None, :], 0.0), PRECISION)
+        xx = tl.dot(b_x, tl.trans(b_x), xx, input_precision=PRECISION)
+        tl.store(p_X + packed, b_x)
+        if WITH_V:
+            # V = αS − βX, S = −x without a score
+            b_s = -b_raw
+            if p_score is not None:
+                b_s = tl.load(p_score + given, mask=mask, other=0.0).to(tl.float32)
+            tl.store(p_V + packed, as_operand(alpha * b_s - beta * b_x, PRECISION))
+        if p_grad is not None:
+            b_g = as_operand(tl.load(p_grad + given, mask=mask, other=0.0).to(tl.float32), PRECISION)
+            gx += tl.sum(b_g * b_x, 1)
+            tl.store(p_G + packed, b_g)
+
+    tl.store(p_q + i_set * N + row, tl.where(inside, half_diagonal(xx), float("inf")))
+    if p_grad is not None:
+        tl.store(p_p + i_set * N + row, beta * gx)  # β g_i·x_i
+
+
+class Packed(NamedTuple):
+    """Centred X and what goes with it, `[sets, N, D]` and `[sets, N]`, zeros beyond n and d."""
+
+    sets: int
+    n: int
+    d: int
+    N: int
+    D: int
+    X: Tensor
+    V: Tensor | None  # αS − βX
+    G: Tensor | None  # the incoming gradient
+    q: Tensor  # ‖x_i‖²/2
+    p: Tensor | None  # β g_i·x_i
+
+
+def padded(d: int) -> int:
+    """Dimensions of a packed row: a power of two, or a multiple of WIDE."""
+    return max(16, triton.next_power_of_2(d)) if d <= WIDE else triton.cdiv(d, WIDE) * WIDE
+
+
+def check_dtype(op: str, x: Tensor) -> None:
+    if x.dtype != torch.float32 and x.dtype not in HALF:
+        raise TypeError(f"{op} in Triton takes float32, bfloat16 or float16, got {x.dtype}")
+
+
+def precision() -> str:
+    """Of float32 products, as PyTorch's."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """The major compute capability; interpreted, the newest."""
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 10
+
+
+def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, grad=None) -> Packed:
+    """x `[..., n, d]` packed for products that take `width` dimensions at once, as q must; with a bandwidth V too, with
+    a gradient G and p."""
+    sets, (n, d) = x.shape[:-2].numel(), x.shape[-2:]
+    N, D = triton.cdiv(n, 2 * ROWS) * 2 * ROWS, padded(d)
+
+    def empty(*shape):
+        return torch.empty(sets, N, *shape, dtype=torch.float32, device=x.device)
+
+    V, G, p = (
+        empty(*shape) if wanted else None
+        for shape, wanted in (
+            ((D,), bandwidth is not None),
+            ((D,), grad is not None),
+            ((), grad is not None),
+        )
+    )
+    packed = Packed(sets, n, d, N, D, empty(D), V, G, empty(), p)
+    if sets == 0:
+        return packed
+    mean = x.mean(-2, dtype=torch.float32).contiguous()
+    tensors = (t if t is None else t.contiguous() for t in (score, grad, bandwidth))
+    _pack_kernel[sets * (N // ROWS),](
+        *(x.contiguous(), mean, *tensors, packed.X, V, G, packed.q, p, n, d, N),
+        *(bandwidth is not None, D, ROWS, width, precision),
+        **OPTIONS,
+    )
+    return packed

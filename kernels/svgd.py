@@ -1,0 +1,339 @@
+"""SVGD direction and its gradient in Triton for large particle sets: tiles of K on the tensor cores, never K itself.
+
+K' = K − I, r' = K'1: a particle's own term is added apart and exactly, however narrow the kernel. With X centred,
+V = αS − βX, γα = 1 and γβ = 2/h,
+  φ_i = (1/n) [s_i + γ (K'V + β r'∘X)_i].
+Backward, with B_ij = k'_ij (g_i·v_j + v_i·g_j + β g_i·x_i + β g_j·x_j), D = (γ/n) [(B1)∘X − BX] and
+E = (1/n) [r'∘G − K'G],
+  ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
+
+Three passes each way: rows are packed (particles.py), pairs of tiles are summed over, and the sums are finished.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .particles import (
+    HALF,
+    OPTIONS,
+    Packed,
+    add_product,
+    as_operand,
+    capability,
+    check_dtype,
+    factors,
+    pack,
+    padded,
+    precision,
+    tile,
+)
+
+PROGRAMS = 264  # below so many, columns are split between programs: two for each processor of an H100
+FINISH_ROWS, FINISH_WIDTH = 16, 64
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    values: int  # dimensions of K'V that a program adds up; each such program computes its K anew
+    width: int  # dimensions that a product takes at once
+    warps: int
+    stages: int = 2
+
+    @property
+    def options(self) -> dict:
+        return OPTIONS | {"num_warps": self.warps, "num_stages": self.stages}
+
+
+# Nothing here is measured yet: these are the largest tiles that do not spill (tests/cubins.py).
+#
+# The products bind. Forward, a pair costs 4 D flop, three times over in 3xTF32, and one exponential: at D = 64 that is
+# 768 flop, 0.36 clocks of an H100's tensor cores, against 0.06 of its special functions. From the second-level cache a
+# tile reads its columns' X and V, 8 D bytes a row: rows/2 flop per byte, 64 of them at 128 rows, of which an H100 needs
+# 30 (165 Tflop/s in 3xTF32 over 5.5 TB/s). Where width < D the rows' X is read again with every tile, and 20 remain:
+# enough for an A100, whose mma keeps both halves of an operand in registers and leaves no room for more. Hopper's wgmma
+# takes them from shared memory. Above 128 dimensions K is computed again for each `values` of them.
+#
+# Backward there are five products and two sums of [rows, values], so tiles are smaller.
+def forward_tile(D: int, major: int) -> Tile:
+    """For rows of D numbers on compute capability `major`.x."""
+    if D <= 64:
+        return Tile(128, 64, D, D, 8) if major >= 9 else Tile(128, 32, D, min(D, 32), 8)
+    if major < 9:
+        return Tile(64, 32, 128, 32, 8)
+    return Tile(128, 32, 128, 64, 8) if D % 256 else Tile(64, 32, 256, 32, 8)
+
+
+def backward_tile(D: int) -> Tile:
+    return Tile(64, 32, min(D, 64), 16, 8)
+
+
+@triton.jit
+def _kernel_tile(xx, q_i, q_j, i, j, exponent):
+    """k'_ij = 2^(t_ij · 2 log2(e)/h), 0 for j = i."""
+    t = tl.minimum(xx - q_i[:, None] - q_j[None, :], 0.0)
+    return tl.where(i[:, None] == j[None, :], 0.0, tl.exp2(t * exponent))
+
+
+@triton.jit
+def _forward_kernel(
+    p_X,
+    p_V,
+    p_q,
+    p_bandwidth,
+    p_KV,
+    p_r,
+    sets,
+    N,
+    share,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    i_set, i_tile = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS)
+    value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
+    base, i = i_set * N, i_tile * ROWS + tl.arange(0, ROWS)
+    at_i = (base + i_tile * ROWS) * D
+    _, _, _, exponent = factors(tl.load(p_bandwidth + i_set))
+
+    q_i = tl.load(p_q + base + i)
+    r = tl.zeros([ROWS], tl.float32)
+    KV = tl.zeros([ROWS, VALUES], tl.float32)
+    for first in range(i_split * share, tl.minimum((i_split + 1) * share, N), COLUMNS):
+        j, at_j = first + tl.arange(0, COLUMNS), (base + first) * D
+        xx = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X + at_i, p_X + at_j, D, WIDTH, PRECISION)
+        k = as_operand(_kernel_tile(xx, q_i, tl.load(p_q + base + j), i, j, exponent), PRECISION)
+        r += tl.sum(k, 1)
+        KV = tl.dot(k, tile(p_V + at_j + value, D, COLUMNS, VALUES), KV, input_precision=PRECISION)
+
+    to = (i_split.to(tl.int64) * sets + i_set) * N + i
+    tl.store(p_KV + to[:, None] * D + value + tl.arange(0, VALUES)[None, :], KV)
+    if value == 0:
+        tl.store(p_r + to, r)
+
+
+@triton.jit
+def _backward_kernel(
+    p_X,
+    p_V,
+    p_G,
+    p_q,
+    p_p,
+    p_bandwidth,
+    p_KG,
+    p_BX,
+    p_r,
+    p_b,
+    sets,
+    N,
+    share,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    i_set, i_tile = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS)
+    value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
+    base, i = i_set * N, i_tile * ROWS + tl.arange(0, ROWS)
+    at_i = (base + i_tile * ROWS) * D
+    _, _, _, exponent = factors(tl.load(p_bandwidth + i_set))
+
+    q_i, p_i = tl.load(p_q + base + i), tl.load(p_p + base + i)
+    r, b = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    KG, BX = tl.zeros([ROWS, VALUES], tl.float32), tl.zeros([ROWS, VALUES], tl.float32)
+    for first in range(i_split * share, tl.minimum((i_split + 1) * share, N), COLUMNS):
+        j, at_j = first + tl.arange(0, COLUMNS), (base + first) * D
+        xx = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X + at_i, p_X + at_j, D, WIDTH, PRECISION)
+        k = _kernel_tile(xx, q_i, tl.load(p_q + base + j), i, j, exponent)
+        # B_ij = k'_ij (g_i·v_j + v_i·g_j + p_i + p_j)
+        gv = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_G + at_i, p_V + at_j, D, WIDTH, PRECISION)
+        gv = add_product(gv, p_V + at_i, p_G + at_j, D, WIDTH, PRECISION)
+        B = as_operand(k * (gv + p_i[:, None] + tl.load(p_p + base + j)[None, :]), PRECISION)
+        k = as_operand(k, PRECISION)
+        r += tl.sum(k, 1)
+        b += tl.sum(B, 1)
+        KG = tl.dot(k, tile(p_G + at_j + value, D, COLUMNS, VALUES), KG, input_precision=PRECISION)
+        BX = tl.dot(B, tile(p_X + at_j + value, D, COLUMNS, VALUES), BX, input_precision=PRECISION)
+
+    to = (i_split.to(tl.int64) * sets + i_set) * N + i
+    columns = value + tl.arange(0, VALUES)[None, :]
+    tl.store(p_KG + to[:, None] * D + columns, KG)
+    tl.store(p_BX + to[:, None] * D + columns, BX)
+    if value == 0:
+        tl.store(p_r + to, r)
+        tl.store(p_b + to, b)
+
+
+@triton.jit
+def _finish_forward_kernel(
+    p_x,
+    p_score,
+    p_bandwidth,
+    p_X,
+    p_KV,
+    p_r,
+    p_phi,
+    p_row_sum,
+    sets,
+    n,
+    d,
+    N,
+    splits,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    i_set, i_tile = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS)
+    row, column = i_tile * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    inside, mask = row < n, (row < n)[:, None] & (column < d)[None, :]
+    given = (i_set * n + row)[:, None] * d + column[None, :]
+    packed = (i_set * N + row)[:, None] * D + column[None, :]
+    _, beta, gamma, _ = factors(tl.load(p_bandwidth + i_set))
+
+    if p_score is None:
+        s = -tl.load(p_x + given, mask=mask, other=0.0).to(tl.float32)
+    else:
+        s = tl.load(p_score + given, mask=mask, other=0.0).to(tl.float32)
+    X = tl.load(p_X + packed)
+    r = tl.zeros([ROWS], tl.float32)
+    KV = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i_split in range(splits):
+        part = tl.cast(i_split, tl.int64) * sets * N
+        r += tl.load(p_r + part + i_set * N + row)
+        KV += tl.load(p_KV + part * D + packed)
+
+    # φ = (1/n) [s + γ (K'V + β r'∘X)]
+    phi = (s + gamma * (KV + beta * r[:, None] * X)) / n
+
+    tl.store(p_phi + given, phi, mask=mask)
+    if tl.program_id(1) == 0:
+        tl.store(p_row_sum + i_set * n + row, 1 + r, mask=inside)
+
+
+@triton.jit
+def _finish_backward_kernel(
+    p_grad,
+    p_bandwidth,
+    p_X,
+    p_G,
+    p_KG,
+    p_BX,
+    p_r,
+    p_b,
+    p_dx,
+    p_dscore,
+    p_dh,
+    sets,
+    n,
+    d,
+    N,
+    splits,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    i_set, i_tile = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS)
+    row, column = i_tile * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    mask = (row < n)[:, None] & (column < d)[None, :]
+    given = (i_set * n + row)[:, None] * d + column[None, :]
+    packed = (i_set * N + row)[:, None] * D + column[None, :]
+    _, beta, gamma, _ = factors(tl.load(p_bandwidth + i_set))
+
+    g = tl.load(p_grad + given, mask=mask, other=0.0).to(tl.float32)
+    X, G = tl.load(p_X + packed), tl.load(p_G + packed)
+    r, b = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    KG, BX = tl.zeros([ROWS, WIDTH], tl.float32), tl.zeros([ROWS, WIDTH], tl.float32)
+    for i_split in range(splits):
+        part = tl.cast(i_split, tl.int64) * sets * N
+        r += tl.load(p_r + part + i_set * N + row)
+        b += tl.load(p_b + part + i_set * N + row)
+        KG += tl.load(p_KG + part * D + packed)
+        BX += tl.load(p_BX + part * D + packed)
+
+    # D = (γ/n) [(B1)∘X − BX],  E = (1/n) [r'∘G − K'G],  ∂S = (1/n) (G + K'G),  ∂X = −(2/h) (D − E)
+    b_D = gamma * (b[:, None] * X - BX) / n
+    b_E = (r[:, None] * G - KG) / n
+    b_dS = (g + KG) / n
+    b_dX = beta * gamma * (b_E - b_D)
+
+    if p_dscore is None:
+        tl.store(p_dx + given, b_dX - b_dS, mask=mask)  # S = −x
+    else:
+        tl.store(p_dx + given, b_dX, mask=mask)
+        tl.store(p_dscore + given, b_dS, mask=mask)
+    dh = tl.sum(tl.sum(X * (b_D - 2 * b_E), 1), 0)
+    tl.store(p_dh + (i_set * (N // ROWS) + i_tile) * tl.num_programs(1) + tl.program_id(1), dh)
+
+
+def _grid(packed: Packed, tile: Tile) -> tuple[tuple[int, int, int], int]:
+    """Programs of the middle pass, and how many columns each walks over: of shapes alone, which decide every sum."""
+    rows, values = packed.sets * packed.N // tile.rows, packed.D // tile.values
+    tiles = packed.N // tile.columns
+    share = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // max(1, rows * values))))
+    return (rows, values, triton.cdiv(tiles, share)), share * tile.columns
+
+
+def forward(x, score, bandwidth):
+    """φ `[..., n, d]` and the row sums r = K1 `[..., n]` of K."""
+    check_dtype("svgd_direction", x)
+    in_products = "tf32" if x.dtype in HALF else precision()  # half precision has no more bits than TF32 to begin with
+    tile = forward_tile(padded(x.shape[-1]), capability(x.device))
+    packed = pack(x, in_products, tile.width, score=score, bandwidth=bandwidth)
+    sets, n, d, N, D = packed[:5]
+    phi = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    row_sum = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if sets == 0:
+        return phi, row_sum
+    bandwidth, score = bandwidth.contiguous(), None if score is None else score.contiguous()
+    grid, share = _grid(packed, tile)
+    KV, r = packed.X.new_empty(grid[2], sets, N, D), packed.X.new_empty(grid[2], sets, N)
+    _forward_kernel[grid](
+        *(packed.X, packed.V, packed.q, bandwidth, KV, r, sets, N, share),
+        *(D, tile.width, in_products, tile.rows, tile.columns, tile.values),
+        **tile.options,
+    )
+    _finish_forward_kernel[sets * (N // FINISH_ROWS), triton.cdiv(D, FINISH_WIDTH)](
+        *(x.contiguous(), score, bandwidth, packed.X, KV, r, phi, row_sum, sets, n, d, N, grid[2]),
+        *(D, FINISH_ROWS, min(D, FINISH_WIDTH)),
+        **OPTIONS,
+    )
+    return phi, row_sum
+
+
+def backward(grad, x, score, bandwidth, row_sum):
+    """∂L/∂x, ∂L/∂score (empty without one) and ∂L/∂h. r' is summed anew: in 1 + r' a small one has drowned."""
+    check_dtype("svgd_direction_backward", x)
+    in_products = precision()  # half precision too: ∂h is a sum that cancels
+    tile = backward_tile(padded(x.shape[-1]))
+    packed = pack(x, in_products, tile.width, score=score, bandwidth=bandwidth, grad=grad)
+    sets, n, d, N, D = packed[:5]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dscore = None if score is None else torch.empty_like(dx)
+    dh = torch.empty_like(bandwidth, memory_format=torch.contiguous_format)
+    if sets:
+        bandwidth = bandwidth.contiguous()
+        grid, share = _grid(packed, tile)
+        sums = [packed.X.new_empty(grid[2], sets, N, *width) for width in ((D,), (D,), (), ())]  # KG, BX, r', B1
+        _backward_kernel[grid](
+            *(packed.X, packed.V, packed.G, packed.q, packed.p, bandwidth, *sums, sets, N, share),
+            *(D, tile.width, in_products, tile.rows, tile.columns, tile.values),
+            **tile.options,
+        )
+        finish = N // FINISH_ROWS, triton.cdiv(D, FINISH_WIDTH)
+        parts = packed.X.new_empty(sets, finish[0] * finish[1])
+        _finish_backward_kernel[sets * finish[0], finish[1]](
+            *(grad.contiguous(), bandwidth, packed.X, packed.G, *sums, dx, dscore, parts, sets, n, d, N, grid[2]),
+            *(D, FINISH_ROWS, min(D, FINISH_WIDTH)),
+            **OPTIONS,
+        )
+        h = bandwidth.double()
+        dh = (parts.sum(-1, dtype=torch.float64).view_as(h) / h / h).to(bandwidth.dtype)
+    return dx, dx.new_empty(0) if dscore is None else dscore, dh

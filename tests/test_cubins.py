@@ -1,0 +1,163 @@
+"""Every Triton kernel compiled ahead of time for GPUs that are not here: no spills, and tensor cores where there are products."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
+REGISTERS = 160  # at most, per thread: 128 (Triton 3.9) when written, and room for other compilers
+
+
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
+
+
+class Variant(NamedTuple):
+    kernel: str  # <module>.<function> below kernels/
+    types: (
+        str  # of its parameters in order: a type, :16 if divisible by it; a number, None or a precision is a constant
+    )
+    options: dict
+    targets: tuple[int, ...] = TARGETS
+    products: bool = False  # on the tensor cores, one program of eight warps to a processor: any number of registers
+
+
+def filled(kernel: str, options: dict, **given) -> Variant:
+    """A variant whose parameters are float32 arrays and sizes where they are not given by name."""
+    import importlib
+
+    module, name = kernel.split(".")
+    names = getattr(importlib.import_module(f"ivfast.kernels.{module}"), name).arg_names
+    assert set(given) <= set(names) | {"targets", "products"}
+    rest = {key: given.pop(key) for key in ("targets", "products") if key in given}
+    usual = {"N": "i32:16", "share": "i32:16"}
+    types = [str(given.get(n, "*fp32:16" if n.startswith("p_") else usual.get(n, "i32"))) for n in names]
+    return Variant(kernel, " ".join(types), options, **rest)
+
+
+def variants() -> list[Variant]:
+    """Every Triton kernel in the shapes that its launcher picks. Read in a process where Triton is not interpreted."""
+    from ivfast.kernels import multi_js
+
+    found = [Variant("multi_js._sum_kernel", f"*fp32:16 *fp32:16 i32 {multi_js.PARTS}", multi_js.OPTIONS)]
+    for classes, dtype, weighted in (
+        (2, "fp32", True), (5, "fp32", True), (5, "fp32", False), (5, "bf16", True), (5, "fp16", False),
+        (5, "fp64", True), (33, "fp32", False), (1000, "bf16", False), (65536, "fp32", True), (65536, "fp64", False),
+    ):  # fmt: skip
+        arithmetic = "fp64" if dtype == "fp64" else "fp32"
+        dt = torch.float64 if arithmetic == "fp64" else torch.float32
+        rows, columns = multi_js._Shape(1, 4096, classes * 4096, classes, dt).tile
+        x, y, sizes = f"*{dtype}:16", f"*{arithmetic}:16", f"i32 i32 i32 {rows} {columns}"
+        weights = y if weighted else "None"
+        found += [
+            Variant("multi_js._forward_kernel", f"{x} {weights} {y} {y} {sizes}", multi_js.OPTIONS),
+            Variant("multi_js._backward_kernel", f"{x} {x} {weights} {y} {x} {sizes}", multi_js.OPTIONS),
+        ]
+    return found + svgd_variants()
+
+
+def svgd_variants() -> list[Variant]:
+    from ivfast.kernels import particles, svgd
+
+    found = []
+    for D, dtype, backward in ((16, "fp32", True), (64, "bf16", False), (512, "fp16", True)):
+        x, y = f"*{dtype}:16", "*fp32:16" if backward else "None"
+        width = svgd.backward_tile(D).width if backward else svgd.forward_tile(D, 9).width
+        shape = {"D": D, "ROWS": particles.ROWS, "WIDTH": width, "PRECISION": "tf32x3" if backward else "tf32"}
+        gradient = {"p_grad": x, "p_G": y, "p_p": y} if backward else dict.fromkeys(("p_grad", "p_G", "p_p"), "None")
+        pack = {"p_x": x, "p_score": x if backward else "None", "WITH_V": 1, **gradient}
+        finish = {"p_x": x, "p_score": pack["p_score"], "D": D, "ROWS": svgd.FINISH_ROWS}
+        finish["WIDTH"] = min(D, svgd.FINISH_WIDTH)
+        found += [
+            filled("particles._pack_kernel", particles.OPTIONS, **pack, **shape, products=True),
+            filled("svgd._finish_forward_kernel", particles.OPTIONS, p_phi=x, **finish),
+        ]
+        del finish["p_x"], finish["p_score"]
+        outputs = {"p_grad": x, "p_dx": x, "p_dscore": x if backward else "None"}
+        found += [filled("svgd._finish_backward_kernel", particles.OPTIONS, **outputs, **finish)]
+    for target in TARGETS:
+        for D, precision in (
+            (16, "tf32x3"),
+            (32, "tf32"),
+            (64, "tf32x3"),
+            (128, "tf32x3"),
+            (512, "tf32x3"),
+        ):
+            for kernel, tile in (("forward", svgd.forward_tile(D, target // 10)), ("backward", svgd.backward_tile(D))):
+                shape = {"D": D, "WIDTH": tile.width, "PRECISION": precision}
+                shape |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "VALUES": tile.values}
+                name = f"svgd._{kernel}_kernel"
+                found.append(filled(name, tile.options, **shape, targets=(target,), products=True))
+    return found
+
+
+def compile_variant(variant: Variant, capability: int) -> dict[str, int]:
+    """Of a cubin: registers, bytes of stack and local memory (both hold what registers cannot) and of shared memory,
+    and how many of its instructions are matrix products."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, name = variant.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"ivfast.kernels.{module}"), name)
+    signature, constants, attributes = {}, {}, {}
+    for i, (argument, text) in enumerate(zip(kernel.arg_names, variant.types.split(), strict=True)):
+        if text == "None" or text.startswith("tf32") or text.isdigit():
+            value = None if text == "None" else int(text) if text.isdigit() else text
+            signature[argument], constants[argument] = "constexpr", value
+        else:
+            signature[argument], _, divisor = text.partition(":")
+            if divisor:
+                attributes[i,] = [["tt.divisibility", int(divisor)]]
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=variant.options)
+    return resources(compiled.asm["cubin"]) | {"SHARED": compiled.metadata.shared}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, code = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    (line,) = re.findall(r"REG:.*", usage)
+    products = len(re.findall(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b", code))
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)} | {"MMA": products}
+
+
+def compile_all() -> list[dict]:
+    return [
+        {"variant": f"{v.kernel}({v.types})", "sm": cc, "products": v.products, **compile_variant(v, cc)}
+        for v in variants()
+        for cc in v.targets
+    ]
+
+
+def test_every_triton_kernel_compiles_ahead_of_time_without_spills():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert {row["sm"] for row in rows} == set(TARGETS)
+    wrong = [r for r in rows if r["STACK"] or r["LOCAL"] or r["SHARED"] > SHARED[r["sm"]]]
+    wrong += [r for r in rows if (r["MMA"] == 0 if r["products"] else r["REG"] > REGISTERS)]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all()))
