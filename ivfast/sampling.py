@@ -196,7 +196,7 @@ def _gradient(density: Callable[[Tensor], Tensor], x: Tensor, coordinates: bool)
 
 
 def _rule(optimizer, step_size: float | None, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """φ → the moved particles, a tensor that is not written to again."""
+    """φ → the moved particles, in the dtype of the arithmetic."""
     if step_size is not None:
         if optimizer is not None:
             raise ValueError("step_size is for the plain update: pass it or an optimizer, got both")
@@ -216,7 +216,7 @@ def _rule(optimizer, step_size: float | None, x: Tensor) -> Callable[[Tensor], T
     def by_optimizer(phi):
         particles.grad = -phi
         chosen.step()
-        return particles.detach().clone()
+        return particles.detach()
 
     return by_optimizer
 
@@ -251,7 +251,7 @@ class _Run:
             bad_scores = torch.where(healthy, bad, bad_scores)
             finite = finite & (bad == 0)
         healthy = healthy & finite
-        x = torch.where(healthy, moved, x)
+        x = torch.where(healthy, moved, x)  # a copy: optimizers write to theirs
         self.phi_norm[step] = phi.norm(dim=-1).mean(-1)
         step += 1
         if self.every is not None and step % self.every == 0:

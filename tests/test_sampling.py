@@ -176,6 +176,8 @@ def test_low_precision_follows_double(dtype):
     # only the result's rounding counts; added in half precision, steps of 0.1 φ would get lost and cost 4 to 28 ε.
     bound = 50 if dtype == torch.float32 else 1
     assert error(result.trajectory.double(), expected.trajectory) < bound * torch.finfo(dtype).eps
+    by_optimizer = ivfast.svgd(x0, 100, log_prob=log_normal, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    assert error(by_optimizer.particles.double(), expected.particles) < bound * torch.finfo(dtype).eps
 
 
 def test_x0_of_any_strides_is_left_as_it_was():
@@ -288,12 +290,19 @@ def test_a_failure_seen_late_freezes_the_particles(monkeypatch):
         calls.append(None)
         return x * float("nan") if len(calls) in (10, 12) else -x
 
+    class Skipping(torch.optim.SGD):
+        """Passes over a gradient with NaN, as gradient scalers do, so that only the freeze keeps step 9's particles."""
+
+        def step(self, closure=None):
+            (p,) = self.param_groups[0]["params"]
+            return super().step() if p.grad.isfinite().all() else None
+
     look = ivfast.sampling._Run.check
     monkeypatch.setattr(ivfast.sampling._Run, "check", lambda run: look(run) if run.state.step in (16, 20) else None)
     with pytest.raises(NonFiniteParticles, match="step 10: the score is not finite at 8 of 8") as caught:
-        ivfast.svgd(x0, 20, score=score, trajectory_every=1)
+        ivfast.svgd(x0, 20, score=score, trajectory_every=1, optimizer=lambda p: Skipping(p, lr=0.1))
     assert len(calls) == 16
-    expected = ivfast.svgd(x0, 9, score=torch.neg, trajectory_every=1)
+    expected = ivfast.svgd(x0, 9, score=torch.neg, trajectory_every=1, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     assert torch.equal(caught.value.result.particles, expected.particles)
     assert torch.equal(caught.value.result.trajectory, expected.trajectory)
     assert torch.equal(caught.value.result.phi_norm, expected.phi_norm)
