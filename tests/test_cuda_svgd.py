@@ -7,6 +7,7 @@ import torch
 
 import ivfast
 from ivfast import testing
+from ivfast.ops.svgd_bridge import svgd_bridge_reference
 from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
@@ -227,3 +228,20 @@ class TestDirection:
                 ivfast.svgd_direction(torch.randn(5, 3, dtype=torch.float64), bandwidth=1.0)
         with pytest.raises(RuntimeError, match=r"n, d >= 1, got n = 0, d = 3"):
             torch.ops.ivfast.svgd_direction.cuda(torch.empty(0, 3), None, torch.ones(()))
+
+
+# Bridge
+
+
+@pytest.mark.usefixtures("simt")
+class TestBridge:
+    @pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 100, 128, 200, 256])
+    def test_every_output(self, n):
+        for d in (1, 3, 16, 64, 128):
+            z, draws = torch.randn(n, d), torch.randn(5, n, d)
+            arguments = 3, 2, 1.0, 5.0, 0.1  # t, iterations, step_size, scale, noise
+            ours = torch.ops.ivfast.svgd_bridge.cuda(z, draws, *arguments)
+            theirs = svgd_bridge_reference(z.double(), draws.double(), *arguments)
+            for a, b in zip(ours, theirs, strict=True):
+                assert a.shape == b.shape
+                assert testing.error(a, b) <= testing.TOLERANCES[torch.float32]

@@ -7,8 +7,8 @@ namespace ivfast {
 
 constexpr int kQuads = 16;  // columns of a panel, in fours: two blocks of 256 particles fit an SM
 
-template <class B, class T>
-__global__ void __launch_bounds__(B::threads, 1) median_kernel(
+template <int Tiles, class T>
+__global__ void __launch_bounds__(kThreads, 1) median_kernel(
     const T* __restrict__ x, float* __restrict__ h, float* __restrict__ middles, int n, int d, Heuristic heuristic) {
   const int64_t set = blockIdx.x;
   x += set * n * d;
@@ -19,13 +19,15 @@ __global__ void __launch_bounds__(B::threads, 1) median_kernel(
   const int quads = min(kQuads, (d + 3) / 4);
   const auto value = [&](int row, int column) { return static_cast<float>(x[row * d + column]); };
 
-  float d2[B::tiles][16];
-  distances<B>(d2, panel, n, d, quads, [&](int first) {
+  float d2[Tiles][16];
+  distances<Tiles>(d2, panel, n, d, quads, [&](int first) {
     __syncthreads();
     fill(panel, n, d, first, quads, value);
     __syncthreads();
   });
-  const float2 found = middles_of<B>(d2, n, heuristic, selection);
+  unsigned bits[16 * Tiles];
+  bits_of_pairs<Tiles>(bits, d2, n);
+  const float2 found = middles_of(bits, heuristic, selection);
   const float bandwidth = bandwidth_of(found, heuristic, n, d, value);
 
   if (threadIdx.x == 0) h[set] = bandwidth, middles[2 * set] = found.x, middles[2 * set + 1] = found.y;
@@ -33,8 +35,8 @@ __global__ void __launch_bounds__(B::threads, 1) median_kernel(
 
 // ∂h/∂x_i = Σ_a Σ_j 2 (x_i − x_j) slope_a/(divisor pairs_a) over the pairs at the middle squared distance m_a, where
 // slope_a = ∂med²/∂m_a is ½ for (m₁ + m₂)/2 and (√m₁ + √m₂)/(4 √m_a) for ((√m₁ + √m₂)/2)². A zero moves nothing.
-template <class B, class T>
-__global__ void __launch_bounds__(B::threads, 1) median_backward_kernel(
+template <int Tiles, class T>
+__global__ void __launch_bounds__(kThreads, 1) median_backward_kernel(
     const float* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ middles, T* __restrict__ dx,
     int n, int d, bool squared, float divisor) {
   const int64_t set = blockIdx.x;
@@ -47,18 +49,18 @@ __global__ void __launch_bounds__(B::threads, 1) median_backward_kernel(
   unsigned* chosen = reinterpret_cast<unsigned*>(dynamic_shared);
   unsigned* pairs = chosen + 2 * round_up(n, 2) * words;
   float* panel = reinterpret_cast<float*>(pairs + 4);
-  for (int at = threadIdx.x; at < 2 * round_up(n, 2) * words + 4; at += B::threads) chosen[at] = 0;
+  for (int at = threadIdx.x; at < 2 * round_up(n, 2) * words + 4; at += kThreads) chosen[at] = 0;
   const int quads = min(kQuads, (d + 3) / 4);
 
-  float d2[B::tiles][16];
-  distances<B>(d2, panel, n, d, quads, [&](int first) {
+  float d2[Tiles][16];
+  distances<Tiles>(d2, panel, n, d, quads, [&](int first) {
     __syncthreads();
     fill(panel, n, d, first, quads, [&](int row, int column) { return static_cast<float>(x[row * d + column]); });
     __syncthreads();
   });
 #pragma unroll
-  for (int t = 0; t < B::tiles; ++t) {
-    const Tile tile = upper_tile(threadIdx.x / 32 + t * (B::threads / 32));
+  for (int t = 0; t < Tiles; ++t) {
+    const Tile tile = upper_tile(t);
 #pragma unroll
     for (int pair = 0; pair < 16; ++pair) {
       const int i = tile.i + pair / 4, j = tile.j + pair % 4;
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(B::threads, 1) median_backward_kernel(
     const float slope = squared ? 0.5f : 0.25f * (sqrtf(m[0]) + sqrtf(m[1])) / sqrtf(m[a]);
     weight[a] = m[a] == 0.f ? 0.f : 2.f * grad[set] / divisor * slope / static_cast<float>(pairs[a]);
   }
-  for (int at = threadIdx.x; at < n * d; at += B::threads) {
+  for (int at = threadIdx.x; at < n * d; at += kThreads) {
     const int i = at / d, column = at % d;
     const float x_i = static_cast<float>(x[at]);
     float sum = 0.f * weight[0] + 0.f * weight[1];  // NaN where no pair is at a middle
@@ -107,10 +109,9 @@ std::tuple<Tensor, Tensor> median_bandwidth(Tensor x, bool full, bool squared, d
   by_dtype("median_bandwidth", x, [&](auto zero) {
     using T = decltype(zero);
     if (sets.count == 0) return;
-    by_size(sets.n, [&](auto block) {
-      using B = decltype(block);
+    by_size(sets.n, [&](auto tiles) {
       launch(
-          x, median_kernel<B, T>, dim3(sets.count), B::threads, sizeof(Selection) + panel_bytes(sets.n, sets.d),
+          x, median_kernel<tiles, T>, dim3(sets.count), kThreads, sizeof(Selection) + panel_bytes(sets.n, sets.d),
           x.const_data_ptr<T>(), h.mutable_data_ptr<float>(), middles.mutable_data_ptr<float>(), sets.n, sets.d,
           Heuristic(sets.n, full, squared, divisor));
     });
@@ -126,10 +127,9 @@ Tensor median_bandwidth_backward(Tensor grad, Tensor x, Tensor middles, bool squ
   by_dtype("median_bandwidth_backward", x, [&](auto zero) {
     using T = decltype(zero);
     if (sets.count == 0) return;
-    by_size(sets.n, [&](auto block) {
-      using B = decltype(block);
+    by_size(sets.n, [&](auto tiles) {
       launch(
-          x, median_backward_kernel<B, T>, dim3(sets.count), B::threads, chosen + panel_bytes(sets.n, sets.d),
+          x, median_backward_kernel<tiles, T>, dim3(sets.count), kThreads, chosen + panel_bytes(sets.n, sets.d),
           grad.const_data_ptr<float>(), x.const_data_ptr<T>(), middles.const_data_ptr<float>(),
           dx.mutable_data_ptr<T>(), sets.n, sets.d, squared, static_cast<float>(divisor));
     });

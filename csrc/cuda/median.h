@@ -25,22 +25,27 @@ struct Heuristic {
   }
 };
 
-// The two middle squared distances of the tiles d2; every thread returns them.
-template <class B>
-__device__ __forceinline__ float2 middles_of(
-    const float (&d2)[B::tiles][16], int n, const Heuristic& heuristic, Selection& selection) {
-  if (heuristic.second < 0) return make_float2(0.f, 0.f);
-  unsigned values[B::tiles * 16];
+// The bits of each squared distance of a pair i < j, kNone elsewhere in the tiles.
+template <int Tiles>
+__device__ __forceinline__ void bits_of_pairs(
+    unsigned (&bits)[16 * Tiles], const float (&d2)[Tiles][16], int n) {
 #pragma unroll
-  for (int t = 0; t < B::tiles; ++t) {
-    const Tile tile = upper_tile(threadIdx.x / 32 + t * (B::threads / 32));
+  for (int t = 0; t < Tiles; ++t) {
+    const Tile tile = upper_tile(t);
 #pragma unroll
     for (int pair = 0; pair < 16; ++pair) {
       const int i = tile.i + pair / 4, j = tile.j + pair % 4;
-      values[t * 16 + pair] = i < j && j < n ? __float_as_uint(d2[t][pair]) & 0x7FFFFFFFu : kNone;
+      bits[16 * t + pair] = i < j && j < n ? __float_as_uint(d2[t][pair]) & 0x7FFFFFFFu : kNone;
     }
   }
-  const float2 found = select(values, max(heuristic.first, 0), heuristic.second, selection);
+}
+
+// The two middle squared distances; every thread returns them.
+template <int Count>
+__device__ __forceinline__ float2 middles_of(
+    const unsigned (&bits)[Count], const Heuristic& heuristic, Selection& selection) {
+  if (heuristic.second < 0) return make_float2(0.f, 0.f);
+  const float2 found = select(bits, max(heuristic.first, 0), heuristic.second, selection);
   return heuristic.first < 0 ? make_float2(0.f, found.y) : found;
 }
 

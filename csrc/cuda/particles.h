@@ -4,12 +4,15 @@
 // same bits wherever it is computed.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "../common.h"
 #include "launch.h"
 
 namespace ivfast {
+
+constexpr int kThreads = 256;  // of every block
 
 __device__ __forceinline__ float4 vec4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
@@ -25,7 +28,7 @@ __host__ __device__ constexpr int panel_floats(int n, int quads) { return row_at
 // panel[row][column] = value(row, first + column)
 template <class F>
 __device__ __forceinline__ void fill(float* panel, int n, int d, int first, int quads, F value) {
-  for (int at = threadIdx.x; at < round_up(n, 4) * quads; at += blockDim.x) {
+  for (int at = threadIdx.x; at < round_up(n, 4) * quads; at += kThreads) {
     const int row = at / quads, quad = at % quads, column = first + 4 * quad;
     float v[4];
 #pragma unroll
@@ -41,27 +44,23 @@ struct Tile {
   __device__ bool exists(int n) const { return i <= j && j < n; }
 };
 
-// Tile `index` of the warps that cover the pairs i <= j: 2c + 2 of them in block column c.
-__device__ __forceinline__ Tile upper_tile(int index) {
-  const int lane = threadIdx.x % 32;
+// This thread's tile t of those that cover the pairs i <= j: warps take turns, 2c + 2 of them in block column c.
+__device__ __forceinline__ Tile upper_tile(int t) {
+  const int lane = threadIdx.x % 32, index = threadIdx.x / 32 + t * (kThreads / 32);
   int column = 0;
   while ((column + 1) * (column + 2) <= index) ++column;
   const int row = index - column * (column + 1);
   return {16 * row + lane / 16 * 8 + lane % 2 * 4, 32 * column + lane / 2 % 8 * 4};
 }
 
-// Threads and, for each of them, the upper tiles that hold all pairs of up to n = 64, 128 and 256 particles
-template <int Threads, int Tiles>
-struct Block {
-  static constexpr int threads = Threads, tiles = Tiles;
-};
+// f(tiles) for the upper tiles of each thread that hold all pairs of up to n = 64, 128 and 256 particles
 constexpr int kMostParticles = 256;
 
 template <class F>
 void by_size(int n, F f) {
-  if (n <= 64) return f(Block<256, 1>{});
-  if (n <= 128) return f(Block<384, 2>{});
-  return f(Block<384, 6>{});
+  if (n <= 64) return f(std::integral_constant<int, 1>{});
+  if (n <= 128) return f(std::integral_constant<int, 3>{});
+  return f(std::integral_constant<int, 9>{});
 }
 
 // d2[4p + q] += Σ_k (x_ik − x_jk)² over the columns of a panel, of rows i + p and j + q
@@ -83,19 +82,19 @@ __device__ __forceinline__ void add_distances(float (&d2)[16], const float* x_i,
 }
 
 // The squared distances of the block's upper tiles, panel by panel. load(first) fills `panel` with columns first, …
-template <class B, class Load>
+template <int Tiles, class Load>
 __device__ __forceinline__ void distances(
-    float (&d2)[B::tiles][16], const float* panel, int n, int d, int quads, Load load) {
+    float (&d2)[Tiles][16], const float* panel, int n, int d, int quads, Load load) {
 #pragma unroll
-  for (int t = 0; t < B::tiles; ++t) {
+  for (int t = 0; t < Tiles; ++t) {
 #pragma unroll
     for (int pair = 0; pair < 16; ++pair) d2[t][pair] = 0.f;
   }
   for (int first = 0; first < d; first += 4 * quads) {
     load(first);
 #pragma unroll
-    for (int t = 0; t < B::tiles; ++t) {
-      const Tile tile = upper_tile(threadIdx.x / 32 + t * (B::threads / 32));
+    for (int t = 0; t < Tiles; ++t) {
+      const Tile tile = upper_tile(t);
       if (tile.exists(n)) add_distances(d2[t], panel + row_at(tile.i, quads), panel + row_at(tile.j, quads), quads);
     }
   }

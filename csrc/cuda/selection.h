@@ -5,30 +5,30 @@
 // one for the distances of a small particle set. A warp ranks what is left.
 #pragma once
 
-#include "launch.h"
+#include "particles.h"
 
 namespace ivfast {
 
 constexpr unsigned kNone = 0xFFFFFFFFu;  // no value: above the bits of every float from 0 to infinity
 constexpr unsigned kInfinity = 0x7F800000u;
-constexpr int kBuckets = 1024, kScanners = kBuckets / 4;
+constexpr int kWarps = kThreads / 32, kBuckets = 4 * kThreads;
 constexpr unsigned kFew = 32;
 
 // Shared memory; clear() and a barrier come before the first use.
 struct alignas(16) Selection {
   unsigned histogram[kBuckets];
   unsigned few[kFew];
-  unsigned low[32];
-  int high[32];
-  unsigned sums[kScanners / 32];
+  unsigned low[kWarps];
+  int high[kWarps];
+  unsigned sums[kWarps];
   unsigned bucket, before, count, listed;
 
   __device__ void clear() {
-    for (int at = threadIdx.x; at < kBuckets; at += blockDim.x) histogram[at] = 0;
+    for (int at = threadIdx.x; at < kBuckets; at += kThreads) histogram[at] = 0;
   }
 };
 
-// value's entry of rank `place` among the `count` first lanes' distinct places
+// The value of the lane whose place is the wanted one
 __device__ __forceinline__ unsigned at_place(unsigned value, unsigned place, unsigned wanted) {
   return __shfl_sync(~0u, value, __ffs(static_cast<int>(__ballot_sync(~0u, place == wanted))) - 1);
 }
@@ -37,7 +37,7 @@ __device__ __forceinline__ unsigned at_place(unsigned value, unsigned place, uns
 // of them is.
 template <int Count>
 __device__ __forceinline__ float2 select(const unsigned (&values)[Count], unsigned first, unsigned second, Selection& s) {
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warps = blockDim.x / 32;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
   unsigned low = kNone;
   int high = -1;  // as kNone is
@@ -47,8 +47,8 @@ __device__ __forceinline__ float2 select(const unsigned (&values)[Count], unsign
   if (lane == 0) s.low[warp] = low, s.high[warp] = high;
   if (thread == 0) s.listed = 0;
   __syncthreads();
-  low = __reduce_min_sync(~0u, lane < warps ? s.low[lane] : kNone);
-  unsigned top = __reduce_max_sync(~0u, lane < warps ? s.high[lane] : -1);
+  low = __reduce_min_sync(~0u, lane < kWarps ? s.low[lane] : kNone);
+  unsigned top = __reduce_max_sync(~0u, lane < kWarps ? s.high[lane] : -1);
   if (top > kInfinity) return make_float2(__uint_as_float(top), __uint_as_float(top));
 
   int shift;
@@ -61,36 +61,29 @@ __device__ __forceinline__ float2 select(const unsigned (&values)[Count], unsign
       if (bucket < kBuckets) atomicAdd(s.histogram + bucket, 1u);
     }
     __syncthreads();
-    uint4 four = {};
-    unsigned through = 0;  // how many are in this thread's buckets and below, first within the warp
-    if (thread < kScanners) {
-      uint4* const at = reinterpret_cast<uint4*>(s.histogram) + thread;
-      four = *at, *at = uint4{};
-      through = four.x + four.y + four.z + four.w;
+    uint4* const four_at = reinterpret_cast<uint4*>(s.histogram) + thread;
+    const uint4 four = *four_at;
+    *four_at = uint4{};
+    const unsigned sizes[4] = {four.x, four.y, four.z, four.w}, own = four.x + four.y + four.z + four.w;
+    unsigned through = own;  // how many are in this thread's buckets and below, first within the warp
 #pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const unsigned other = __shfl_up_sync(~0u, through, step);
-        through += lane >= step ? other : 0;
-      }
-      if (lane == 31) s.sums[warp] = through;
+    for (int step = 1; step < 32; step *= 2) {
+      const unsigned other = __shfl_up_sync(~0u, through, step);
+      through += lane >= step ? other : 0;
     }
+    if (lane == 31) s.sums[warp] = through;
     __syncthreads();
-    if (thread < kScanners) {
 #pragma unroll
-      for (int other = 0; other < kScanners / 32; ++other) through += other < warp ? s.sums[other] : 0;
-      unsigned before = through - four.x - four.y - four.z - four.w;
-      if (before <= first && first < through) {
-        const unsigned sizes[4] = {four.x, four.y, four.z, four.w};
-        bool found = false;
+    for (int other = 0; other < kWarps; ++other) through += other < warp ? s.sums[other] : 0;
+    unsigned before = through - own;
+    if (before <= first && first < through) {
+      int bucket = 0;
 #pragma unroll
-        for (int at = 0; at < 4; ++at) {
-          if (!found && first < before + sizes[at]) {
-            s.bucket = 4 * thread + at, s.before = before, s.count = sizes[at];
-            found = true;
-          }
-          before += sizes[at];
-        }
+      for (int at = 0; at < 3; ++at) {
+        if (bucket == at && first >= before + sizes[at]) before += sizes[at], ++bucket;
       }
+      s.bucket = 4 * thread + bucket, s.before = before;
+      s.count = bucket == 0 ? four.x : bucket == 1 ? four.y : bucket == 2 ? four.z : four.w;
     }
     __syncthreads();
     low += s.bucket << shift, top = low + (1u << shift) - 1;
@@ -120,7 +113,7 @@ __device__ __forceinline__ float2 select(const unsigned (&values)[Count], unsign
     next = __reduce_min_sync(~0u, next);
     if (lane == 0) s.low[warp] = next;
     __syncthreads();
-    upper = __reduce_min_sync(~0u, lane < warps ? s.low[lane] : kNone);
+    upper = __reduce_min_sync(~0u, lane < kWarps ? s.low[lane] : kNone);
   }
   return make_float2(__uint_as_float(lower), __uint_as_float(upper));
 }

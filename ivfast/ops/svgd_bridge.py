@@ -109,6 +109,7 @@ _forward = register(
     "svgd_bridge(Tensor z, Tensor draws, int t, int iterations, float step_size, float scale, float noise)"
     " -> (Tensor bridges, Tensor states, Tensor bandwidths, Tensor row_sums)",
     reference=svgd_bridge_reference,
+    cuda=True,
 )
 _backward = register(
     "svgd_bridge_backward(Tensor grad, Tensor states, Tensor bandwidths, Tensor row_sums, int iterations,"
