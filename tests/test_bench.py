@@ -93,17 +93,18 @@ def test_ratios_without_a_peer_or_without_ivfast():
 
 def test_a_drift_of_the_machine_leaves_ratios_alone(monkeypatch):
     """The machine slows down tenfold during the run, and one provider takes three times as long as the other."""
-    now = [0]
+    order = []
 
     def clock(call, calls, cuda):
-        now[0] += 1
-        return call() * (1 + 9 * now[0] / (2 * measure.ROUNDS))
+        order.append(call())
+        return call() * (1 + 9 * len(order) / (2 * measure.ROUNDS))
 
     monkeypatch.setattr(measure, "clock", clock)
     fast, slow = Provider("fast", None), Provider("slow", None)
     timings = measure.in_turns({fast: (lambda: 1.0, 1e-3), slow: (lambda: 3.0, 1e-3)}, budget=10)
     assert timings[fast].rounds == timings[slow].rounds == measure.ROUNDS
     assert timings[slow].median / timings[fast].median == pytest.approx(3, rel=0.05)  # half a turn's drift
+    assert order[:8] == [1, 3, 3, 1, 1, 3, 3, 1]
 
 
 def test_rounds_fill_the_budget_and_no_more():
@@ -216,6 +217,7 @@ def test_the_rows_of_a_large_problem_are_those_of_the_reference():
 
 @pytest.mark.skipif(not memory.supported(), reason="peak memory is read from Linux's /proc")
 def test_peak_memory_is_that_of_the_call():
+    torch.ones(128 << 20, dtype=torch.uint8)  # an earlier peak
     kept = torch.ones(64 << 20, dtype=torch.uint8)
     assert memory.growth(lambda: None) < 1 << 20
     grown = memory.growth(lambda: torch.ones(32 << 20, dtype=torch.uint8))
