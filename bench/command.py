@@ -91,8 +91,8 @@ def bench(
     try:
         measure(console, session, results, memory and not quick and device == "cpu")
     except KeyboardInterrupt:
-        where = f"; what was measured is in {results.path}, and --resume goes on" if here else ""
-        raise KeyboardInterrupt(f"stopped{where}") from None
+        where = f"(what was measured is in {results.path}; --resume goes on)" if here else ""
+        raise KeyboardInterrupt(where) from None
     finally:
         if results.rows:
             written = finish(console, session, results)
@@ -125,8 +125,8 @@ def measure(console: Console, session: Session, results: Results, memory: bool) 
             results.add(rows)
         if not memory:
             return
-        mine = [row for row in results.rows if row["session"] == results.session["id"]]
-        for op, provider in session.memory(mine):
+        rows = [row for row in results.alike(results.session["versions"]) if row["op"] in results.session["ops"]]
+        for op, provider in session.memory(rows):
             progress.update(task, description=f"peak memory  {op}  {provider}")
             results.write()
 

@@ -137,7 +137,7 @@ def compare(case, tensors, implementation) -> dict:
     return {"status": "ok" if max(errors.values()) <= 1 else "wrong", "error_over_tolerance": errors}
 
 
-def sanitized(limit: int = 400, each: int = 2) -> list[str]:
+def sanitized(limit: int = 2000, each: int = 2) -> list[str]:
     """The largest cases of few numbers of each op that has a kernel: odd sizes and batches among them."""
     import torch
 

@@ -46,7 +46,7 @@ def clock(call: Call, calls: int, cuda: bool) -> float:
 def rounds_of(seconds: float, budget: float) -> tuple[int, int]:
     """Rounds, and calls in each, of a call that takes `seconds`, to fill about `budget` seconds."""
     calls = max(1, math.ceil(BLOCK / max(seconds, 1e-7)))
-    return min(ROUNDS, max(3 if seconds < 2 else 1, int(budget / (calls * seconds)))), calls
+    return min(ROUNDS, max(3 if seconds < 1 else 1, int(budget / (calls * seconds)))), calls
 
 
 def in_turns(calls: Mapping[Provider, tuple[Call, float]], budget: float, cuda: bool = False) -> dict[Provider, Timing]:
@@ -159,6 +159,7 @@ def bound(limits: Mapping[str, float], work: float, traffic: float, what: str) -
 def free_memory(device: str) -> float:
     """Bytes that can be had; what is not known is infinite."""
     if device == "cuda":
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
     free = math.inf
     if Path("/proc/meminfo").exists():

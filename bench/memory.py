@@ -34,7 +34,7 @@ def growth(call) -> int:
     return max(0, _resident("VmHWM") - before)
 
 
-def measured(op: str, provider: str, jobs: list[dict], threads: int, timeout: float = 300) -> Iterator[dict]:
+def measured(op: str, provider: str, jobs: list[dict], threads: int, timeout: float = 300.0) -> Iterator[dict]:
     """The jobs, each {"size", "what", "warm"}, with "peak_bytes"; those that did not come to an end are left out."""
     # a threshold of its own keeps what is freed from staying in the heap, where the next call would find it
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

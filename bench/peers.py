@@ -57,7 +57,8 @@ def svgd_attention(x: Tensor, score: Tensor, h: float) -> Tensor:
 
 def svgd_keops(x: Tensor, score: Tensor, h: float) -> Tensor:
     """SVGD direction of x [..., n, d] by a KeOps reduction, which never writes K: K [V, 1] in one pass."""
-    os.environ.setdefault("PYKEOPS_VERBOSE", "0")
+    for name in ("PYKEOPS_VERBOSE", "KEOPS_VERBOSE"):
+        os.environ.setdefault(name, "0")
     from pykeops.torch import LazyTensor
 
     x_i, x_j = LazyTensor(x[..., :, None, :].contiguous()), LazyTensor(x[..., None, :, :].contiguous())

@@ -64,8 +64,12 @@ class Results:
 
     def has(self, wanted: tuple, versions: dict) -> bool:
         """Whether a group was measured, with these versions."""
-        alike = {s["id"] for s in self.sessions if s["versions"] == versions and not s.get("quick")}
-        return any(key(row) == wanted and row["session"] in alike for row in self.rows)
+        return any(key(row) == wanted for row in self.alike(versions))
+
+    def alike(self, versions: dict) -> list[Row]:
+        """The rows measured with these versions, and not roughly."""
+        sessions = {s["id"] for s in self.sessions if s["versions"] == versions and not s.get("quick")}
+        return [row for row in self.rows if row["session"] in sessions]
 
     def report(self) -> dict[str, object]:
         used = {row["session"] for row in self.rows} | {self.session["id"]}

@@ -140,7 +140,7 @@ class Session:
             name, least = measure.bound(self.limits, group.problem.work(group.size, group.what),
                                         instance.bytes(group.what), group.what)  # fmt: skip
             row |= {"bound": name, "share": least / timing.median}
-            if cuda and provider in calls and timing.median < 0.02:
+            if cuda and provider in calls and timing.median < 0.02 and not provider.packages:
                 with provider.forced():
                     seconds = measure.on_device(calls[provider][0])
                 row["device_us"] = seconds and seconds * 1e6
@@ -165,7 +165,7 @@ class Session:
         if needs > 0.8 * free:
             return f"needs {needs / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
         seconds = self.expected(group, provider)
-        if seconds * (1 + provider.compiles) > SLOWEST:
+        if seconds * (3 if provider.compiles else 1) > SLOWEST:  # compiled, called again, timed
             return f"about {seconds:.0f} s a call"
         return "the time given was up" if time.monotonic() > self.deadline else None
 
@@ -193,11 +193,15 @@ class Session:
             if row.get("us") and "peak_bytes" not in row and row["us"] < 15e6:
                 todo.setdefault((row["op"], row["provider"]), []).append(row)
         for (op, provider), wanted in todo.items():
+            if time.monotonic() > self.deadline:
+                self.not_started.append(f"{op} {provider}'s peak memory")
+                continue
             yield op, provider
             name = next(n for n in self.names if problem_of(n).op == op)
             wanted.sort(key=lambda row: (math.prod(row["size"]), row["pass"] == BACKWARD))
-            jobs = [{"size": row["size"], "what": row["pass"], "warm": row["us"] < 5e6} for row in wanted]
-            for job in memory.measured(name, provider, jobs, torch.get_num_threads()):
+            jobs = [{"size": row["size"], "what": row["pass"], "warm": row["us"] < 2e6} for row in wanted]
+            timeout = max(10.0, min(300.0, self.deadline - time.monotonic()))
+            for job in memory.measured(name, provider, jobs, torch.get_num_threads(), timeout):
                 row = next(r for r in wanted if r["size"] == job["size"] and r["pass"] == job["what"])
                 row["peak_bytes"] = job["peak_bytes"]
             for row in wanted:
