@@ -91,22 +91,22 @@ def log_gaussian_kernel_sums(
                     f"{name} must hold n >= 2 samples for unbiased=True, which leaves out pairs of a sample with "
                     f"itself and so has no pair left, got {tuple(mu.shape)}"
                 )
-    return _LogKernelSums.apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, unbiased)
+    return _LogKernelSums.apply(mu_r, logvar_r, mu_g, logvar_g, kernel == "additive", measure == "prior", unbiased)
 
 
-def log_gaussian_kernel_sums_reference(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, unbiased):
+def log_gaussian_kernel_sums_reference(mu_r, logvar_r, mu_g, logvar_g, additive, prior, unbiased):
     r, g = (arithmetic(mu_r), arithmetic(logvar_r)), (arithmetic(mu_g), arithmetic(logvar_g))
     sums = [
-        _log_kernel(a, b, kernel, measure, without_diagonal=unbiased and a is b).flatten(-2).logsumexp(-1)
+        _log_kernel(a, b, additive, prior, without_diagonal=unbiased and a is b).flatten(-2).logsumexp(-1)
         for a, b in ((r, r), (g, g), (r, g))
     ]
     return torch.stack(sums, -1)
 
 
-def _log_kernel(a, b, kernel, measure, *, without_diagonal):
+def _log_kernel(a, b, additive, prior, *, without_diagonal):
     """log k_ij `[..., n, m]`; −∞ on a diagonal left out."""
-    l = _log_integral(a, b, measure)
-    log_k = l.sum(-1) if kernel == "product" else l.logsumexp(-1) - math.log(l.shape[-1])
+    l = _log_integral(a, b, prior)
+    log_k = l.logsumexp(-1) - math.log(l.shape[-1]) if additive else l.sum(-1)
     if without_diagonal:
         eye = torch.eye(log_k.shape[-1], dtype=torch.bool, device=log_k.device)
         log_k = log_k.masked_fill(eye, -math.inf)
@@ -119,20 +119,20 @@ def _pairs(a, b):
     return u_a.unsqueeze(-2), logvar_a.exp().unsqueeze(-2), u_b.unsqueeze(-3), logvar_b.exp().unsqueeze(-3)
 
 
-def _log_integral(a, b, measure):
+def _log_integral(a, b, prior):
     """ℓ per pair and dimension `[..., n, m, d]`."""
     u_i, l_i, u_j, l_j = _pairs(a, b)
     s = l_i + l_j
     l = -0.5 * (torch.log(2 * math.pi * s) + (u_i - u_j).square() / s)
-    if measure == "prior":
+    if prior:
         p, m = 1 + l_i * l_j / s, (u_i * l_j + u_j * l_i) / s
         l = l - 0.5 * (torch.log(2 * math.pi * p) + m.square() / p)
     return l
 
 
-def _backward_reference(grad, mu_r, logvar_r, mu_g, logvar_g, sums, kernel, measure, unbiased):
+def _backward_reference(grad, mu_r, logvar_r, mu_g, logvar_g, sums, additive, prior, unbiased):
     r, g = (arithmetic(mu_r), arithmetic(logvar_r)), (arithmetic(mu_g), arithmetic(logvar_g))
-    form = kernel, measure
+    form = additive, prior
 
     def within(a, k):
         # each pair (i, j) stands there twice, and so does the diagonal's one sample
@@ -153,17 +153,17 @@ def _backward_reference(grad, mu_r, logvar_r, mu_g, logvar_g, sums, kernel, meas
     )
 
 
-def _pull(a, b, log_sum, kernel, measure, *, without_diagonal):
+def _pull(a, b, log_sum, additive, prior, *, without_diagonal):
     """Gradient of log Σ_ij k_ij through a alone: Σ_j w_ij ∂ℓ_ij/∂(u_i, log l_i), w the share of each term."""
-    log_k = _log_kernel(a, b, kernel, measure, without_diagonal=without_diagonal)
+    log_k = _log_kernel(a, b, additive, prior, without_diagonal=without_diagonal)
     w = torch.exp(log_k - log_sum[..., None, None]).unsqueeze(-1)
-    if kernel == "additive":
-        w = w * _log_integral(a, b, measure).softmax(-1)
+    if additive:
+        w = w * _log_integral(a, b, prior).softmax(-1)
     u_i, l_i, u_j, l_j = _pairs(a, b)
     s, delta = l_i + l_j, u_i - u_j
     du = -delta / s
     dl = 0.5 * (delta.square() / s - 1) / s
-    if measure == "prior":
+    if prior:
         p, m = 1 + l_i * l_j / s, (u_i * l_j + u_j * l_i) / s
         share = l_j / s
         du = du - m / p * share
@@ -174,10 +174,10 @@ def _pull(a, b, log_sum, kernel, measure, *, without_diagonal):
 
 class _LogKernelSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mu_r, logvar_r, mu_g, logvar_g, kernel, measure, unbiased):
-        sums = _forward(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, unbiased)
+    def forward(ctx, mu_r, logvar_r, mu_g, logvar_g, additive, prior, unbiased):
+        sums = _forward(mu_r, logvar_r, mu_g, logvar_g, additive, prior, unbiased)
         ctx.save_for_backward(mu_r, logvar_r, mu_g, logvar_g, sums)
-        ctx.form = kernel, measure, unbiased
+        ctx.form = additive, prior, unbiased
         return sums
 
     @staticmethod
@@ -187,13 +187,13 @@ class _LogKernelSums(torch.autograd.Function):
 
 
 _forward = register(
-    "log_gaussian_kernel_sums(Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g, str kernel, str measure,"
+    "log_gaussian_kernel_sums(Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g, bool additive, bool prior,"
     " bool unbiased) -> Tensor",
     reference=log_gaussian_kernel_sums_reference,
 )
 _backward = register(
     "log_gaussian_kernel_sums_backward(Tensor grad, Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g,"
-    " Tensor sums, str kernel, str measure, bool unbiased)"
+    " Tensor sums, bool additive, bool prior, bool unbiased)"
     " -> (Tensor dmu_r, Tensor dlogvar_r, Tensor dmu_g, Tensor dlogvar_g)",
     reference=_backward_reference,
 )

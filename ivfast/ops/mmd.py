@@ -54,7 +54,9 @@ def mmd(
         raise ValueError("scales must hold at least one factor, got none")
     for s in scales:
         _check.number("scales", s, positive=True)
-    return _Mmd.apply(x, y, _bandwidth(x, y, kernel, bandwidth), kernel, scales, unbiased)
+    b = _bandwidth(x, y, kernel, bandwidth)
+    widths = b.unsqueeze(-1) * torch.tensor(scales, dtype=b.dtype, device=b.device)
+    return _Mmd.apply(x, y, widths, kernel == "imq", unbiased)
 
 
 def _bandwidth(x: Tensor, y: Tensor, kernel: str, bandwidth: float | Tensor | str | None) -> Tensor:
@@ -77,28 +79,28 @@ def _bandwidth(x: Tensor, y: Tensor, kernel: str, bandwidth: float | Tensor | st
     return torch.full(batch, bandwidth, dtype=dtype, device=x.device)
 
 
-def mmd_reference(x, y, bandwidth, kernel, scales, unbiased):
+def mmd_reference(x, y, widths, imq, unbiased, gradient):
+    """MMD² and, where `gradient` is set, its gradients in the dtype of the arithmetic, else two empty tensors.
+
+    widths `[..., S]` are s·b, one kernel each.
+    """
     X, Y = _centred(x, y)
     (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y), _weights(X, Y, unbiased)
-    b = bandwidth[..., None, None]
+    kernels = [_kernel(d2, widths, imq, gradient) for d2 in (xx, yy, xy)]
     total = 0
-    for d2, weight, within in ((xx, w_xx, True), (yy, w_yy, True), (xy, -2 * w_xy, False)):
-        sums = _kernel(d2, b, kernel, scales).sum((-2, -1), dtype=torch.float64)
+    for (k, _), weight, within in zip(kernels, (w_xx, w_yy, -2 * w_xy), (True, True, False), strict=True):
+        sums = k.sum((-2, -1), dtype=torch.float64)
         if within and unbiased:
-            sums = sums - len(scales) * d2.shape[-1]  # k(0) = 1 for each scale
+            sums = sums - widths.shape[-1] * k.shape[-1]  # k(0) = 1 for each scale
         total = total + weight * sums
-    return total.to(X.dtype)
-
-
-def _backward_reference(grad, x, y, bandwidth, kernel, scales, unbiased):
+    value = total.to(X.dtype)
+    if not gradient:
+        return value, X.new_empty(0), X.new_empty(0)
     # ∂/∂x_i = Σ_j 4 w_xx k'(r²_ij)(x_i − x_j) − Σ_j 4 w_xy k'(r²_ij)(x_i − y_j)
-    X, Y = _centred(x, y)
-    (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y), _weights(X, Y, unbiased)
-    b, g = bandwidth[..., None, None], 4 * grad[..., None, None]
-    k_xx, k_yy, k_xy = (_slope(d2, b, kernel, scales) for d2 in (xx, yy, xy))
-    dx = w_xx * _pull(k_xx, X, X) - w_xy * _pull(k_xy, X, Y)
-    dy = w_yy * _pull(k_yy, Y, Y) - w_xy * _pull(k_xy.mT, Y, X)
-    return (g * dx).to(x.dtype), (g * dy).to(y.dtype)
+    s_xx, s_yy, s_xy = (slope for _, slope in kernels)
+    dx = 4 * (w_xx * _pull(s_xx, X, X) - w_xy * _pull(s_xy, X, Y))
+    dy = 4 * (w_yy * _pull(s_yy, Y, Y) - w_xy * _pull(s_xy.mT, Y, X))
+    return value, dx, dy
 
 
 def _centred(x, y):
@@ -118,15 +120,15 @@ def _weights(X, Y, unbiased):
     return (1 / (n * (n - 1)), 1 / (m * (m - 1)), 1 / (n * m)) if unbiased else (1 / n**2, 1 / m**2, 1 / (n * m))
 
 
-def _kernel(d2, b, kernel, scales):
-    return sum(s * b / (s * b + d2) if kernel == "imq" else torch.exp(-d2 / (s * b)) for s in scales)
-
-
-def _slope(d2, b, kernel, scales):
-    """dk/dr²."""
-    if kernel == "imq":
-        return -sum(s * b / (s * b + d2).square() for s in scales)
-    return -sum(torch.exp(-d2 / (s * b)) / (s * b) for s in scales)
+def _kernel(d2, widths, imq, gradient):
+    """k and, where `gradient` is set, dk/dr²."""
+    k = slope = 0
+    for c in widths.unsqueeze(-2).unsqueeze(-2).unbind(-1):
+        term = c / (c + d2) if imq else torch.exp(-d2 / c)
+        k = k + term
+        if gradient:
+            slope = slope - (term.square() if imq else term) / c
+    return k, slope
 
 
 def _pull(slope, X, Y):
@@ -136,23 +138,22 @@ def _pull(slope, X, Y):
 
 class _Mmd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, bandwidth, kernel, scales, unbiased):
-        ctx.save_for_backward(x, y, bandwidth)
-        ctx.form = kernel, scales, unbiased
-        return _forward(x, y, bandwidth, kernel, scales, unbiased)
+    def forward(ctx, x, y, widths, imq, unbiased):
+        gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        value, dx, dy = _forward(x, y, widths, imq, unbiased, gradient)
+        ctx.save_for_backward(dx, dy)
+        ctx.dtype = x.dtype
+        return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return *_backward(grad, *ctx.saved_tensors, *ctx.form), None, None, None, None
+        scale = grad[..., None, None]
+        return *((scale * g).to(ctx.dtype) for g in ctx.saved_tensors), None, None, None
 
 
 _forward = register(
-    "mmd(Tensor x, Tensor y, Tensor bandwidth, str kernel, float[] scales, bool unbiased) -> Tensor",
+    "mmd(Tensor x, Tensor y, Tensor widths, bool imq, bool unbiased, bool gradient)"
+    " -> (Tensor value, Tensor dx, Tensor dy)",
     reference=mmd_reference,
-)
-_backward = register(
-    "mmd_backward(Tensor grad, Tensor x, Tensor y, Tensor bandwidth, str kernel, float[] scales, bool unbiased)"
-    " -> (Tensor dx, Tensor dy)",
-    reference=_backward_reference,
 )
