@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -345,6 +346,7 @@ def test_errors_name_what_was_given_and_what_exists(arguments, said):
     assert said in ivfast_bench(*arguments, code=2)
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone binds a process")
 def test_threads_bind_every_provider():
     code = "import os, torch; from ivfast.bench import machine; machine.use_threads(1)"
     code += "; assert torch.get_num_threads() == len(os.sched_getaffinity(0)) == 1; machine.use_threads(10_000)"
@@ -373,6 +375,7 @@ def test_a_sweep_of_tiles_leaves_the_kernel_as_it_was(monkeypatch):
     assert all("us" in r for r in rows)  # a width of 64 does not divide the padded 16 dimensions, and is not tried
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the CUDA-on-CPU shim needs g++")
 def test_gpu_py_without_a_gpu(tmp_path):
     pytest.importorskip("triton")
     arguments = ("--device", "cpu", "--ops", "multi_js", "--only", "multi_js_loss-small", "--out", tmp_path)
