@@ -54,9 +54,7 @@ def mmd(
         raise ValueError("scales must hold at least one factor, got none")
     for s in scales:
         _check.number("scales", s, positive=True)
-    b = _bandwidth(x, y, kernel, bandwidth)
-    widths = b.unsqueeze(-1) * torch.tensor(scales, dtype=b.dtype, device=b.device)
-    return _Mmd.apply(x, y, widths, kernel == "imq", unbiased)
+    return _Mmd.apply(x, y, _bandwidth(x, y, kernel, bandwidth), kernel == "imq", scales, unbiased)
 
 
 def _bandwidth(x: Tensor, y: Tensor, kernel: str, bandwidth: float | Tensor | str | None) -> Tensor:
@@ -79,19 +77,16 @@ def _bandwidth(x: Tensor, y: Tensor, kernel: str, bandwidth: float | Tensor | st
     return torch.full(batch, bandwidth, dtype=dtype, device=x.device)
 
 
-def mmd_reference(x, y, widths, imq, unbiased, gradient):
-    """MMD² and, where `gradient` is set, its gradients in the dtype of the arithmetic, else two empty tensors.
-
-    widths `[..., S]` are s·b, one kernel each.
-    """
+def mmd_reference(x, y, bandwidth, imq, scales, unbiased, gradient):
+    """MMD² and, where `gradient` is set, its gradients in the dtype of the arithmetic, else two empty tensors."""
     X, Y = _centred(x, y)
     (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y), _weights(X, Y, unbiased)
-    kernels = [_kernel(d2, widths, imq, gradient) for d2 in (xx, yy, xy)]
+    kernels = [_kernel(d2, bandwidth[..., None, None], imq, scales, gradient) for d2 in (xx, yy, xy)]
     total = 0
     for (k, _), weight, within in zip(kernels, (w_xx, w_yy, -2 * w_xy), (True, True, False), strict=True):
         sums = k.sum((-2, -1), dtype=torch.float64)
         if within and unbiased:
-            sums = sums - widths.shape[-1] * k.shape[-1]  # k(0) = 1 for each scale
+            sums = sums - len(scales) * k.shape[-1]  # k(0) = 1 for each scale
         total = total + weight * sums
     value = total.to(X.dtype)
     if not gradient:
@@ -120,10 +115,10 @@ def _weights(X, Y, unbiased):
     return (1 / (n * (n - 1)), 1 / (m * (m - 1)), 1 / (n * m)) if unbiased else (1 / n**2, 1 / m**2, 1 / (n * m))
 
 
-def _kernel(d2, widths, imq, gradient):
+def _kernel(d2, b, imq, scales, gradient):
     """k and, where `gradient` is set, dk/dr²."""
     k = slope = 0
-    for c in widths.unsqueeze(-2).unsqueeze(-2).unbind(-1):
+    for c in (s * b for s in scales):
         term = c / (c + d2) if imq else torch.exp(-d2 / c)
         k = k + term
         if gradient:
@@ -138,9 +133,9 @@ def _pull(slope, X, Y):
 
 class _Mmd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, widths, imq, unbiased):
+    def forward(ctx, x, y, bandwidth, imq, scales, unbiased):
         gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        value, dx, dy = _forward(x, y, widths, imq, unbiased, gradient)
+        value, dx, dy = _forward(x, y, bandwidth, imq, scales, unbiased, gradient)
         ctx.save_for_backward(dx, dy)
         ctx.dtype = x.dtype
         return value
@@ -149,11 +144,11 @@ class _Mmd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         scale = grad[..., None, None]
-        return *((scale * g).to(ctx.dtype) for g in ctx.saved_tensors), None, None, None
+        return *((scale * g).to(ctx.dtype) for g in ctx.saved_tensors), *[None] * 4
 
 
 _forward = register(
-    "mmd(Tensor x, Tensor y, Tensor widths, bool imq, bool unbiased, bool gradient)"
+    "mmd(Tensor x, Tensor y, Tensor bandwidth, bool imq, float[] scales, bool unbiased, bool gradient)"
     " -> (Tensor value, Tensor dx, Tensor dy)",
     reference=mmd_reference,
 )
