@@ -311,26 +311,30 @@ def evaluate(
 
 
 BENCH_HELP = """
-Measure the ops against the best other ways to compute them, here.
+Measure the ops against the best other ways to compute them, on this machine.
 
-\b[bold]Ops[/bold]: median, multi_js, svgd, svgd_bridge; all without an OP.
-[bold]Providers[/bold]: ivfast as it comes and each of its implementations; eager PyTorch,
-torch.compile, fused attention, KeOps, JAX and blackjax where they are installed
-([b]pip install "ivfast\\[bench]"[/b]). Each is checked against float64 first, and a
-wrong one is not timed. Providers take turns, so that a drift meets all of them.
+\b[bold]Ops[/bold]
+  median, multi_js, svgd, svgd_bridge
 
-\bThe table gives each time over ivfast's and over the best peer's; what share of
-it a limit of this machine explains (the op's flop at the rate of a large
-product, its traffic at that of a copy, or an empty call); and the memory used
-above the inputs. The JSON, the tables and a picture for each op go to
-bench/results in a clone of the repository, else to bench-results; a group of
-rows measured again replaces the old one.
+\b[bold]Providers[/bold]
+  ivfast as it comes and each of its implementations, eager PyTorch,
+  torch.compile, fused attention, and where they are installed
+  ([b]pip install "ivfast\\[bench]"[/b]) KeOps, JAX and blackjax. Each is checked
+  against float64 first, and a wrong one is not timed. They take turns, so
+  that a drift of the machine meets all of them.
+
+\b[bold]Results[/bold]
+  Median times, over ivfast's and over the best peer's; the share of a limit:
+  the op's flop at the rate of a large product, its traffic at the rate of a
+  copy, or a call that computes nothing; peak memory above the inputs. JSON,
+  tables and pictures go to bench/results in a clone of the repository, else
+  to bench-results. What is measured again replaces what was there.
 
 \b[bold]Examples[/bold]
-  [green]ivfast bench[/green]                             about ten minutes on two cores
-  [green]ivfast bench svgd --quick[/green]                a rough look; written only with --out
-  [green]ivfast bench svgd --shapes 64x16,300x50[/green]  your sizes
-  [green]ivfast bench --resume[/green]                    goes on after Ctrl-C
+  [green]ivfast bench --minutes 12[/green]
+  [green]ivfast bench svgd --quick[/green]                rough; written only with --out
+  [green]ivfast bench svgd --shapes 64x16,300x50[/green]
+  [green]ivfast bench --resume[/green]                    after Ctrl-C
 """
 
 
@@ -338,7 +342,7 @@ rows measured again replaces the old one.
 @friendly
 def bench(
     ops: Annotated[
-        list[str] | None, typer.Argument(metavar="[OP]...", help="Of the above.", show_default=False)
+        list[str] | None, typer.Argument(metavar="OP", help="Of the above; default: all.", show_default=False)
     ] = None,
     shapes: Annotated[str | None, option(metavar="NxD,...", help="Sizes, in place of the op's own.")] = None,
     providers: Annotated[
