@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 1) median_backward_kernel(
 size_t panel_bytes(int n, int d) { return sizeof(float) * panel_floats(n, std::min(kQuads, (d + 3) / 4)); }
 
 std::tuple<Tensor, Tensor> median_bandwidth(Tensor x, bool full, bool squared, double divisor) {
-  const Sets sets("median_bandwidth", x, kMostParticles, INT32_MAX / kMostParticles);
+  const Sets sets("median_bandwidth", x.sizes(), kMostParticles, INT32_MAX / kMostParticles);
   x = as_contiguous(x);
   Tensor h = empty(x, sets.batch, ScalarType::Float);
   std::vector<int64_t> pairs = sets.batch;
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> median_bandwidth(Tensor x, bool full, bool squared, d
 }
 
 Tensor median_bandwidth_backward(Tensor grad, Tensor x, Tensor middles, bool squared, double divisor) {
-  const Sets sets("median_bandwidth_backward", x, kMostParticles, INT32_MAX / kMostParticles);
+  const Sets sets("median_bandwidth_backward", x.sizes(), kMostParticles, INT32_MAX / kMostParticles);
   grad = as_contiguous(grad), x = as_contiguous(x), middles = as_contiguous(middles);
   Tensor dx = empty(x, sets.full, x.scalar_type());
   const size_t chosen = sizeof(unsigned) * (2 * round_up(sets.n, 2) * ((sets.n + 31) / 32) + 4);

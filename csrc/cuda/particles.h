@@ -106,8 +106,7 @@ struct Sets {
   int64_t count = 1;
   int n = 0, d = 0;
 
-  Sets(const char* op, const Tensor& x, int64_t most_n, int64_t most_d) {
-    const auto sizes = x.sizes();
+  Sets(const char* op, torch::headeronly::IntHeaderOnlyArrayRef sizes, int64_t most_n, int64_t most_d) {
     full.assign(sizes.begin(), sizes.end()), rows.assign(sizes.begin(), sizes.end() - 1);
     batch.assign(sizes.begin(), sizes.end() - 2);
     for (const int64_t size : batch) count *= size;

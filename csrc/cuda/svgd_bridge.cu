@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> svgd_bridge(
     Tensor z, Tensor draws, int64_t t, int64_t iterations, double step_size, double scale, double noise) {
-  const Sets sets("svgd_bridge", z, kMostParticles, 128);
+  const Sets sets("svgd_bridge", z.sizes(), kMostParticles, kMostDimensions);
   const int64_t steps = (t - 1) * iterations;
   z = as_contiguous(z), draws = as_contiguous(draws);
   STD_TORCH_CHECK(

@@ -8,6 +8,8 @@
 
 namespace ivfast {
 
+constexpr int kMostDimensions = 128;
+
 __host__ __device__ constexpr int kernel_at(int j, int chunk) { return j * (chunk + 8) + j / 4 * 8; }
 
 struct BridgePlan {
@@ -29,7 +31,7 @@ struct BridgePlan {
     };
     const struct {
       int rows, columns;
-    } least[] = {{32, all}, {32, std::min(all, 16)}, {16, std::min(all, 4)}};
+    } least[] = {{32, all}, {32, std::min(all, 8)}, {16, std::min(all, 4)}};
     for (const auto& wanted : least) {
       for (chunk = most; chunk >= std::min(wanted.rows, most); chunk = (chunk - 1) / 16 * 16) {
         if (bytes(chunk, wanted.columns) > limit) continue;

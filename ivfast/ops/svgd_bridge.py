@@ -115,4 +115,5 @@ _backward = register(
     "svgd_bridge_backward(Tensor grad, Tensor states, Tensor bandwidths, Tensor row_sums, int iterations,"
     " float step_size) -> Tensor",
     reference=_backward_reference,
+    cuda=True,
 )
