@@ -48,27 +48,24 @@ class Tile(NamedTuple):
         return OPTIONS | {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# Nothing here is measured yet: these are the largest tiles that do not spill (tests/cubins.py).
+# Nothing here is measured yet: these are the largest tiles that Triton 3.6 and 3.9 compile without spills.
 #
 # The products bind. Forward, a pair costs 4 D flop, three times over in 3xTF32, and one exponential: at D = 64 that is
 # 768 flop, 0.36 clocks of an H100's tensor cores, against 0.06 of its special functions. From the second-level cache a
-# tile reads its columns' X and V, 8 D bytes a row: rows/2 flop per byte, 64 of them at 128 rows, of which an H100 needs
-# 30 (165 Tflop/s in 3xTF32 over 5.5 TB/s). Where width < D the rows' X is read again with every tile, and 20 remain:
-# enough for an A100, whose mma keeps both halves of an operand in registers and leaves no room for more. Hopper's wgmma
-# takes them from shared memory. Above 128 dimensions K is computed again for each `values` of them.
-#
-# Backward there are five products and two sums of [rows, values], so tiles are smaller.
+# tile reads its columns' X and V, 8 D bytes a row: rows/2 flop per byte, 64 of them at 128 rows, where an H100 needs 30
+# (165 Tflop/s in 3xTF32 over 5.5 TB/s). Where width < D the rows' X is read again with every tile and 20 remain: enough
+# for an A100, whose mma holds both parts of an operand in registers and leaves no room for more; Hopper's wgmma takes
+# them from shared memory. Above 128 dimensions K is computed again for each 128 of them.
 def forward_tile(D: int, major: int) -> Tile:
     """For rows of D numbers on compute capability `major`.x."""
-    if D <= 64:
-        return Tile(128, 64, D, D, 8) if major >= 9 else Tile(128, 32, D, min(D, 32), 8)
-    if major < 9:
+    if D > 64:
         return Tile(64, 32, 128, 32, 8)
-    return Tile(128, 32, 128, 64, 8) if D % 256 else Tile(64, 32, 256, 32, 8)
+    return Tile(128, 64, D, D, 8) if major >= 9 else Tile(128, 32, D, min(D, 32), 8)
 
 
-def backward_tile(D: int) -> Tile:
-    return Tile(64, 32, min(D, 64), 16, 8)
+# Five products and two sums of [rows, values]: registers leave 10 to 15 flop per byte.
+def backward_tile(D: int, major: int) -> Tile:
+    return Tile(64, 32 if major >= 9 else 16, min(D, 64), 16, 8)
 
 
 @triton.jit
@@ -312,7 +309,7 @@ def backward(grad, x, score, bandwidth, row_sum):
     """∂L/∂x, ∂L/∂score (empty without one) and ∂L/∂h. r' is summed anew: in 1 + r' a small one has drowned."""
     check_dtype("svgd_direction_backward", x)
     in_products = precision()  # half precision too: ∂h is a sum that cancels
-    tile = backward_tile(padded(x.shape[-1]))
+    tile = backward_tile(padded(x.shape[-1]), capability(x.device))
     packed = pack(x, in_products, tile.width, score=score, bandwidth=bandwidth, grad=grad)
     sets, n, d, N, D = packed[:5]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -60,7 +60,7 @@ def variants() -> list[Variant]:
             Variant("multi_js._forward_kernel", f"{x} {weights} {y} {y} {sizes}", multi_js.OPTIONS),
             Variant("multi_js._backward_kernel", f"{x} {x} {weights} {y} {x} {sizes}", multi_js.OPTIONS),
         ]
-    return found + svgd_variants()
+    return found + svgd_variants() + median_variants()
 
 
 def svgd_variants() -> list[Variant]:
@@ -69,7 +69,7 @@ def svgd_variants() -> list[Variant]:
     found = []
     for D, dtype, backward in ((16, "fp32", True), (64, "bf16", False), (512, "fp16", True)):
         x, y = f"*{dtype}:16", "*fp32:16" if backward else "None"
-        width = svgd.backward_tile(D).width if backward else svgd.forward_tile(D, 9).width
+        width = svgd.backward_tile(D, 9).width if backward else svgd.forward_tile(D, 9).width
         shape = {"D": D, "ROWS": particles.ROWS, "WIDTH": width, "PRECISION": "tf32x3" if backward else "tf32"}
         gradient = {"p_grad": x, "p_G": y, "p_p": y} if backward else dict.fromkeys(("p_grad", "p_G", "p_p"), "None")
         pack = {"p_x": x, "p_score": x if backward else "None", "WITH_V": 1, **gradient}
@@ -90,12 +90,51 @@ def svgd_variants() -> list[Variant]:
             (128, "tf32x3"),
             (512, "tf32x3"),
         ):
-            for kernel, tile in (("forward", svgd.forward_tile(D, target // 10)), ("backward", svgd.backward_tile(D))):
+            for kernel, tile in (
+                ("forward", svgd.forward_tile(D, target // 10)),
+                ("backward", svgd.backward_tile(D, target // 10)),
+            ):
                 shape = {"D": D, "WIDTH": tile.width, "PRECISION": precision}
                 shape |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "VALUES": tile.values}
                 name = f"svgd._{kernel}_kernel"
                 found.append(filled(name, tile.options, **shape, targets=(target,), products=True))
     return found
+
+
+def median_variants() -> list[Variant]:
+    from ivfast.kernels import median, particles, selection
+
+    found = []
+    for n, d, dtype, squared in ((3, 1, "fp32", 1), (64, 64, "bf16", 0), (64, 512, "fp32", 0)):
+        (D, N, width), options = median._small_shape(n, d)
+        given = {"D": D, "N": N, "WIDTH": width, "SQUARED": squared, "products": True}
+        x = f"*{dtype}:16"
+        found += [
+            filled("median._small_kernel", options, p_x=x, n="i32", divisor="fp32", **given),
+            filled("median._small_backward_kernel", options, p_x=x, p_dx=x, n="i32", divisor="fp32", **given),
+        ]
+    for D, counts, rank in ((16, "i32", "i32"), (64, "i32", "i32"), (512, "i64", "i64")):
+        shape = {"D": D, "TILE": selection.TILE, "WIDTH": selection.width(D)}
+        window = {"p_window": "*i32:16", "p_counts": f"*{counts}:16", "BINS": selection.BINS}
+        sample = {"D": D, "WIDTH": shape["WIDTH"], "ROWS": selection.SAMPLE_ROWS}
+        tail = {"p_window": "*i32:16", "divisor": "fp32", "SQUARED": 0, "TWO": 1}
+        found += [
+            filled(
+                "selection._count_kernel",
+                selection.TILE_OPTIONS,
+                **window,
+                **shape,
+                SEGMENT=selection.SEGMENT,
+                TWO=1,
+                products=True,
+            ),
+            filled("selection._narrow_kernel", particles.OPTIONS, **window, rank_0=rank, rank_1=rank),
+            filled("selection._sample_kernel", particles.OPTIONS, **sample),
+            filled("median._finish_kernel", particles.OPTIONS, **tail, **shape),
+            filled("median._apart_kernel", selection.TILE_OPTIONS, **shape, p_count="*i32:16", sets=1, products=True),
+        ]
+    window = {"p_window": "*i32:16", "SAMPLES": selection.SAMPLES, "BINS": selection.BINS}
+    return [*found, filled("selection._bracket_kernel", particles.OPTIONS | {"num_warps": 16}, **window)]
 
 
 def compile_variant(variant: Variant, capability: int) -> dict[str, int]:

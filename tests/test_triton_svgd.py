@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_cuda_svgd import direction_case, size
+from test_cuda_svgd import direction_case, median_case, size
 
 import ivfast
 from ivfast import testing
-from ivfast.ops import svgd
+from ivfast.ops import median, svgd
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
@@ -35,7 +35,9 @@ class TestDirection:
         # the interpreter pays by the loop: products take more dimensions at once than on a GPU, still fewer than d
         from ivfast.kernels import svgd as kernels
 
-        monkeypatch.setattr(kernels, "backward_tile", lambda D: kernels.Tile(64, 64, 64, 32 if D == 64 else 128, 4))
+        monkeypatch.setattr(
+            kernels, "backward_tile", lambda D, major: kernels.Tile(64, 64, 64, 32 if D == 64 else 128, 4)
+        )
         check(direction_case(n, d, score=bool(size(0, 1))), dtype)
 
     @pytest.mark.parametrize(("d", "width"), [(13, 16), (16, 16), (17, 16), (33, 32), (32, 32), (64, 32)])
@@ -44,7 +46,7 @@ class TestDirection:
 
         tile = kernels.Tile(32, 32, 16, width, 4)
         monkeypatch.setattr(kernels, "forward_tile", lambda D, major: tile)
-        monkeypatch.setattr(kernels, "backward_tile", lambda D: tile)
+        monkeypatch.setattr(kernels, "backward_tile", lambda D, major: tile)
         monkeypatch.setattr(kernels, "PROGRAMS", size(1, 40))
         check(direction_case(size(20, 60), d))
 
@@ -67,7 +69,7 @@ class TestDirection:
     def test_many_dimensions(self, monkeypatch):
         from ivfast.kernels import svgd as kernels
 
-        monkeypatch.setattr(kernels, "backward_tile", lambda D: kernels.Tile(64, 64, 128, 256, 4))
+        monkeypatch.setattr(kernels, "backward_tile", lambda D, major: kernels.Tile(64, 64, 128, 256, 4))
         check(direction_case(17, 512))
 
     @pytest.mark.parametrize("d", [7, 64])
@@ -144,3 +146,92 @@ class TestDirection:
             assert ivfast.svgd_direction(torch.empty(0, 4, 3, device=device), bandwidth=1.0).shape == (0, 4, 3)
             with pytest.raises(TypeError, match=r"in Triton takes float32.*got torch.float64"):
                 ivfast.svgd_direction(torch.randn(5, 3, dtype=torch.float64, device=device), bandwidth=1.0)
+
+
+@pytest.fixture(params=["sampled", "beside", "all"])
+def streamed(request, monkeypatch):
+    """Passes over tiles at any n, with a first window around a sample's quantile, beside it, or everywhere."""
+    from ivfast.kernels import median, selection
+
+    monkeypatch.setattr(median, "SMALL", 0)
+    monkeypatch.setattr(selection, "SAMPLES", 64)
+    monkeypatch.setattr(selection, "MARGIN", -25 if request.param == "beside" else 16)
+    monkeypatch.setattr(selection, "SAMPLED", 1 << 62 if request.param == "all" else 0)
+
+
+def middles(x, full):
+    with ivfast.use("triton"):
+        return median._forward(x, full, True, 1.0)[1]
+
+
+def expected_middles(x, full):
+    d2 = (x.double().unsqueeze(-2) - x.double().unsqueeze(-3)).square().sum(-1)
+    return median._middles(d2, full)
+
+
+def whole_numbers(n, d, below=50):
+    """Centred as they are and at distances that float32 holds, so that the median is right to the bit or wrong."""
+    half = torch.randint(below, (n // 2, d), device=device).float()
+    return torch.cat([half, torch.zeros(n % 2, d, device=device), -half])
+
+
+class TestMedian:
+    @pytest.mark.parametrize("convention", ["liu-wang", "blackjax", "numpyro"])
+    @pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 13), (3, 16), (17, 65), (63, 7), (64, 3)])
+    def test_one_program(self, n, d, convention):
+        check(median_case(n, d, convention, batch=(size(1, 2),)))
+
+    @pytest.mark.parametrize("convention", ["liu-wang", "paper"])
+    @pytest.mark.parametrize(("n", "d"), [(2, 13), (66, 5), (129, 33)])
+    def test_streamed(self, streamed, n, d, convention):
+        check(median_case(n, d, convention))
+
+    @pytest.mark.parametrize("dtype", HALF, ids=str)
+    @pytest.mark.parametrize("n", [20, 66])
+    def test_half_precision(self, n, dtype):
+        check(median_case(n, 5), dtype)
+
+    @pytest.mark.parametrize("full", [False, True])
+    @pytest.mark.parametrize("n", [5, 6, 63, 64])
+    def test_exact_to_the_bit_in_one_program(self, n, full):
+        x = whole_numbers(n, 3)
+        assert torch.equal(middles(x, full).double(), expected_middles(x, full))
+
+    @pytest.mark.parametrize("full", [False, True])
+    @pytest.mark.parametrize("n", [66, 67])
+    def test_exact_to_the_bit_streamed(self, streamed, n, full):
+        x = torch.stack([whole_numbers(n, 2), whole_numbers(n, 2, 3)])  # and many ties
+        assert torch.equal(middles(x, full).double(), expected_middles(x, full))
+
+    @pytest.mark.parametrize("n", [8, 66])
+    def test_pairs_that_tie_share_the_gradient(self, n):
+        check(median_case(n, 2, whole=3))
+
+    @pytest.mark.parametrize("n", [1, 40, 66])
+    def test_where_the_median_is_zero(self, n):
+        x = torch.zeros(2, n, 3, device=device)
+        x[1, 0] = 1  # all but one coincide
+        x = (x + 0.3).requires_grad_()
+        with ivfast.use("triton"):
+            h = ivfast.median_bandwidth(x)
+            (dx,) = torch.autograd.grad(h.sum(), x)
+        with ivfast.use("reference"):
+            expected = ivfast.median_bandwidth(x.double())
+        assert h[0] == 1
+        assert testing.error(h, expected) <= testing.TOLERANCES[torch.float32]
+        assert torch.equal(dx, torch.zeros_like(dx))
+
+    def test_strides(self):
+        x = torch.randn(2, 5, 40, device=device).mT.requires_grad_()
+        with ivfast.use("triton"):
+            ours = ivfast.median_bandwidth(x)
+            (dx,) = torch.autograd.grad(ours.sum(), x)
+        theirs = ivfast.median_bandwidth(x.double())
+        assert testing.error(ours, theirs) <= testing.TOLERANCES[torch.float32]
+        assert testing.error(dx, torch.autograd.grad(theirs.sum(), x)[0]) <= testing.TOLERANCES[torch.float32]
+
+    def test_no_sets_and_no_float64(self):
+        with ivfast.use("triton"):
+            assert ivfast.median_bandwidth(torch.empty(0, 4, 3, device=device)).shape == (0,)
+            with pytest.raises(TypeError, match=r"in Triton takes float32.*got torch.float64"):
+                ivfast.median_bandwidth(torch.randn(5, 3, dtype=torch.float64, device=device))

@@ -123,13 +123,24 @@ class _MedianBandwidth(torch.autograd.Function):
         return _backward(grad, *ctx.saved_tensors, *ctx.heuristic), None, None, None
 
 
+def _prefer(x, *_):
+    """CUDA C++ for small sets, Triton above. Both compute in float32."""
+    if x.dtype == torch.float64:
+        return ()
+    return ("cuda", "triton") if x.shape[-2] <= 256 and x.shape[-1] <= 128 else ("triton",)
+
+
 _forward = register(
     "median_bandwidth(Tensor x, bool full, bool squared, float divisor) -> (Tensor h, Tensor middles)",
     reference=median_bandwidth_reference,
+    triton="median.forward",
     cuda=True,
+    prefer=_prefer,
 )
 _backward = register(
     "median_bandwidth_backward(Tensor grad, Tensor x, Tensor middles, bool squared, float divisor) -> Tensor",
     reference=_backward_reference,
+    triton="median.backward",
     cuda=True,
+    prefer=lambda grad, x, *_: _prefer(x),
 )

@@ -1,0 +1,263 @@
+"""Median heuristic in Triton: the exact median of all squared distances, and its gradient.
+
+Up to SMALL particles one program holds every distance of a set and finds the ranks by bisection on their bits; above,
+they are selected in passes (selection.py).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .particles import OPTIONS, check_dtype, half_diagonal, pack, padded, tile
+from .selection import PRECISION, TILE, TILE_OPTIONS, Ranks, bits_of, rank_of, select, tile_bits, value_of, width
+
+SMALL = 64  # one tile without spills; not measured yet
+
+
+@triton.jit
+def _median2(m_0, m_1, SQUARED: tl.constexpr):
+    if SQUARED:
+        return 0.5 * (m_0 + m_1)
+    root = 0.5 * (tl.sqrt(m_0) + tl.sqrt(m_1))
+    return root * root
+
+
+@triton.jit
+def _slope(m, other, SQUARED: tl.constexpr):
+    """∂med²/∂m, 0 where m is: equal particles have no direction apart."""
+    if SQUARED:
+        return tl.where(m > 0, 0.5, 0.0)
+    return tl.where(m > 0, 0.25 * (1 + tl.sqrt(other / tl.where(m > 0, m, 1.0))), 0.0)
+
+
+@triton.jit
+def _bandwidth(med2, spread, divisor):
+    med2 = tl.where(med2 > 0, med2, spread)
+    return tl.where(med2 > 0, med2 / divisor, 1.0)
+
+
+@triton.jit
+def _centred(p_x, i_set, n, d, start, N: tl.constexpr, WIDTH: tl.constexpr):
+    """[N, WIDTH] of one set, centred, 0 outside."""
+    row, column = tl.arange(0, N), start + tl.arange(0, WIDTH)
+    mask = (row < n)[:, None] & (column < d)[None, :]
+    x = tl.load(p_x + (i_set * n + row)[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, x - (tl.sum(x, 0) / n)[None, :], 0.0)
+
+
+@triton.jit
+def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+    """The bits of d²_ij for j < i < n, else the largest number [N, N], and the mean of d²_i0."""
+    xx, spread = tl.zeros([N, N], tl.float32), tl.zeros([N], tl.float32)
+    i = tl.arange(0, N)
+    for start in range(0, D, WIDTH):
+        X = _centred(p_x, i_set, n, d, start, N, WIDTH)
+        xx = tl.dot(X, tl.trans(X), xx, input_precision=PRECISION)
+        apart = X - tl.sum(tl.where(i[:, None] == 0, X, 0.0), 0)[None, :]
+        spread += tl.sum(apart * apart, 1)
+    q = half_diagonal(xx)
+    pair = (i[None, :] < i[:, None]) & (i < n)[:, None]
+    bits = tl.where(pair, bits_of(2 * (q[:, None] + q[None, :] - xx)), 0x7FFFFFFF)
+    return bits, tl.sum(tl.where(i < n, spread, 0.0), 0) / n
+
+
+@triton.jit
+def _small_middles(bits, rank_0, rank_1):
+    """The numbers of two ranks that are equal or neighbours; a negative rank's is 0."""
+    second = tl.where(rank_1 < 0, 0, rank_of(bits, tl.maximum(rank_1, 0)))
+    flat = tl.ravel(bits)
+    less = flat < second
+    before = tl.max(tl.where(less, flat, 0), 0)
+    is_before = (rank_0 < 0) | (tl.sum(less.to(tl.int32), 0) > rank_0)
+    return value_of(tl.where(is_before, before, second)), value_of(second)
+
+
+@triton.jit
+def _small_kernel(
+    p_x,
+    p_h,
+    p_middles,
+    n,
+    d,
+    rank_0,
+    rank_1,
+    divisor,
+    SQUARED: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    i_set = tl.program_id(0).to(tl.int64)
+
+    bits, spread = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
+    m_0, m_1 = _small_middles(bits, rank_0, rank_1)
+
+    tl.store(p_middles + 2 * i_set, m_0)
+    tl.store(p_middles + 2 * i_set + 1, m_1)
+    tl.store(p_h + i_set, _bandwidth(_median2(m_0, m_1, SQUARED), spread, divisor))
+
+
+@triton.jit
+def _small_backward_kernel(
+    p_grad,
+    p_x,
+    p_middles,
+    p_dx,
+    n,
+    d,
+    divisor,
+    SQUARED: tl.constexpr,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    i_set, row = tl.program_id(0).to(tl.int64), tl.arange(0, N)
+    m_0, m_1 = tl.load(p_middles + 2 * i_set), tl.load(p_middles + 2 * i_set + 1)
+    grad = tl.load(p_grad + i_set) / divisor
+
+    # c_ij, the share of a pair in the two middles: pairs that tie share
+    bits, _ = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
+    is_0, is_1 = (bits == bits_of(m_0)).to(tl.float32), (bits == bits_of(m_1)).to(tl.float32)
+    share_0 = grad * _slope(m_0, m_1, SQUARED) / tl.maximum(tl.sum(tl.sum(is_0, 1), 0), 1.0)
+    share_1 = grad * _slope(m_1, m_0, SQUARED) / tl.maximum(tl.sum(tl.sum(is_1, 1), 0), 1.0)
+    c = share_0 * is_0 + share_1 * is_1
+    c += tl.trans(c)
+    total = tl.sum(c, 1)
+
+    # ∂h/∂x_i = Σ_j c_ij 2(x_i − x_j)
+    for start in range(0, D, WIDTH):
+        X = _centred(p_x, i_set, n, d, start, N, WIDTH)
+        dx = 2 * (total[:, None] * X - tl.dot(c, X, input_precision=PRECISION))
+        column = start + tl.arange(0, WIDTH)
+        mask = (row < n)[:, None] & (column < d)[None, :]
+        tl.store(p_dx + (i_set * n + row)[:, None] * d + column[None, :], dx, mask=mask)
+
+
+@triton.jit
+def _finish_kernel(
+    p_X,
+    p_window,
+    p_h,
+    p_middles,
+    n,
+    N,
+    divisor,
+    SQUARED: tl.constexpr,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TWO: tl.constexpr,
+):
+    i_set = tl.program_id(0).to(tl.int64)
+    m_0 = value_of(tl.load(p_window + 4 * i_set))
+    m_1 = value_of(tl.load(p_window + 4 * i_set + 2)) if TWO else m_0
+    med2 = _median2(m_0, m_1, SQUARED)
+
+    # the mean of d²_i0 takes the place of a median that is 0
+    spread = tl.zeros([TILE], tl.float32)
+    for first in range(0, tl.where(med2 > 0, 0, N), TILE):
+        row = first + tl.arange(0, TILE)
+        for start in range(0, D, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            apart = tl.load(p_X + (i_set * N + row)[:, None] * D + column[None, :])
+            apart -= tl.load(p_X + i_set * N * D + column)[None, :]
+            spread += tl.where(row < n, tl.sum(apart * apart, 1), 0.0)
+
+    tl.store(p_middles + 2 * i_set, m_0)
+    tl.store(p_middles + 2 * i_set + 1, m_1)
+    tl.store(p_h + i_set, _bandwidth(med2, tl.sum(spread, 0) / n, divisor))
+
+
+@triton.jit
+def _apart_kernel(
+    p_X,
+    p_q,
+    p_middles,
+    p_apart,
+    p_count,
+    sets,
+    n,
+    N,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # Σ_j (x_i − x_j) over the pairs that are one of the middles, and how many of them have i as the later
+    i_set, i = (tl.program_id(0) // (N // TILE)).to(tl.int64), tl.program_id(0) % (N // TILE) * TILE
+    base, middle = i_set * N, tl.program_id(1)
+    wanted = bits_of(tl.load(p_middles + 2 * i_set + middle))
+    p_apart += middle.to(tl.int64) * sets * N * D
+    count = tl.zeros([TILE], tl.int32)
+    for j in range(0, N, TILE):
+        # as counted: the later row first
+        bits, pair = tile_bits(p_X, p_q, base, tl.maximum(i, j), tl.minimum(i, j), n, D, TILE, WIDTH)
+        hit = (pair & (bits == wanted)).to(tl.int32)
+        if tl.max(tl.ravel(hit), 0) > 0:
+            count += tl.sum(hit, 1) * (j <= i)
+            both = (hit * (j <= i) + tl.trans(hit) * (j >= i)).to(tl.float32)  # the rows from i, whichever is later
+            total = tl.sum(both, 1)[:, None]
+            for start in range(0, D, WIDTH):
+                x_i = tile(p_X + (base + i) * D + start, D, TILE, WIDTH)
+                x_j = tile(p_X + (base + j) * D + start, D, TILE, WIDTH)
+                p_rows = p_apart + (base + i + tl.arange(0, TILE))[:, None] * D + start + tl.arange(0, WIDTH)[None, :]
+                apart = total * x_i - tl.dot(both, x_j, input_precision="ieee")
+                tl.store(p_rows, tl.load(p_rows) + apart)
+    tl.store(p_count + (middle.to(tl.int64) * sets + i_set) * N + i + tl.arange(0, TILE), count)
+
+
+def _small_shape(n: int, d: int) -> tuple[tuple[int, int, int], dict]:
+    N, D = max(16, triton.next_power_of_2(n)), padded(d)
+    return (D, N, width(D)), TILE_OPTIONS
+
+
+def forward(x, full, squared, divisor):
+    """h `[...]` and the two middle squared distances `[..., 2]`."""
+    check_dtype("median_bandwidth", x)
+    (n, d), ranks = x.shape[-2:], Ranks.of(x.shape[-2], full)
+    h = torch.empty(x.shape[:-2], dtype=torch.float32, device=x.device)
+    middles = torch.empty(*x.shape[:-2], 2, dtype=torch.float32, device=x.device)
+    if h.numel() == 0:
+        return h, middles
+    if n <= SMALL:
+        shape, options = _small_shape(n, d)
+        arguments = x.contiguous(), h, middles, n, d, ranks.first, ranks.second, divisor
+        _small_kernel[h.numel(),](*arguments, squared, *shape, **options)
+        return h, middles
+
+    packed = pack(x, PRECISION.value, width(padded(d)))
+    sets, N, D = packed.sets, packed.N, packed.D
+    window = select(packed, ranks)
+    _finish_kernel[sets,](
+        *(packed.X, window, h, middles, n, N, divisor, squared, D, TILE, width(D), ranks.first < ranks.second),
+        **OPTIONS,
+    )
+    return h, middles
+
+
+def backward(grad, x, middles, squared, divisor):
+    """∂L/∂x, given grad = ∂L/∂h `[...]`."""
+    check_dtype("median_bandwidth_backward", x)
+    n, d = x.shape[-2:]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if grad.numel() == 0:
+        return dx
+    grad, middles = grad.contiguous(), middles.contiguous()
+    if n <= SMALL:
+        shape, options = _small_shape(n, d)
+        arguments = grad, x.contiguous(), middles, dx, n, d, divisor
+        _small_backward_kernel[grad.numel(),](*arguments, squared, *shape, **options)
+        return dx
+
+    packed = pack(x, PRECISION.value, width(padded(d)))
+    sets, N, D = packed.sets, packed.N, packed.D
+    apart = torch.zeros(2, sets, N, D, dtype=torch.float32, device=x.device)
+    count = torch.empty(2, sets, N, dtype=torch.int32, device=x.device)
+    _apart_kernel[sets * (N // TILE), 2](
+        *(packed.X, packed.q, middles, apart, count, sets, n, N, D, TILE, width(D)), **TILE_OPTIONS
+    )
+    # ∂h/∂x_i = Σ_a (∂h/∂m_a) mean over the pairs that are m_a of 2 (x_i − x_j)
+    m = middles.view(sets, 2).T
+    slope = torch.full_like(m, 0.5) if squared else 0.25 * (1 + (m.flip(0) / m).sqrt())
+    share = torch.where(m > 0, slope, 0.0) * grad.view(sets) / divisor / count.sum(-1).clamp_min(1)
+    dx.copy_((2 * share[..., None, None] * apart).sum(0)[:, :n, :d].reshape(x.shape))
+    return dx

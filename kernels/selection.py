@@ -1,0 +1,221 @@
+"""Order statistics of all squared distances of a particle set in Triton, none of which is stored.
+
+A squared distance is not negative, so its float32 bits order as integers do. Every pass computes the distances anew and
+counts those below a window and those in each of its BINS equal bins; the window closes in on the bin that holds the
+rank until a bin is one number wide: eleven bits a pass, so three passes from [0, 2³¹). A window around the quantile of
+a sample saves one, and where it misses the rank, the passes after it start over on the side where the rank is. Their
+number is fixed and a pass without work returns at once: the host never waits.
+
+All passes compute a distance by the same instructions (3xTF32 always), so that ranks agree and backward finds the
+pairs. Counts are integers, so the order of atomic additions does not show.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .particles import OPTIONS, Packed, add_product
+
+# Nothing here is measured yet.
+TILE, SEGMENT = 64, 16  # a counting program takes TILE rows by up to SEGMENT tiles of TILE columns
+TILE_OPTIONS = OPTIONS | {"num_warps": 8}  # of every kernel with tiles of pairs
+BINS = 2048
+SAMPLED = 1 << 20  # pairs from which on a sample pays
+SAMPLES, SAMPLE_ROWS = 1 << 14, 64
+MARGIN = 4 * 0.5 * math.sqrt(SAMPLES)  # four standard deviations of a sampled median's rank
+PRECISION = tl.constexpr("tf32x3")
+
+
+@triton.jit
+def bits_of(d2):
+    return tl.maximum(d2, 0.0).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def value_of(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rank_of(bits, k):
+    """The number of rank k >= 0 among the bits, a tensor of any shape."""
+    found = tl.full([], 0, tl.int32)
+    for step in range(31):
+        candidate = found | (1 << (30 - step))
+        found = tl.where(tl.sum((tl.ravel(bits) < candidate).to(tl.int32), 0) <= k, candidate, found)
+    return found
+
+
+@triton.jit
+def _sample_kernel(p_X, p_sample, n, N, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Squared distances of pairs spread over the set by a fixed sequence: no result depends on which."""
+    i_set = tl.program_id(0).to(tl.int64)
+    pair = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    i = (tl.randint(1, pair).to(tl.int32) & 0x7FFFFFFF) % n
+    j = (i + 1 + (tl.randint(2, pair).to(tl.int32) & 0x7FFFFFFF) % (n - 1)) % n
+    d2 = tl.zeros([ROWS], tl.float32)
+    for start in range(0, D, WIDTH):
+        column = start + tl.arange(0, WIDTH)[None, :]
+        apart = tl.load(p_X + (i_set * N + i)[:, None] * D + column)
+        apart -= tl.load(p_X + (i_set * N + j)[:, None] * D + column)
+        d2 += tl.sum(apart * apart, 1)
+    tl.store(p_sample + i_set * tl.num_programs(1) * ROWS + pair, d2)
+
+
+@triton.jit
+def _shift(span, BINS: tl.constexpr):
+    """The least s for which BINS bins of 2^s numbers hold a span of numbers."""
+    return tl.sum(((tl.full([32], BINS, tl.int64) << tl.arange(0, 32).to(tl.int64)) < span).to(tl.int32), 0)
+
+
+@triton.jit
+def _bracket_kernel(p_sample, p_window, low_rank, high_rank, SAMPLES: tl.constexpr, BINS: tl.constexpr):
+    """The window of both ranks: between two ranks of the sample."""
+    i_set = tl.program_id(0).to(tl.int64)
+    bits = bits_of(tl.load(p_sample + i_set * SAMPLES + tl.arange(0, SAMPLES)))
+    low, high = rank_of(bits, low_rank), rank_of(bits, high_rank)
+    shift = _shift(high.to(tl.int64) - low + 1, BINS)
+    target = tl.arange(0, 2)
+    tl.store(p_window + 4 * i_set + 2 * target, low + 0 * target)
+    tl.store(p_window + 4 * i_set + 2 * target + 1, shift + 0 * target)
+
+
+@triton.jit
+def tile_bits(p_X, p_q, base, i, j, n, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """The bits of d² between the tiles of rows from i and from j <= i, and which are pairs of particles."""
+    xx = tl.zeros([TILE, TILE], tl.float32)
+    xx = add_product(xx, p_X + (base + i) * D, p_X + (base + j) * D, D, WIDTH, PRECISION)
+    row, column = i + tl.arange(0, TILE), j + tl.arange(0, TILE)
+    q_i, q_j = tl.load(p_q + base + row), tl.load(p_q + base + column)
+    return bits_of(2 * (q_i[:, None] + q_j[None, :] - xx)), (column[None, :] < row[:, None]) & (row < n)[:, None]
+
+
+@triton.jit
+def _count_target(bits, pair, p_counts, low, shift, BINS: tl.constexpr):
+    """Counts into the bins; how many of each row are below them."""
+    bin = (bits - low) >> tl.maximum(shift, 0)
+    inside = (pair & (bits >= low) & (bin < tl.where(shift < 0, 0, BINS))).to(tl.int1)
+    tl.atomic_add(p_counts + bin, tl.full(bits.shape, 1, p_counts.dtype.element_ty), mask=inside, sem="relaxed")
+    return tl.sum((pair & (bits < low)).to(tl.int32), 1)
+
+
+@triton.jit
+def _count_kernel(
+    p_X,
+    p_q,
+    p_window,
+    p_counts,
+    n,
+    N,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BINS: tl.constexpr,
+    TWO: tl.constexpr,
+):
+    i_set, i_tile = (tl.program_id(0) // (N // TILE)).to(tl.int64), tl.program_id(0) % (N // TILE)
+    p_window += 4 * i_set
+    p_counts += i_set * (2 * BINS + 2)
+    low_0, shift_0 = tl.load(p_window), tl.load(p_window + 1)
+    low_1, shift_1 = tl.load(p_window + 2), tl.load(p_window + 3)
+
+    first = tl.program_id(1) * SEGMENT
+    end = tl.minimum(first + SEGMENT, i_tile + 1)
+    done = (shift_0 < 0) & (shift_1 < 0) if TWO else shift_0 < 0
+    end = tl.where(done, first, end)
+    below_0, below_1 = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
+    for j_tile in range(first, end):
+        bits, pair = tile_bits(p_X, p_q, i_set * N, i_tile * TILE, j_tile * TILE, n, D, TILE, WIDTH)
+        below_0 += _count_target(bits, pair, p_counts, low_0, shift_0, BINS)
+        if TWO:
+            below_1 += _count_target(bits, pair, p_counts + BINS + 1, low_1, shift_1, BINS)
+
+    if end > first:
+        tl.atomic_add(p_counts + BINS, tl.sum(below_0, 0).to(p_counts.dtype.element_ty), sem="relaxed")
+        if TWO:
+            tl.atomic_add(p_counts + 2 * BINS + 1, tl.sum(below_1, 0).to(p_counts.dtype.element_ty), sem="relaxed")
+
+
+@triton.jit
+def _narrow_kernel(p_counts, p_window, rank_0, rank_1, BINS: tl.constexpr):
+    """The window of one rank from the counts in the last one, which are set to 0."""
+    i_set, target = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    p_window += 4 * i_set + 2 * target
+    p_counts += i_set * (2 * BINS + 2) + target * (BINS + 1)
+    low, shift = tl.load(p_window).to(tl.int64), tl.load(p_window + 1)
+    bin = tl.arange(0, BINS)
+    counts = tl.load(p_counts + bin).to(tl.int64)
+    rank = tl.where(target == 0, rank_0, rank_1) - tl.load(p_counts + BINS).to(tl.int64)
+
+    active, one = tl.maximum(shift, 0).to(tl.int64), tl.full([], 1, tl.int64)
+    chosen = tl.sum((tl.cumsum(counts, 0) <= rank).to(tl.int64), 0)
+    above = chosen == BINS
+    span = tl.where(above, 2147483648 - low - (chosen << active), one << active)
+    span = tl.where(rank < 0, low, span)
+    found = (rank >= 0) & (chosen < BINS) & (shift == 0)
+    low = tl.where(rank < 0, 0, low + (chosen << active))
+
+    tl.store(p_window, low.to(tl.int32), mask=shift >= 0)
+    tl.store(p_window + 1, tl.where(found, -1, _shift(span, BINS)), mask=shift >= 0)
+    tl.store(p_counts + bin, tl.zeros([BINS], p_counts.dtype.element_ty))
+    tl.store(p_counts + BINS, tl.zeros([], p_counts.dtype.element_ty))
+
+
+class Ranks(NamedTuple):
+    """Of the two middles among the n(n−1)/2 squared distances; −1 for a 0 of the full matrix's diagonal."""
+
+    first: int
+    second: int
+    pairs: int
+
+    @classmethod
+    def of(cls, n: int, full: bool) -> "Ranks":
+        pairs = n * (n - 1) // 2
+        count = n * n if full else pairs
+        if n == 1:
+            return cls(-1, -1, 0)
+        first, second = (count - 1) // 2, count // 2
+        return (
+            cls(*((k - n) // 2 if k >= n else -1 for k in (first, second)), pairs)
+            if full
+            else cls(first, second, pairs)
+        )
+
+
+def width(D: int) -> int:
+    return min(D, 16)
+
+
+def select(packed: Packed, ranks: Ranks) -> Tensor:
+    """`[sets, 2, 2]`: the bits of the squared distance of each rank, and −1."""
+    sets, n, N, D, device = packed.sets, packed.n, packed.N, packed.D, packed.X.device
+    window, two = _window(packed, ranks), ranks.first < ranks.second
+    counts = torch.zeros(sets, 2, BINS + 1, dtype=torch.int32 if ranks.pairs < 2**31 else torch.int64, device=device)
+    grid = sets * (N // TILE), triton.cdiv(N // TILE, SEGMENT)
+    for _ in range(4 if ranks.pairs >= SAMPLED else 3):
+        _count_kernel[grid](
+            *(packed.X, packed.q, window, counts, n, N, D, TILE, SEGMENT, width(D), BINS, two), **TILE_OPTIONS
+        )
+        _narrow_kernel[sets, 1 + two](counts, window, ranks.first, ranks.second, BINS, **OPTIONS)
+    return window
+
+
+def _window(packed, ranks):
+    """Where the ranks are looked for first: `[sets, 2, 2]`, the lowest bits and the logarithm of a bin's width."""
+    window = torch.zeros(packed.sets, 2, 2, dtype=torch.int32, device=packed.X.device)
+    if ranks.pairs < SAMPLED:
+        window[..., 1] = 31 - (BINS.bit_length() - 1)
+        return window
+    sample = packed.X.new_empty(packed.sets, SAMPLES)
+    _sample_kernel[packed.sets, SAMPLES // SAMPLE_ROWS](
+        *(packed.X, sample, packed.n, packed.N, packed.D, SAMPLE_ROWS, width(packed.D)), **OPTIONS
+    )
+    centre = SAMPLES * ranks.first / ranks.pairs
+    low, high = max(0, int(centre - MARGIN)), min(SAMPLES - 1, math.ceil(centre + MARGIN))
+    _bracket_kernel[packed.sets,](sample, window, low, high, SAMPLES, BINS, **OPTIONS | {"num_warps": 16})
+    return window
