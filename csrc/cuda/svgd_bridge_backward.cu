@@ -232,7 +232,7 @@ Tensor svgd_bridge_backward(
     };
     if (columns <= 2) return start(std::integral_constant<int, 1>{});
     if (columns <= 4) return start(std::integral_constant<int, 2>{});
-    start(std::integral_constant<int, 4>{});
+    start(std::integral_constant<int, 3>{});
   });
   return dz;
 }
