@@ -4,11 +4,26 @@
 // are at distance exactly 0, and u_ij = u_ji to the last bit.
 #pragma once
 
+#include <type_traits>
+
 #include "tiles.h"
 
 namespace ivfast {
 namespace IVFAST_ISA {
 namespace {
+
+// `load_lanes` in one load where it can be: a vector put together on the stack waits for its parts to be stored.
+template <class T, class S>
+IVFAST_INLINE Vec<T> load_row(const S* from, int64_t count, int64_t available) {
+  if constexpr (std::is_same_v<S, T>) {
+    if (count >= lanes<T>) {
+      Vec<T> value;
+      __builtin_memcpy(&value, from, sizeof value);
+      return value;
+    }
+  }
+  return load_lanes<T>(from, count, available);
+}
 
 // The mean of rows [n, d]. Distances do not move with x, their rounding does: any centre serves.
 template <class S, class T>
@@ -16,7 +31,7 @@ IVFAST_INLINE void centre(T* mean, const S* x, int64_t n, int64_t d) {
   constexpr int L = lanes<T>, chains = 4;
   for (int64_t k = 0; k < d; k += L) {
     const int64_t count = d - k < L ? d - k : L;
-    const auto row = [&](int64_t i) { return load_lanes<T>(x + i * d + k, count, (n - i) * d - k); };
+    const auto row = [&](int64_t i) { return load_row<T>(x + i * d + k, count, (n - i) * d - k); };
     Vec<T> total[chains] = {};
     int64_t i = 0;
     for (; i + chains <= n; i += chains)

@@ -78,7 +78,7 @@ void pack(const MedianSet& set, bool scattered) {
       Vec<T> rows[L];
       for (int r = 0; r < L; ++r) {
         const int64_t from = source[r] * w.d + k;
-        rows[r] = source[r] < w.n ? load_lanes<T>(x + from, count, w.n * w.d - from) - at(w.mean + k) : Vec<T>{};
+        rows[r] = source[r] < w.n ? load_row<T>(x + from, count, w.n * w.d - from) - at(w.mean + k) : Vec<T>{};
       }
       store_panel<T>(panel, rows, k, count);
     }

@@ -32,13 +32,14 @@ struct Factors {
   }
 };
 
-// Matrices are rows [padded n, width] or panels [padded n, d].
+// Matrices are rows [padded n, width] or panels: [padded n, d], those of results [padded n, width].
 template <class T>
 struct Small {
   int64_t n, d, width, padded, pairs;
   T *mean, *half_norms, *r, *b, *q;
-  T *x_panels, *g_panels, *x, *g, *kx, *bx;  // kx = K'X forward, K'G backward
-  T *u, *values, *scratch;                   // forward: all tiles, then all pairs
+  T *x_panels, *g_panels, *x, *g;
+  T *kx, *bx;                 // panels of K'X forward; of K'G and BX backward
+  T *u, *values, *scratch;    // forward: all tiles, then all pairs
   int64_t bytes;
 
   Small(const BridgeStep& s, bool backward) : n(s.n), d(s.d), width(round_up(d, lanes<T>)) {
@@ -76,7 +77,7 @@ IVFAST_INLINE void pack(T* rows, T* panels, const T* from, const T* mean, int64_
       Vec<T> block[L];
       for (int r = 0; r < L; ++r) {
         const int64_t at_row = (i + r) * d + k;
-        block[r] = i + r < n ? load_lanes<T>(from + at_row, count, n * d - at_row) : Vec<T>{};
+        block[r] = i + r < n ? load_row<T>(from + at_row, count, n * d - at_row) : Vec<T>{};
         if (mean && i + r < n) block[r] -= at(mean + k);
         at(rows + (i + r) * width + k) = block[r];
       }
@@ -94,12 +95,25 @@ IVFAST_INLINE void pack_particles(const Small<T>& w, const T* x) {
   for (int64_t e = 0; e < w.padded * w.width; e += lanes<T>) at(w.kx + e) = Vec<T>{};
 }
 
-template <class T>
-IVFAST_INLINE void store_lanes(T* to, Vec<T> value, int64_t count) {
-  if (count >= lanes<T>)
-    __builtin_memcpy(to, &value, sizeof value);
-  else
-    for (int64_t l = 0; l < count; ++l) to[l] = value[l];
+// Rows [n, d] from f(first row of a panel, column)
+template <class T, class F>
+IVFAST_INLINE void store_rows(T* out, int64_t n, int64_t d, const F& f) {
+  constexpr int L = lanes<T>;
+  for (int64_t i = 0; i < n; i += L)
+    for (int64_t k = 0; k < d; k += L) {
+      const int64_t count = d - k < L ? d - k : L;
+      Vec<T> block[L];
+#pragma GCC unroll 16
+      for (int c = 0; c < L; ++c) block[c] = c < count ? f(i, k + c) : Vec<T>{};
+      transpose<T>(block);
+      for (int64_t r = 0; r < L && i + r < n; ++r) {
+        T* const to = out + (i + r) * d + k;
+        if (count == L)
+          __builtin_memcpy(to, &block[r], sizeof block[r]);
+        else
+          for (int64_t l = 0; l < count; ++l) to[l] = block[r][l];
+      }
+    }
 }
 
 // f(range, its corner of `out`) for a tile; on the diagonal for strips of its upper triangle.
@@ -143,17 +157,57 @@ IVFAST_INLINE void kernel_tile(T* K, int64_t n, int64_t i, int64_t j, T exponent
   mirror(K, rows);
 }
 
-// sums_i += Σ_j K_ij, out_i += Σ_j K_ij y_j, and the same transposed off the diagonal
+// sums_j += Σ_i K_ij, out_j += Σ_i K_ij y_i for the columns j of a tile: sums and panels from its first column on, rows y
+// from its first row on. A group of dimensions of y times vectors of K.
+template <class T>
+IVFAST_INLINE void add_columns(T* sums, T* out, const T* K, const T* y, int64_t rows, int64_t vectors, int64_t width) {
+  constexpr int R = group<T>, L = lanes<T>;
+  columns<T>(vectors, [&](auto count, int64_t j) __attribute__((always_inline)) {
+    constexpr int C = decltype(count)::value;
+    for (int64_t k = 0; k < width; k += R) {
+      Vec<T> acc[R][C] = {}, sum[C] = {};
+      for (int64_t i = 0; i < rows; ++i) {
+        Vec<T> value[C];
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) value[v] = at(K + i * tile + j + v * L), sum[v] += value[v];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+          for (int v = 0; v < C; ++v) acc[r][v] += y[i * width + k + r] * value[v];
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) {
+        if (k == 0) at(sums + j + v * L) += sum[v];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) at(out + (j + v * L) * width + (k + r) * L) += acc[r][v];
+      }
+    }
+  });
+}
+
+// K_ji of a tile's K_ij
+template <class T>
+IVFAST_INLINE void turn(T* turned, const T* K, int64_t rows, int64_t cols) {
+  constexpr int L = lanes<T>;
+  for (int64_t i = 0; i < rows; i += L)
+    for (int64_t j = 0; j < cols; j += L) {
+      Vec<T> block[L];
+      for (int r = 0; r < L; ++r) block[r] = i + r < rows ? at(K + (i + r) * tile + j) : Vec<T>{};
+      transpose<T>(block);
+      for (int r = 0; r < L; ++r) at(turned + (j + r) * tile + i) = block[r];
+    }
+}
+
+// sums += K1, out += K y for a tile of a symmetric matrix
 template <class T>
 IVFAST_INLINE void add_tile(T* sums, T* out, const T* K, const T* y, int64_t n, int64_t i, int64_t j, int64_t width) {
+  constexpr int L = lanes<T>;
   const int64_t rows = n - i < tile ? n - i : tile, cols = n - j < tile ? n - j : tile;
-  const int64_t vectors = round_up(cols, lanes<T>);
-  if (i == j)
-    add_column_sums(sums + i, K, rows, vectors);
-  else
-    add_row_sums(sums + i, K, rows, vectors), add_column_sums(sums + j, K, rows, vectors);
-  accumulate<tile, 1>(out + i * width, K, y + j * width, round_up(rows, group<T>), cols, width, width);
-  if (i != j) accumulate<1, tile>(out + j * width, K, y + i * width, round_up(cols, group<T>), rows, width, width);
+  add_columns(sums + j, out + j * width, K, y + i * width, rows, round_up(cols, L) / L, width);
+  if (i == j) return;
+  alignas(64) T turned[tile * tile];
+  turn(turned, K, rows, cols);
+  add_columns(sums + i, out + i * width, turned, y + j * width, cols, round_up(rows, L) / L, width);
 }
 
 template <class T, class F>
@@ -211,16 +265,12 @@ double direction(const BridgeStep& s) {
     K += tile * tile;
   });
   const T per_n = T(1) / T(w.n), c = f.gamma * (f.alpha + f.beta);
-  for (int64_t i = 0; i < w.n; ++i) {
-    const T r = w.r[i], r_beta = r * f.gamma * f.beta;
-    static_cast<T*>(s.row_sum)[i] = 1 + r;
-    T* const phi = static_cast<T*>(s.phi) + i * w.d;
-    for (int64_t k = 0; k < w.d; k += L) {
-      const Vec<T> X = at(w.x + i * w.width + k), m = at(w.mean + k);
-      const Vec<T> value = per_n * (r_beta * X - (X + m) - c * at(w.kx + i * w.width + k) - r * m);
-      store_lanes(phi + k, value, w.d - k);
-    }
-  }
+  for (int64_t i = 0; i < w.n; ++i) static_cast<T*>(s.row_sum)[i] = 1 + w.r[i];
+  store_rows(static_cast<T*>(s.phi), w.n, w.d, [&](int64_t i, int64_t k) __attribute__((always_inline)) {
+    const Vec<T> X = at(w.x_panels + i * w.d + k * L), KX = at(w.kx + i * w.width + k * L), r = at(w.r + i);
+    const T m = w.mean[k];
+    return per_n * (r * (f.gamma * f.beta) * X - (X + m) - c * KX - r * m);
+  });
   return h;
 }
 
@@ -243,9 +293,12 @@ void pull(const BridgeStep& s, double h) {
 
   const T c = -(f.alpha + f.beta);
   each_tile<T>(w.n, [&](int64_t i, int64_t j) {
-    alignas(64) T K[tile * tile], B[tile * tile];
+    // B takes K's place, and the first-level cache holds all; deep products keep their partial sums in theirs
+    alignas(64) T K[tile * tile], deep[tile * tile];
+    T* const B = w.d <= depth ? K : deep;
     each_range(K, w.n, i, j, [&](Range t, T* k) { distance_tile(k, w.x_panels, w.half_norms, w.d, t); });
     kernel_tile(K, w.n, i, j, f.exponent);
+    add_tile(w.r, w.kx, K, w.g, w.n, i, j, w.width);
     each_range(B, w.n, i, j, [&](Range t, T* b) {
       const T *const k = K + (b - B), *const rows = w.q + t.i, *const cols = w.q + t.j;
       product_tile<true>(b, w.g_panels, w.x_panels, t, w.d,
@@ -254,20 +307,16 @@ void pull(const BridgeStep& s, double h) {
                          });
     });
     if (i == j) mirror(B, w.n - i < tile ? w.n - i : tile);
-    add_tile(w.r, w.kx, K, w.g, w.n, i, j, w.width);
     add_tile(w.b, w.bx, B, w.x, w.n, i, j, w.width);
   });
 
   const T per_n = T(1) / T(w.n);
-  for (int64_t i = 0; i < w.n; ++i) {
-    const int64_t row = i * w.width;
-    T* const dx = static_cast<T*>(s.dx) + i * w.d;
-    for (int64_t k = 0; k < w.d; k += L) {
-      const Vec<T> X = at(w.x + row + k), G = at(w.g + row + k), KG = at(w.kx + row + k);
-      const Vec<T> D = per_n * (f.gamma * (w.b[i] * X - at(w.bx + row + k))), E = per_n * (w.r[i] * G - KG);
-      store_lanes(dx + k, f.two_over_h * (E - D) - per_n * (G + KG), w.d - k);
-    }
-  }
+  store_rows(static_cast<T*>(s.dx), w.n, w.d, [&](int64_t i, int64_t k) __attribute__((always_inline)) {
+    const Vec<T> X = at(w.x_panels + i * w.d + k * L), G = at(w.g_panels + i * w.d + k * L);
+    const Vec<T> KG = at(w.kx + i * w.width + k * L), BX = at(w.bx + i * w.width + k * L);
+    const Vec<T> D = per_n * (f.gamma * (at(w.b + i) * X - BX)), E = per_n * (at(w.r + i) * G - KG);
+    return f.two_over_h * (E - D) - per_n * (G + KG);
+  });
 }
 
 template <class S, class T>

@@ -49,7 +49,10 @@ def svgd_bridge(
     _check.number("scale", scale, positive=True)
     _check.number("noise", noise, non_negative=True)
     draws = prior_draws(z, draws, generator, leading=((t - 1) * iterations + 1,))
-    return _SvgdBridge.apply(z, draws, t, iterations, step_size, scale, noise)[0]
+    arguments = z, draws, t, iterations, step_size, scale, noise
+    if z.requires_grad and torch.is_grad_enabled():
+        return _SvgdBridge.apply(*arguments)
+    return _forward(*arguments)[0]
 
 
 def svgd_bridge_reference(z, draws, t, iterations, step_size, scale, noise):
@@ -96,24 +99,34 @@ class _SvgdBridge(torch.autograd.Function):
         bridges, *saved = _forward(z, draws, t, iterations, step_size, scale, noise)
         ctx.save_for_backward(*saved)
         ctx.steps = iterations, step_size
-        ctx.mark_non_differentiable(*saved)
-        return bridges, *saved
+        return bridges
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         return _backward(grad, *ctx.saved_tensors, *ctx.steps), *[None] * 6
+
+
+def _prefer(z, *_):
+    """CUDA C++ for small sets, Triton above. Both compute in float32."""
+    if z.dtype == torch.float64:
+        return ()
+    return ("cuda", "triton") if z.shape[-2] <= 256 and z.shape[-1] <= 128 else ("triton",)
 
 
 _forward = register(
     "svgd_bridge(Tensor z, Tensor draws, int t, int iterations, float step_size, float scale, float noise)"
     " -> (Tensor bridges, Tensor states, Tensor bandwidths, Tensor row_sums)",
     reference=svgd_bridge_reference,
+    triton="svgd_bridge.forward",
     cuda=True,
+    prefer=_prefer,
 )
 _backward = register(
     "svgd_bridge_backward(Tensor grad, Tensor states, Tensor bandwidths, Tensor row_sums, int iterations,"
     " float step_size) -> Tensor",
     reference=_backward_reference,
+    triton="svgd_bridge.backward",
     cuda=True,
+    prefer=lambda grad, states, bandwidths, row_sums, *_: _prefer(grad[0]),
 )
