@@ -1,8 +1,8 @@
 """Adversarial Similarity Distance between two batches of diagonal Gaussians q(z|x) = N(u, diag l).
 
 Per dimension, with s = l_i + l_j and δ = u_i − u_j, the integral of the product of two Gaussians is
-ℓ = −½ [log 2πs + δ²/s]  (Lebesgue measure), and weighted by the prior N(0, 1), whose product with them is Gaussian too,
-ℓ − ½ [log 2πp + m²/p],  p = 1 + l_i l_j/s,  m = (u_i l_j + u_j l_i)/s.
+ℓ = −½ [log 2πs + δ²/s]  (Lebesgue measure), and weighted by the prior N(0, 1)
+ℓ = −½ [log 4π²P + (δ² + u_i² l_j + u_j² l_i)/P],  P = s + l_i l_j.
 The kernel is exp Σ_d ℓ_d ("product", S5 Eq. 8) or mean_d exp ℓ_d ("additive", the per-dimension form in circulation).
 """
 
@@ -51,13 +51,7 @@ def as_distance(
 
     Source: S5 (AS-IntroVAE) Eqs. 5, 7, 8 with the exponential that Eq. 8 lost.
     """
-    sums = log_gaussian_kernel_sums(mu_r, logvar_r, mu_g, logvar_g, kernel=kernel, measure=measure, unbiased=unbiased)
-    n, m = mu_r.shape[-2], mu_g.shape[-2]
-    pairs = (n * (n - 1), m * (m - 1), n * m) if unbiased else (n * n, m * m, n * m)
-    rr, gg, rg = (s - math.log(p) for s, p in zip(sums.unbind(-1), pairs, strict=True))
-    if log:
-        return rr + gg - 2 * rg
-    return rr.exp() + gg.exp() - 2 * rg.exp()
+    return _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, log, unbiased)[0]
 
 
 def log_gaussian_kernel_sums(
@@ -79,6 +73,11 @@ def log_gaussian_kernel_sums(
 
     Source: S5 (AS-IntroVAE) Eq. 8.
     """
+    return _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, True, unbiased)[1]
+
+
+def _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, log, unbiased):
+    """D `[...]` and the log-sums `[..., 3]`."""
     _check.two_samples("mu_r", mu_r, "mu_g", mu_g)
     _check.same("logvar_r", logvar_r, "mu_r", mu_r)
     _check.same("logvar_g", logvar_g, "mu_g", mu_g)
@@ -91,16 +90,27 @@ def log_gaussian_kernel_sums(
                     f"{name} must hold n >= 2 samples for unbiased=True, which leaves out pairs of a sample with "
                     f"itself and so has no pair left, got {tuple(mu.shape)}"
                 )
-    return _LogKernelSums.apply(mu_r, logvar_r, mu_g, logvar_g, kernel == "additive", measure == "prior", unbiased)
+    return _AsDistance.apply(mu_r, logvar_r, mu_g, logvar_g, kernel == "additive", measure == "prior", log, unbiased)
 
 
-def log_gaussian_kernel_sums_reference(mu_r, logvar_r, mu_g, logvar_g, additive, prior, unbiased):
+def as_distance_reference(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
     r, g = (arithmetic(mu_r), arithmetic(logvar_r)), (arithmetic(mu_g), arithmetic(logvar_g))
-    sums = [
-        _log_kernel(a, b, additive, prior, without_diagonal=unbiased and a is b).flatten(-2).logsumexp(-1)
-        for a, b in ((r, r), (g, g), (r, g))
-    ]
-    return torch.stack(sums, -1)
+    sums = torch.stack(
+        [
+            _log_kernel(a, b, additive, prior, without_diagonal=unbiased and a is b).flatten(-2).logsumexp(-1)
+            for a, b in ((r, r), (g, g), (r, g))
+        ],
+        -1,
+    )
+    rr, gg, rg = _log_means(sums, mu_r, mu_g, unbiased)
+    value = rr + gg - 2 * rg if log else rr.exp() + gg.exp() - 2 * rg.exp()
+    return value, sums
+
+
+def _log_means(sums, mu_r, mu_g, unbiased):
+    n, m = mu_r.shape[-2], mu_g.shape[-2]
+    pairs = (n * (n - 1), m * (m - 1), n * m) if unbiased else (n * n, m * m, n * m)
+    return [s - math.log(p) for s, p in zip(sums.unbind(-1), pairs, strict=True)]
 
 
 def _log_kernel(a, b, additive, prior, *, without_diagonal):
@@ -122,35 +132,29 @@ def _pairs(a, b):
 def _log_integral(a, b, prior):
     """ℓ per pair and dimension `[..., n, m, d]`."""
     u_i, l_i, u_j, l_j = _pairs(a, b)
-    s = l_i + l_j
-    l = -0.5 * (torch.log(2 * math.pi * s) + (u_i - u_j).square() / s)
+    P, N = l_i + l_j, (u_i - u_j).square()
     if prior:
-        p, m = 1 + l_i * l_j / s, (u_i * l_j + u_j * l_i) / s
-        l = l - 0.5 * (torch.log(2 * math.pi * p) + m.square() / p)
-    return l
+        P, N = P + l_i * l_j, N + u_i.square() * l_j + u_j.square() * l_i
+    return -0.5 * (torch.log(P) + N / P) - (0.5 + 0.5 * prior) * math.log(2 * math.pi)
 
 
-def _backward_reference(grad, mu_r, logvar_r, mu_g, logvar_g, sums, additive, prior, unbiased):
+def _backward_reference(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prior, log, unbiased):
+    """`dvalue` `[...]` and `dsums` `[..., 3]` are gradients of what forward returned; None stands for zeros."""
     r, g = (arithmetic(mu_r), arithmetic(logvar_r)), (arithmetic(mu_g), arithmetic(logvar_g))
-    form = additive, prior
+    dsums = torch.zeros_like(sums) if dsums is None else dsums
+    if dvalue is not None:
+        terms = [torch.ones_like(dvalue)] * 3 if log else [s.exp() for s in _log_means(sums, mu_r, mu_g, unbiased)]
+        rr, gg, rg = terms  # D's derivatives with respect to the log-sums, but for the factor −2
+        dsums = dsums + torch.stack((rr, gg, -2 * rg), -1) * dvalue.unsqueeze(-1)
+    w_rr, w_gg, w_rg = dsums[..., None, None].unbind(-3)
 
-    def within(a, k):
-        # each pair (i, j) stands there twice, and so does the diagonal's one sample
-        du, dl = _pull(a, a, sums[..., k], *form, without_diagonal=unbiased)
-        weight = 2 * grad[..., k, None, None]
-        return weight * du, weight * dl
+    def pull(a, b, k):
+        return _pull(a, b, sums[..., k], additive, prior, without_diagonal=unbiased and k < 2)
 
-    du_r, dl_r = within(r, 0)
-    du_g, dl_g = within(g, 1)
-    between = grad[..., 2, None, None]
-    du_rg, dl_rg = _pull(r, g, sums[..., 2], *form, without_diagonal=False)
-    du_gr, dl_gr = _pull(g, r, sums[..., 2], *form, without_diagonal=False)
-    return (
-        (du_r + between * du_rg).to(mu_r.dtype),
-        (dl_r + between * dl_rg).to(mu_r.dtype),
-        (du_g + between * du_gr).to(mu_g.dtype),
-        (dl_g + between * dl_gr).to(mu_g.dtype),
-    )
+    # within a batch each pair (i, j) stands twice, and so does the one sample of the diagonal
+    du_r, dl_r = (2 * w_rr * x + w_rg * y for x, y in zip(pull(r, r, 0), pull(r, g, 2), strict=True))
+    du_g, dl_g = (2 * w_gg * x + w_rg * y for x, y in zip(pull(g, g, 1), pull(g, r, 2), strict=True))
+    return du_r.to(mu_r.dtype), dl_r.to(mu_r.dtype), du_g.to(mu_g.dtype), dl_g.to(mu_g.dtype)
 
 
 def _pull(a, b, log_sum, additive, prior, *, without_diagonal):
@@ -160,40 +164,37 @@ def _pull(a, b, log_sum, additive, prior, *, without_diagonal):
     if additive:
         w = w * _log_integral(a, b, prior).softmax(-1)
     u_i, l_i, u_j, l_j = _pairs(a, b)
-    s, delta = l_i + l_j, u_i - u_j
-    du = -delta / s
-    dl = 0.5 * (delta.square() / s - 1) / s
+    # ∂ℓ/∂u_i = −t,  ∂ℓ/∂l_i = ½ (t² − c/P)
+    P, A, c = l_i + l_j, u_i - u_j, 1
     if prior:
-        p, m = 1 + l_i * l_j / s, (u_i * l_j + u_j * l_i) / s
-        share = l_j / s
-        du = du - m / p * share
-        # ∂p/∂l_i = (l_j/s)², ∂m/∂l_i = −δ l_j/s²
-        dl = dl - 0.5 * (1 - m.square() / p) / p * share.square() + m / p * share * delta / s
-    return (w * du).sum(-2), (w * dl * l_i).sum(-2)
+        P, A, c = P + l_i * l_j, A + u_i * l_j, 1 + l_j
+    t = A / P
+    return -(w * t).sum(-2), (0.5 * w * (t.square() - c / P) * l_i).sum(-2)
 
 
-class _LogKernelSums(torch.autograd.Function):
+class _AsDistance(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mu_r, logvar_r, mu_g, logvar_g, additive, prior, unbiased):
-        sums = _forward(mu_r, logvar_r, mu_g, logvar_g, additive, prior, unbiased)
+    def forward(ctx, mu_r, logvar_r, mu_g, logvar_g, *form):
+        value, sums = _forward(mu_r, logvar_r, mu_g, logvar_g, *form)
         ctx.save_for_backward(mu_r, logvar_r, mu_g, logvar_g, sums)
-        ctx.form = additive, prior, unbiased
-        return sums
+        ctx.form = form
+        ctx.set_materialize_grads(False)
+        return value, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        return *_backward(grad, *ctx.saved_tensors, *ctx.form), None, None, None
+    def backward(ctx, dvalue, dsums):
+        return *_backward(*ctx.saved_tensors, dvalue, dsums, *ctx.form), None, None, None, None
 
 
 _forward = register(
-    "log_gaussian_kernel_sums(Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g, bool additive, bool prior,"
-    " bool unbiased) -> Tensor",
-    reference=log_gaussian_kernel_sums_reference,
+    "as_distance(Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g, bool additive, bool prior, bool log,"
+    " bool unbiased) -> (Tensor value, Tensor sums)",
+    reference=as_distance_reference,
 )
 _backward = register(
-    "log_gaussian_kernel_sums_backward(Tensor grad, Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g,"
-    " Tensor sums, bool additive, bool prior, bool unbiased)"
+    "as_distance_backward(Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g, Tensor sums, Tensor? dvalue,"
+    " Tensor? dsums, bool additive, bool prior, bool log, bool unbiased)"
     " -> (Tensor dmu_r, Tensor dlogvar_r, Tensor dmu_g, Tensor dlogvar_g)",
     reference=_backward_reference,
 )
