@@ -49,53 +49,68 @@ def mmd(
     """
     _check.two_samples("x", x, "y", y, at_least=2 if unbiased else 1)
     _check.choice("kernel", kernel, KERNELS)
-    scales = SCALES[kernel] if scales is None else tuple(float(s) for s in scales)
+    scales = SCALES[kernel] if scales is None else _checked(scales)
+    if bandwidth is None:
+        bandwidth = 2.0 * x.shape[-1] if kernel == "imq" else "median"
+    if isinstance(bandwidth, str | Tensor):
+        bandwidth = _bandwidth(x, y, bandwidth)
+    else:  # a number belongs to the scales: no tensor is filled with it
+        _check.number("bandwidth", bandwidth, positive=True)
+        bandwidth, scales = None, [s * bandwidth for s in scales]
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        return _Mmd.apply(x, y, bandwidth, kernel == "imq", scales, unbiased)
+    return _forward(x, y, bandwidth, kernel == "imq", scales, unbiased, False, False)[0]
+
+
+def _checked(scales: tuple[float, ...]) -> list[float]:
+    scales = [float(s) for s in scales]
     if not scales:
         raise ValueError("scales must hold at least one factor, got none")
     for s in scales:
         _check.number("scales", s, positive=True)
-    return _Mmd.apply(x, y, _bandwidth(x, y, kernel, bandwidth), kernel == "imq", scales, unbiased)
+    return scales
 
 
-def _bandwidth(x: Tensor, y: Tensor, kernel: str, bandwidth: float | Tensor | str | None) -> Tensor:
+def _bandwidth(x: Tensor, y: Tensor, bandwidth: Tensor | str) -> Tensor:
     """One b per pair of samples, `x.shape[:-2]`, in the dtype of the arithmetic."""
-    batch, dtype = x.shape[:-2], torch.promote_types(x.dtype, torch.float32)
-    if bandwidth is None:
-        bandwidth = 2.0 * x.shape[-1] if kernel == "imq" else "median"
     if isinstance(bandwidth, str):
         _check.choice("bandwidth", bandwidth, ("median",))
         pooled = torch.cat((x, y), -2).detach()
         return median.median_bandwidth(pooled, convention="paper") * math.log(max(pooled.shape[-2], 2))
-    if isinstance(bandwidth, Tensor):
-        if bandwidth.shape not in (batch, ()) or bandwidth.device != x.device:
-            raise ValueError(
-                f"bandwidth must have shape {tuple(batch)} or () on {x.device}, "
-                f"got {tuple(bandwidth.shape)} on {bandwidth.device}"
-            )
-        return bandwidth.detach().to(dtype).expand(batch)
-    _check.number("bandwidth", bandwidth, positive=True)
-    return torch.full(batch, bandwidth, dtype=dtype, device=x.device)
+    batch = x.shape[:-2]
+    if bandwidth.shape not in (batch, ()) or bandwidth.device != x.device:
+        raise ValueError(
+            f"bandwidth must have shape {tuple(batch)} or () on {x.device}, "
+            f"got {tuple(bandwidth.shape)} on {bandwidth.device}"
+        )
+    return bandwidth.detach().to(torch.promote_types(x.dtype, torch.float32)).expand(batch)
 
 
-def mmd_reference(x, y, bandwidth, imq, scales, unbiased, gradient):
-    """MMD² and, where `gradient` is set, its gradients in the dtype of the arithmetic, else two empty tensors."""
+def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient):
+    """MMD² and the gradients that are asked for in the dtype of the arithmetic, an empty tensor in place of another.
+
+    Without a bandwidth the scales are in units of r². Draws y from a prior need no gradient: that spares their half of
+    the slopes' products.
+    """
     X, Y = _centred(x, y)
     (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y), _weights(X, Y, unbiased)
-    kernels = [_kernel(d2, bandwidth[..., None, None], imq, scales, gradient) for d2 in (xx, yy, xy)]
+    b = 1 if bandwidth is None else bandwidth[..., None, None]
+    slopes = x_gradient, y_gradient, x_gradient or y_gradient
+    kernels = [_kernel(d2, b, imq, scales, wanted) for d2, wanted in zip((xx, yy, xy), slopes, strict=True)]
     total = 0
     for (k, _), weight, within in zip(kernels, (w_xx, w_yy, -2 * w_xy), (True, True, False), strict=True):
         sums = k.sum((-2, -1), dtype=torch.float64)
         if within and unbiased:
             sums = sums - len(scales) * k.shape[-1]  # k(0) = 1 for each scale
         total = total + weight * sums
-    value = total.to(X.dtype)
-    if not gradient:
-        return value, X.new_empty(0), X.new_empty(0)
+    dx, dy = X.new_empty(0), X.new_empty(0)
     # ∂/∂x_i = Σ_j 4 w_xx k'(r²_ij)(x_i − x_j) − Σ_j 4 w_xy k'(r²_ij)(x_i − y_j)
     s_xx, s_yy, s_xy = (slope for _, slope in kernels)
-    dx = 4 * (w_xx * _pull(s_xx, X, X) - w_xy * _pull(s_xy, X, Y))
-    dy = 4 * (w_yy * _pull(s_yy, Y, Y) - w_xy * _pull(s_xy.mT, Y, X))
-    return value, dx, dy
+    if x_gradient:
+        dx = 4 * (w_xx * _pull(s_xx, X, X) - w_xy * _pull(s_xy, X, Y))
+    if y_gradient:
+        dy = 4 * (w_yy * _pull(s_yy, Y, Y) - w_xy * _pull(s_xy.mT, Y, X))
+    return total.to(X.dtype), dx, dy
 
 
 def _centred(x, y):
@@ -134,8 +149,7 @@ def _pull(slope, X, Y):
 class _Mmd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, bandwidth, imq, scales, unbiased):
-        gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        value, dx, dy = _forward(x, y, bandwidth, imq, scales, unbiased, gradient)
+        value, dx, dy = _forward(x, y, bandwidth, imq, scales, unbiased, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(dx, dy)
         ctx.dtype = x.dtype
         return value
@@ -144,11 +158,12 @@ class _Mmd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         scale = grad[..., None, None]
-        return *((scale * g).to(ctx.dtype) for g in ctx.saved_tensors), *[None] * 4
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return *((scale * g).to(ctx.dtype) if needed else None for g, needed in wanted), None, None, None, None
 
 
 _forward = register(
-    "mmd(Tensor x, Tensor y, Tensor bandwidth, bool imq, float[] scales, bool unbiased, bool gradient)"
-    " -> (Tensor value, Tensor dx, Tensor dy)",
+    "mmd(Tensor x, Tensor y, Tensor? bandwidth, bool imq, float[] scales, bool unbiased, bool x_gradient,"
+    " bool y_gradient) -> (Tensor value, Tensor dx, Tensor dy)",
     reference=mmd_reference,
 )
