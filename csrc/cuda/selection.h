@@ -16,7 +16,7 @@ constexpr unsigned kFew = 32;
 
 // Shared memory; clear() and a barrier come before the first use.
 struct alignas(16) Selection {
-  unsigned histogram[kBuckets];
+  unsigned histogram[kBuckets + 4];  // one more for what is outside, which is not looked at
   unsigned few[kFew];
   unsigned low[kWarps];
   int high[kWarps];
@@ -37,6 +37,7 @@ __device__ __forceinline__ unsigned at_place(unsigned value, unsigned place, uns
 // of them is.
 template <int Count>
 __device__ __forceinline__ float2 select(const unsigned (&values)[Count], unsigned first, unsigned second, Selection& s) {
+  static_assert(Count % 16 == 0);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
   unsigned low = kNone;
@@ -58,7 +59,7 @@ __device__ __forceinline__ float2 select(const unsigned (&values)[Count], unsign
 #pragma unroll
     for (int at = 0; at < Count; ++at) {
       const unsigned bucket = (values[at] - low) >> shift;  // what is below wraps round, and kNone is far above
-      if (bucket < kBuckets) atomicAdd(s.histogram + bucket, 1u);
+      atomicAdd(s.histogram + min(bucket, static_cast<unsigned>(kBuckets)), 1u);
     }
     __syncthreads();
     uint4* const four_at = reinterpret_cast<uint4*>(s.histogram) + thread;
@@ -93,8 +94,16 @@ __device__ __forceinline__ float2 select(const unsigned (&values)[Count], unsign
   unsigned lower = low, upper = low;  // of one value there may be any number
   if (shift > 0) {
 #pragma unroll
-    for (int at = 0; at < Count; ++at) {
-      if (values[at] - low <= top - low) s.few[atomicAdd(&s.listed, 1u)] = values[at];
+    for (int first_at = 0; first_at < Count; first_at += 16) {
+      unsigned inside = 0;
+#pragma unroll
+      for (int at = 0; at < 16; ++at) inside |= (values[first_at + at] - low <= top - low) << at;
+      if (inside == 0) continue;
+      unsigned to = atomicAdd(&s.listed, static_cast<unsigned>(__popc(inside)));
+#pragma unroll
+      for (int at = 0; at < 16; ++at) {
+        if (inside >> at & 1) s.few[to++] = values[first_at + at];
+      }
     }
     __syncthreads();
     const unsigned mine = static_cast<unsigned>(lane) < count ? s.few[lane] : kNone;

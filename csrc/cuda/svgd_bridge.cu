@@ -94,6 +94,9 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
     if (threadIdx.x == 0) bandwidths[step * sets + set] = h;
     const float two_over_h = 2.f / h, per_n = 1.f / n;
 
+    float* const next_state = step + 1 < plan.steps ? states + (step + 1) * all : nullptr;
+    T* const bridge =
+        (step + 1) % plan.iterations ? nullptr : bridges + (step + 1) / plan.iterations * all;
     float4 next = {};
     int next_at = -1;
     for (int first_i = 0; first_i < n; first_i += chunk) {
@@ -119,10 +122,11 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
 
           const float4 o = vec4(X + row_at(first_i + patch.i, quads) + patch.column);
           float KX[4][5] = {};  // the fifth column is r
-#pragma unroll(Tiles > 2 ? 1 : 4)
+          const float *K_j = K + kernel_at(lane, chunk) + patch.i, *X_j = X + row_at(lane, quads) + patch.column;
+#pragma unroll(Tiles > 3 ? 1 : 4)
           for (int j = lane; j < round_up(n, 4); j += 4) {
-            const float4 k = vec4(K + kernel_at(j, chunk) + patch.i);
-            const float4 x_j = vec4(X + row_at(j, quads) + patch.column);
+            const float4 k = vec4(K_j), x_j = vec4(X_j);
+            K_j += kernel_at(4, chunk), X_j += row_at(4, quads);
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
               const float from_o = part(x_j, c) - part(o, c);
@@ -147,12 +151,11 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
           }
           next = make_float4(moved[0], moved[1], moved[2], moved[3]);
           if (column == 0) row_sums[(step * sets + set) * n + i] = r;
-          for (int c = 0; c < min(4, d - column); ++c) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
             const int at = i * d + column + c;
-            if (step + 1 < plan.steps) states[(step + 1) * all + at] = part(next, c);
-            if ((step + 1) % plan.iterations == 0) {
-              bridges[(step + 1) / plan.iterations * all + at] = static_cast<T>(part(next, c));
-            }
+            if (column + c < d && next_state) next_state[at] = moved[c];
+            if (column + c < d && bridge) bridge[at] = static_cast<T>(moved[c]);
           }
         }
       }

@@ -149,11 +149,11 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
           const int origin = row_at(first_i + patch.i, quads) + patch.column;
           const float4 o_x = vec4(X + origin), o_g = vec4(G + origin);
           float sums[4][9] = {};  // K (G − o'), B (X − o), B 1
+          const float *K_j = K + kernel_at(lane, chunk) + patch.i, *X_j = X + row_at(lane, quads) + patch.column;
 #pragma unroll 2
           for (int j = lane; j < round_up(n, 4); j += 4) {
-            const float4 k = vec4(K + kernel_at(j, chunk) + patch.i), b = vec4(B + kernel_at(j, chunk) + patch.i);
-            const float4 x_j = vec4(X + row_at(j, quads) + patch.column);
-            const float4 g_j = vec4(G + row_at(j, quads) + patch.column);
+            const float4 k = vec4(K_j), b = vec4(K_j + (B - K)), x_j = vec4(X_j), g_j = vec4(X_j + (G - X));
+            K_j += kernel_at(4, chunk), X_j += row_at(4, quads);
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
               const float from_o = part(x_j, c) - part(o_x, c), g_from_o = part(g_j, c) - part(o_g, c);
@@ -183,13 +183,11 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
           next_g = make_float4(moved[0], moved[1], moved[2], moved[3]);
           next_x = make_float4(x_before[0], x_before[1], x_before[2], x_before[3]);
           next_at = at_i;
-          for (int c = 0; c < min(4, d - column); ++c) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) {
             const int at = i * d + column + c;
-            if (step == 0) {
-              dz[at] = static_cast<T>(part(next_g, c));
-            } else if (!plan.resident) {
-              gradients[step % 2 * all + at] = part(next_g, c);
-            }
+            if (column + c < d && step == 0) dz[at] = static_cast<T>(moved[c]);
+            if (column + c < d && step > 0 && !plan.resident) gradients[step % 2 * all + at] = moved[c];
           }
         }
       }
