@@ -2,82 +2,29 @@
 #include "svgd.h"
 
 #include <algorithm>
-#include <atomic>
-#include <memory>
 #include <optional>
-#include <thread>
 #include <tuple>
 
 #include "isa.h"
 #include "operator.h"
+#include "tournament.h"
 
 namespace ivfast {
 namespace {
 
 SvgdStages stages(ScalarType dtype, bool backward) { return IVFAST_BY_ISA(svgd_stages, storage(dtype), backward); }
 
-// Rows of a block: few enough blocks that handing them out is cheap, enough of them for many threads, and two tiles of
-// wide rows so that a tile's rows are used twice from the second-level cache. Never a function of the number of
-// threads: the blocks decide the order of every sum.
-int64_t block_rows(int64_t n, int64_t d) {
-  const int64_t edge = svgd_tile(n), least = n >= 1024 && d >= 256 ? 2 * edge : edge;
-  return std::clamp<int64_t>((n / 32 + edge - 1) / edge * edge, least, 512);
-}
+// One particle set as blocks of rows.
+struct Blocks {
+  const SvgdSet& set;
+  const SvgdStages& stages;
+  int64_t size;
 
-// The stages of one particle set as a list of tasks that any number of threads may work off: each block is begun, meets
-// every other block in a round-robin tournament, and is finished. A task waits until its blocks have played the rounds
-// before it; these stand earlier in the list, so that some thread is already at work on them. There is no barrier.
-class Tournament {
- public:
-  Tournament(const SvgdSet& set, const SvgdStages& stages)
-      : set_(set), stages_(stages), size_(block_rows(set.n, set.d)), blocks_((set.n + size_ - 1) / size_) {
-    seats_ = (blocks_ + 1) / 2 * 2, rounds_ = seats_ - 1;  // with an odd number of blocks one rests in each round
-    if (blocks_ > few) more_.reset(new std::atomic<int64_t>[size_t(blocks_)]);
-    played_ = blocks_ > few ? more_.get() : few_;
-    for (int64_t block = 0; block < blocks_; ++block) played_[block].store(0, std::memory_order_relaxed);
-  }
-
-  void work() {
-    const int64_t games = rounds_ * (seats_ / 2), tasks = blocks_ + games + blocks_;
-    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      if (task < blocks_) {
-        stages_.begin(set_, first(task), last(task));
-        played_[task].store(1, std::memory_order_release);
-      } else if (task < blocks_ + games) {
-        play((task - blocks_) / (seats_ / 2), (task - blocks_) % (seats_ / 2));
-      } else {
-        const int64_t block = task - blocks_ - games;
-        wait(block, rounds_ + 1);
-        stages_.finish(set_, first(block), last(block));
-      }
-    }
-  }
-
- private:
-  static constexpr int64_t few = 32;
-
-  void play(int64_t round, int64_t seat) {
-    const int64_t a = seat == 0 ? rounds_ : (round + seat) % rounds_, b = (round + rounds_ - seat) % rounds_;
-    for (const int64_t block : {a, b})
-      if (block < blocks_) wait(block, round + 1);
-    if (std::max(a, b) < blocks_) stages_.pair(set_, first(a), last(a), first(b), last(b));
-    for (const int64_t block : {a, b})
-      if (block < blocks_) played_[block].store(round + 2, std::memory_order_release);
-  }
-
-  void wait(int64_t block, int64_t stages) const {
-    for (int tries = 0; played_[block].load(std::memory_order_acquire) < stages; ++tries)
-      if (tries > 1000) std::this_thread::yield();
-  }
-
-  int64_t first(int64_t block) const { return block * size_; }
-  int64_t last(int64_t block) const { return std::min(set_.n, (block + 1) * size_); }
-
-  const SvgdSet& set_;
-  const SvgdStages& stages_;
-  int64_t size_, blocks_, seats_, rounds_;
-  std::atomic<int64_t> next_{0}, few_[few], *played_;  // stages that each block has behind it
-  std::unique_ptr<std::atomic<int64_t>[]> more_;
+  void begin(int64_t a) const { stages.begin(set, first(a), last(a)); }
+  void pair(int64_t a, int64_t b) const { stages.pair(set, first(a), last(a), first(b), last(b)); }
+  void finish(int64_t a) const { stages.finish(set, first(a), last(a)); }
+  int64_t first(int64_t block) const { return block * size; }
+  int64_t last(int64_t block) const { return std::min(set.n, (block + 1) * size); }
 };
 
 }  // namespace
@@ -86,12 +33,8 @@ double svgd_run(SvgdSet set, const SvgdStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
   stages.centre(set);
-  Tournament tournament(set, stages);
-  if (threaded)
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1,
-                                [&](int64_t, int64_t) { tournament.work(); });
-  else
-    tournament.work();
+  const Blocks blocks{set, stages, block_rows(set.n, set.d, svgd_tile(set.n))};
+  Tournament(blocks, (set.n + blocks.size - 1) / blocks.size).run(threaded);
   const double gradient = stages.bandwidth_gradient ? stages.bandwidth_gradient(set) : 0;
   workspace.trim();
   return gradient;
