@@ -1,7 +1,7 @@
 // A particle set as one thread block holds it: columns in shared memory, squared distances in registers.
 //
-// Distances are sums of squared differences: nothing cancels, equal particles are at exactly 0, and the same pair has the
-// same bits wherever it is computed.
+// Distances are sums of squared differences: nothing cancels, equal particles are at exactly 0, and the same pair has
+// the same bits wherever it is computed.
 #pragma once
 
 #include <type_traits>
@@ -13,12 +13,17 @@
 namespace ivfast {
 
 constexpr int kThreads = 256;  // of every block
+constexpr int kMostDimensions = 128;
 
 __device__ __forceinline__ float4 vec4(const float* p) { return *reinterpret_cast<const float4*>(p); }
 
-__device__ __forceinline__ float part(const float4& v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
+__device__ __forceinline__ float part(const float4& v, int i) {
+  return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
+}
 
-__host__ __device__ constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+__host__ __device__ constexpr int round_up(int value, int multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // A panel: 4 quads columns of n samples at row_at(row, quads), zero outside the n x d that exist. Four floats between
 // groups of four rows keep eight threads that read rows 4 apart on banks of their own.

@@ -1,8 +1,8 @@
 // Order statistics, exact, of non-negative floats that the threads of a block hold in registers.
 //
-// Bits of such floats order as the floats do. A histogram of 1024 buckets from the least to the largest tells the bucket
-// of the wanted rank, and a bucket of more than 32 values is the range of the next histogram: at most four for 31 bits,
-// one for the distances of a small particle set. A warp ranks what is left.
+// Bits of such floats order as the floats do. A histogram of 1024 buckets from the least to the largest tells the
+// bucket of the wanted rank, and a bucket of more than 32 values is the range of the next histogram: at most four for
+// 31 bits, one for the distances of a small particle set. A warp ranks what is left.
 #pragma once
 
 #include "particles.h"
@@ -36,7 +36,8 @@ __device__ __forceinline__ unsigned at_place(unsigned value, unsigned place, uns
 // The values of ranks `first` and `second`, which is `first` or the next, among those that are not kNone; NaN where one
 // of them is.
 template <int Count>
-__device__ __forceinline__ float2 select(const unsigned (&values)[Count], unsigned first, unsigned second, Selection& s) {
+__device__ __forceinline__ float2 select(
+    const unsigned (&values)[Count], unsigned first, unsigned second, Selection& s) {
   static_assert(Count % 16 == 0);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 

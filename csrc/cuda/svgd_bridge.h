@@ -8,8 +8,6 @@
 
 namespace ivfast {
 
-constexpr int kMostDimensions = 128;
-
 __host__ __device__ constexpr int kernel_at(int j, int chunk) { return j * (chunk + 8) + j / 4 * 8; }
 
 struct BridgePlan {

@@ -1,0 +1,86 @@
+// Tiles of 32 samples, which the SVGD direction and its gradient walk over in pairs; n is any, d at most 128.
+//
+// K exists 32 by 32 at a time, in shared memory. Distances are sums of squared differences: nothing cancels, and the
+// diagonal is exactly 0.
+#pragma once
+
+#include "particles.h"
+
+#include <optional>
+
+namespace ivfast {
+
+constexpr int kTile = 32;
+constexpr int kPairs = kTile + 4;  // row stride of a tile of pairs: float4-aligned, off the banks' period
+
+// A tile of samples: 32 rows of D >= d floats at this stride, zero outside the n x d that exist.
+template <int D>
+constexpr int kStride = D + 4;
+
+template <int Count>
+__device__ __forceinline__ void copy(float (&to)[Count], const float* from) {
+  if constexpr (Count == 4) {
+    const float4 v = vec4(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else {
+    for (int at = 0; at < Count; ++at) to[at] = from[at];
+  }
+}
+
+// tile[row][column] = value(row, column)
+template <int D, class F>
+__device__ __forceinline__ void fill_tile(float* tile, int rows, int d, F value) {
+  const int column = threadIdx.x % D;
+#pragma unroll
+  for (int step = 0; step < kTile * D / kThreads; ++step) {
+    const int row = threadIdx.x / D + step * (kThreads / D);
+    tile[row * kStride<D> + column] = row < rows && column < d ? value(row, column) : 0.f;
+  }
+}
+
+// The mean of column threadIdx.x % D over the block's own rows. φ and its gradient do not move with x, their rounding
+// does: any point among the particles does as a centre. Nobody may be using `scratch`.
+template <int D, class T>
+__device__ __forceinline__ float centre_of(const T* x, int rows, int d, float* scratch) {
+  const int column = threadIdx.x % D;
+  float sum = 0.f;
+#pragma unroll
+  for (int step = 0; step < kTile * D / kThreads; ++step) {
+    const int row = threadIdx.x / D + step * (kThreads / D);
+    if (row < rows && column < d) sum += static_cast<float>(x[row * d + column]);
+  }
+  scratch[threadIdx.x] = sum;
+  __syncthreads();
+  float total = 0.f;
+  for (int group = 0; group < kThreads / D; ++group) total += scratch[group * D + column];
+  return total / rows;
+}
+
+// Sum over the 16 threads that share a row of pairs; they are half a warp.
+__device__ __forceinline__ float row_total(float v) {
+#pragma unroll
+  for (int lane = 8; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
+  return v;
+}
+
+inline Sets direction_sets(const Tensor& x) { return Sets("svgd_direction", x.sizes(), 65535 * kTile, kMostDimensions); }
+
+inline int tiles_of(int n) { return (n + kTile - 1) / kTile; }
+
+constexpr size_t shared_bytes(int tiles, int pair_tiles, int D) {
+  return sizeof(float) * (tiles * kTile * (D + 4) + pair_tiles * kTile * kPairs + kTile);
+}
+
+// f(D) for the narrowest tile that holds d, D a compile-time constant
+template <class F>
+void by_width(int d, F f) {
+  if (d <= 32) return f(std::integral_constant<int, 32>{});
+  if (d <= 64) return f(std::integral_constant<int, 64>{});
+  return f(std::integral_constant<int, 128>{});
+}
+
+inline std::optional<Tensor> as_contiguous(const std::optional<Tensor>& x) {
+  return x ? std::optional(as_contiguous(*x)) : std::nullopt;
+}
+
+}  // namespace ivfast
