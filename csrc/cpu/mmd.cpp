@@ -1,0 +1,72 @@
+// The maximum mean discrepancy on the CPU: the operator, and which thread does what.
+#include "mmd.h"
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+
+#include "isa.h"
+#include "operator.h"
+#include "tournament.h"
+
+namespace ivfast {
+namespace {
+
+// The pooled sample as blocks of rows, each of x or of y.
+struct Blocks {
+  const TwoSamples& samples;
+  const MmdStages& stages;
+
+  void begin(int64_t a) const { stages.begin(samples, a); }
+  void pair(int64_t a, int64_t b) const { stages.pair(samples, std::min(a, b), std::max(a, b)); }
+  void finish(int64_t a) const { stages.finish(samples, a); }
+};
+
+double run(TwoSamples samples, const MmdStages& stages, bool threaded) {
+  static thread_local Workspace workspace;
+  samples.workspace = workspace.reserve(stages.bytes(samples));
+  stages.prepare(samples);
+  const Blocks blocks{samples, stages};
+  Tournament(blocks, samples.blocks()).run(threaded);
+  const double value = stages.value(samples);
+  workspace.trim();
+  return value;
+}
+
+std::tuple<Tensor, Tensor, Tensor> mmd(const Tensor& x_, const Tensor& y_, const std::optional<Tensor>& bandwidth_,
+                                       bool imq, std::vector<double> scales, bool unbiased, bool x_gradient,
+                                       bool y_gradient) {
+  const Shape x_shape(x_), y_shape(y_);
+  const ScalarType dtype = x_.scalar_type(), wide = arithmetic(dtype);
+  const int64_t n = x_shape.n, m = y_shape.n, d = x_shape.d, pooled = n + m, sets = x_shape.sets;
+  STD_TORCH_CHECK(y_shape.d == d && y_shape.sets == sets && y_.scalar_type() == dtype,
+                  "y must match x but for the number of samples");
+  STD_TORCH_CHECK(!unbiased || (n >= 2 && m >= 2), "unbiased needs 2 samples of each, got ", n, " and ", m);
+  const Tensor x = as_contiguous(x_), y = as_contiguous(y_), bandwidth = bandwidth_ ? as_contiguous(*bandwidth_) : x;
+  STD_TORCH_CHECK(!bandwidth_ || (bandwidth.scalar_type() == wide && int64_t(bandwidth.numel()) == sets),
+                  "bandwidth must be one per pair of samples in the dtype of the arithmetic");
+  Tensor value = empty(x, x_shape.batch, wide);
+  Tensor dx = x_gradient ? empty(x, x_shape.full, wide) : empty(x, {0}, wide);
+  Tensor dy = y_gradient ? empty(y, y_shape.full, wide) : empty(y, {0}, wide);
+
+  const Data xs(x, n * d, dtype), ys(y, m * d, dtype), values(value, 1, wide);
+  const Data bandwidths = bandwidth_ ? Data(bandwidth, 1, wide) : Data();
+  const Data dxs = x_gradient ? Data(dx, n * d, wide) : Data(), dys = y_gradient ? Data(dy, m * d, wide) : Data();
+  const MmdStages stages = IVFAST_BY_ISA(mmd_stages, storage(dtype));
+  const int64_t products = (n * int64_t(x_gradient) + m * int64_t(y_gradient)) * 2 * d;  // flop, about
+  const int64_t cost = pooled * (pooled * (d + 6 * int64_t(scales.size())) + products);
+  each_set(sets, cost, [&](int64_t set, bool threaded) {
+    TwoSamples samples{};
+    samples.n[0] = n, samples.n[1] = m, samples.d = d, samples.size = block_rows(pooled, d, mmd_tile(pooled));
+    samples.imq = imq, samples.unbiased = unbiased, samples.scales = scales.data(), samples.count = scales.size();
+    samples.bandwidth = bandwidth_ ? ivfast::value(bandwidths, set) : 1;
+    samples.x[0] = xs[set], samples.x[1] = ys[set], samples.dx[0] = dxs[set], samples.dx[1] = dys[set];
+    set_value(values, set, run(samples, stages, threaded));
+  });
+  return {value, dx, dy};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ivfast, CPU, m) { m.impl("mmd", TORCH_BOX(&mmd)); }
+
+}  // namespace
+}  // namespace ivfast

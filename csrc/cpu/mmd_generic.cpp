@@ -1,0 +1,3 @@
+#include "isa/generic.h"
+#include "mmd_kernel.h"
+#include "isa/end.h"
