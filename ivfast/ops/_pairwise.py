@@ -1,4 +1,4 @@
-"""What the references of the pairwise ops share."""
+"""What the pairwise ops share."""
 
 import torch
 from torch import Tensor
@@ -15,3 +15,11 @@ def squared_distances(x: Tensor) -> Tensor:
     norms = gram.diagonal(dim1=-2, dim2=-1)  # from the same rounded products
     d2 = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram).clamp_min(0)
     return d2.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
+
+
+def small_in_cuda(x: Tensor, y: Tensor) -> tuple[str, ...]:
+    """CUDA C++ for small samples in up to 128 dimensions, Triton above. Both compute in float32."""
+    if x.dtype == torch.float64:
+        return ()
+    small = max(x.shape[-2], y.shape[-2]) <= 256 and x.shape[-1] <= 128
+    return ("cuda", "triton") if small else ("triton",)

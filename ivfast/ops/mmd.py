@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from .._registry import register
 from . import median
-from ._pairwise import arithmetic, squared_distances
+from ._pairwise import arithmetic, small_in_cuda, squared_distances
 
 KERNELS = ("imq", "rbf")
 SCALES = {"imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0), "rbf": (1.0,)}
@@ -166,4 +166,6 @@ _forward = register(
     "mmd(Tensor x, Tensor y, Tensor? bandwidth, bool imq, float[] scales, bool unbiased, bool x_gradient,"
     " bool y_gradient) -> (Tensor value, Tensor dx, Tensor dy)",
     reference=mmd_reference,
+    cuda=True,
+    prefer=lambda x, y, *_: small_in_cuda(x, y),
 )

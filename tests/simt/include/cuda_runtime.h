@@ -137,7 +137,8 @@ inline float __uint_as_float(unsigned bits) {
   return x;
 }
 
-// Fibers share one system thread: a plain read and write is atomic.
+// Fibers share one system thread: a plain read and write is atomic, and what is written is seen.
+inline void __threadfence() {}
 template <class T>
 T atomicAdd(T* p, T value) {
   const T old = *p;

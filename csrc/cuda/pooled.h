@@ -1,0 +1,211 @@
+// Two samples of up to 256 rows each, as the thread block that owns a few rows of one of them works through both.
+//
+// A thread owns a column: a row of the block's own sample or of the other one. The gradient of the block's rows needs
+// no other block; what is summed over blocks is reported, and added by whoever sees every report.
+#pragma once
+
+#include <atomic>
+#include <random>
+
+#include "particles.h"
+
+namespace ivfast {
+
+constexpr int kMostColumns = 2 * kMostParticles;
+constexpr int kWidest = 128;  // dimensions
+
+// What one block sees of `Arrays` arrays [n, d] and [m, d] of either sample: its own first, with `own` columns, then the
+// other with `columns - own`; where no pair of different samples is wanted, columns = own.
+template <int Arrays, class T>
+struct Pool {
+  const T *ours[Arrays], *theirs[Arrays];
+  int own, columns, d, first_row;
+  bool whole;  // four elements can be loaded at once
+};
+
+// How [columns, d] fits into shared memory: 4 quads dimensions at a time, rows an odd number of fours apart, so that
+// eight threads that read eight rows in a row find them on different banks.
+struct Panels {
+  int quads = 1, stride = 4, floats = 0;
+
+  Panels(int columns, int d, int arrays, size_t available) {
+    const int all = (d + 3) / 4;
+    const auto bytes = [&](int quads) { return sizeof(float) * arrays * columns * 4 * (quads | 1); };
+    int count = 1;
+    for (quads = all; quads > 1 && bytes(quads) > available; quads = (all + count - 1) / count) ++count;
+    stride = 4 * (quads | 1), floats = columns * stride;
+  }
+};
+
+// Four elements of a row in float32, 0 beyond d
+template <class T>
+__device__ __forceinline__ float4 quad_of(const T* row, int column, int d, bool whole) {
+  struct alignas(4 * sizeof(T)) Quad {
+    T at[4];
+  };
+  if (whole) {
+    const Quad v = *reinterpret_cast<const Quad*>(row + column);
+    return make_float4(
+        static_cast<float>(v.at[0]), static_cast<float>(v.at[1]), static_cast<float>(v.at[2]),
+        static_cast<float>(v.at[3]));
+  }
+  float v[4];
+#pragma unroll
+  for (int c = 0; c < 4; ++c) v[c] = column + c < d ? static_cast<float>(row[column + c]) : 0.f;
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
+
+template <class T>
+__device__ __forceinline__ bool whole_quads(const T* x, int d) {
+  return d % 4 == 0 && reinterpret_cast<uintptr_t>(x) % (4 * sizeof(T)) == 0;
+}
+
+// Dimensions first, … of every column: panels + a · floats for array a. Eight loads of a thread are on their way at once.
+template <int Arrays, class T>
+__device__ __forceinline__ void fill_panels(float* panels, const Panels& plan, const Pool<Arrays, T>& pool, int first) {
+  constexpr int at_once = 8 / Arrays;
+  const int rows_on = blockDim.x / plan.quads, quads_on = blockDim.x % plan.quads;
+  int row = threadIdx.x / plan.quads, quad = threadIdx.x % plan.quads;
+  while (row < pool.columns) {
+    float4 v[at_once][Arrays];
+    int to[at_once];
+#pragma unroll
+    for (int load = 0; load < at_once; ++load) {
+      const bool is_own = row < pool.own;
+      const int column = first + 4 * quad;
+      to[load] = row < pool.columns ? row * plan.stride + 4 * quad : -1;
+#pragma unroll
+      for (int a = 0; a < Arrays; ++a) {
+        if (to[load] < 0) continue;
+        const T* x = is_own ? pool.ours[a] + row * pool.d : pool.theirs[a] + (row - pool.own) * pool.d;
+        v[load][a] = column < pool.d ? quad_of(x, column, pool.d, pool.whole) : float4{};
+      }
+      row += rows_on, quad += quads_on;
+      if (quad >= plan.quads) quad -= plan.quads, ++row;
+    }
+#pragma unroll
+    for (int load = 0; load < at_once; ++load) {
+#pragma unroll
+      for (int a = 0; a < Arrays; ++a) {
+        if (to[load] >= 0) *reinterpret_cast<float4*>(panels + a * plan.floats + to[load]) = v[load][a];
+      }
+    }
+  }
+}
+
+// How the threads of a block divide sums over columns of a panel of `quads` fours of dimensions: by four dimensions and
+// by slices of the columns.
+struct Slices {
+  int quad, slice, count;
+
+  __device__ explicit Slices(int quads) {
+    int power = 1;
+    while (power < quads) power *= 2;
+    quad = threadIdx.x % power, slice = threadIdx.x / power, count = blockDim.x / power;
+  }
+  __device__ int width() const { return 4 * static_cast<int>(blockDim.x) / count; }
+};
+
+// f(row, column, Σ over slices of sums[row][column % 4]): scratch holds 4 Rows floats for each thread. Barriers are the
+// caller's: nobody may be reading scratch, and it is free after the next one.
+template <int Rows, class F>
+__device__ __forceinline__ void sum_slices(float* scratch, const float (&sums)[Rows][4], const Slices& slices, F f) {
+  const int width = slices.width();
+#pragma unroll
+  for (int row = 0; row < Rows; ++row) {
+    *reinterpret_cast<float4*>(scratch + (slices.slice * Rows + row) * width + 4 * slices.quad) =
+        make_float4(sums[row][0], sums[row][1], sums[row][2], sums[row][3]);
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < Rows * width; at += blockDim.x) {
+    float total = 0.f;
+#pragma unroll 4
+    for (int slice = 0; slice < slices.count; ++slice) total += scratch[slice * Rows * width + at];
+    f(at / width, at % width, total);
+  }
+}
+
+// What each block of a set adds to a sum, in memory that nobody has to clear first. A signature, new at every launch,
+// says that a report is there. A block looks for those of all others after its own is written, so the last to look sees
+// them all; whoever does so forms the same result, and erases the signatures for a graph that repeats the launch.
+template <int Width>
+struct Report {
+  double values[Width];
+  unsigned long long signature;
+};
+
+template <int Width>
+__device__ __forceinline__ void send(
+    volatile Report<Width>* report, const double (&values)[Width], unsigned long long signature) {
+#pragma unroll
+  for (int at = 0; at < Width; ++at) report->values[at] = values[at];
+  __threadfence();
+  report->signature = signature;
+  __threadfence();
+}
+
+// True for a warp that sees the reports of all blocks; one thread of the block has sent its own, and a barrier followed.
+template <int Width>
+__device__ __forceinline__ bool all_sent(const volatile Report<Width>* reports, int blocks, unsigned long long signature) {
+  bool all = true;
+  __threadfence();
+  for (int at = threadIdx.x % 32; at < blocks; at += 32) all = all && reports[at].signature == signature;
+  __threadfence();
+  return __all_sync(~0u, all);
+}
+
+template <int Width>
+__device__ __forceinline__ void erase(volatile Report<Width>* reports, int blocks) {
+  for (int at = threadIdx.x % 32; at < blocks; at += 32) reports[at].signature = 0;
+}
+
+// Never 0, never the same twice, and no number that other data hold.
+inline unsigned long long new_signature() {
+  static const unsigned long long seed = [] {
+    std::random_device random;
+    return static_cast<unsigned long long>(random()) << 32 | random();
+  }();
+  static std::atomic<unsigned long long> launches{0};
+  unsigned long long z = seed + 0x9E3779B97F4A7C15ull * ++launches;  // splitmix64, a bijection
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  z ^= z >> 31;
+  return z ? z : 1;
+}
+
+template <int Width>
+Tensor new_reports(const Tensor& like, int64_t sets, int64_t blocks) {
+  return empty(like, {sets, blocks, Width + 1}, ScalarType::Double);
+}
+
+template <int Width>
+Report<Width>* reports_in(const Tensor& tensor) {
+  static_assert(sizeof(Report<Width>) == sizeof(double) * (Width + 1));
+  return reinterpret_cast<Report<Width>*>(tensor.mutable_data_ptr<double>());
+}
+
+// The sum over the lanes of a warp
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(~0u, value, lane);
+  return value;
+}
+
+// x [..., n, d] and y [..., m, d]
+struct TwoSamples {
+  Sets x, y;
+
+  TwoSamples(const char* op, const char* x_name, const Tensor& x_tensor, const char* y_name, const Tensor& y_tensor)
+      : x(op, x_tensor.sizes(), INT32_MAX, INT32_MAX), y(op, y_tensor.sizes(), INT32_MAX, INT32_MAX) {
+    STD_TORCH_CHECK(
+        x.n <= kMostParticles && y.n <= kMostParticles && x.d <= kWidest, op, " in CUDA C++ takes ", x_name,
+        " [..., n, d] and ", y_name, " [..., m, d] of n, m <= ", kMostParticles, " and d <= ", kWidest, ", got n = ",
+        x.n, ", m = ", y.n, ", d = ", x.d);
+    STD_TORCH_CHECK(
+        x.d == y.d && x.count == y.count && x_tensor.scalar_type() == y_tensor.scalar_type(), op, " takes ", x_name,
+        " and ", y_name, " of one dtype, one batch and one d");
+  }
+};
+
+}  // namespace ivfast
