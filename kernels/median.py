@@ -15,7 +15,7 @@ SMALL = 64  # one tile without spills; not measured yet
 
 
 @triton.jit
-def _median2(m_0, m_1, SQUARED: tl.constexpr):
+def median2(m_0, m_1, SQUARED: tl.constexpr):
     if SQUARED:
         return 0.5 * (m_0 + m_1)
     root = 0.5 * (tl.sqrt(m_0) + tl.sqrt(m_1))
@@ -31,7 +31,7 @@ def _slope(m, other, SQUARED: tl.constexpr):
 
 
 @triton.jit
-def _bandwidth(med2, spread, divisor):
+def bandwidth(med2, spread, divisor):
     med2 = tl.where(med2 > 0, med2, spread)
     return tl.where(med2 > 0, med2 / divisor, 1.0)
 
@@ -62,7 +62,7 @@ def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: 
 
 
 @triton.jit
-def _small_middles(bits, rank_0, rank_1):
+def small_middles(bits, rank_0, rank_1):
     """The numbers of two ranks that are equal or neighbours; a negative rank's is 0."""
     second = tl.where(rank_1 < 0, 0, rank_of(bits, tl.maximum(rank_1, 0)))
     flat = tl.ravel(bits)
@@ -90,11 +90,11 @@ def _small_kernel(
     i_set = tl.program_id(0).to(tl.int64)
 
     bits, spread = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
-    m_0, m_1 = _small_middles(bits, rank_0, rank_1)
+    m_0, m_1 = small_middles(bits, rank_0, rank_1)
 
     tl.store(p_middles + 2 * i_set, m_0)
     tl.store(p_middles + 2 * i_set + 1, m_1)
-    tl.store(p_h + i_set, _bandwidth(_median2(m_0, m_1, SQUARED), spread, divisor))
+    tl.store(p_h + i_set, bandwidth(median2(m_0, m_1, SQUARED), spread, divisor))
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def _finish_kernel(
     i_set = tl.program_id(0).to(tl.int64)
     m_0 = value_of(tl.load(p_window + 4 * i_set))
     m_1 = value_of(tl.load(p_window + 4 * i_set + 2)) if TWO else m_0
-    med2 = _median2(m_0, m_1, SQUARED)
+    med2 = median2(m_0, m_1, SQUARED)
 
     # the mean of d²_i0 takes the place of a median that is 0
     spread = tl.zeros([TILE], tl.float32)
@@ -165,7 +165,7 @@ def _finish_kernel(
 
     tl.store(p_middles + 2 * i_set, m_0)
     tl.store(p_middles + 2 * i_set + 1, m_1)
-    tl.store(p_h + i_set, _bandwidth(med2, tl.sum(spread, 0) / n, divisor))
+    tl.store(p_h + i_set, bandwidth(med2, tl.sum(spread, 0) / n, divisor))
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from torch import Tensor
 # fusion stated, since its default differs between versions of Triton
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 ROWS = 64  # of a packing program; n is padded to a multiple of twice as many
+PROGRAMS = 264  # that occupy a GPU: two for each processor of an H100
 WIDE = 128  # dimensions up to which they are padded to a power of two
 
 HALF = (torch.bfloat16, torch.float16)
@@ -144,6 +145,15 @@ def padded(d: int) -> int:
     return max(16, triton.next_power_of_2(d)) if d <= WIDE else triton.cdiv(d, WIDE) * WIDE
 
 
+def shares(tiles: int, programs: int) -> tuple[int, int]:
+    """Into how many parts `tiles` are split to occupy a GPU where there are `programs` of them, and tiles of a part.
+
+    A function of shapes alone, which so decide the order of every sum.
+    """
+    share = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // max(1, programs))))
+    return triton.cdiv(tiles, share), share
+
+
 def check_dtype(op: str, x: Tensor) -> None:
     if x.dtype != torch.float32 and x.dtype not in HALF:
         raise TypeError(f"{op} in Triton takes float32, bfloat16 or float16, got {x.dtype}")
@@ -160,9 +170,9 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 10
 
 
-def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, grad=None) -> Packed:
+def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, grad=None, mean=None) -> Packed:
     """x `[..., n, d]` packed for products that take `width` dimensions at once, as q must; with a bandwidth V too, with
-    a gradient G and p."""
+    a gradient G and p. `mean` `[..., d]` is the centre where it is not x's own."""
     sets, (n, d) = x.shape[:-2].numel(), x.shape[-2:]
     N, D = triton.cdiv(n, 2 * ROWS) * 2 * ROWS, padded(d)
 
@@ -180,7 +190,7 @@ def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, g
     packed = Packed(sets, n, d, N, D, empty(D), V, G, empty(), p)
     if sets == 0:
         return packed
-    mean = x.mean(-2, dtype=torch.float32).contiguous()
+    mean = (x.mean(-2, dtype=torch.float32) if mean is None else mean).contiguous()
     tensors = (t if t is None else t.contiguous() for t in (score, grad, bandwidth))
     _pack_kernel[sets * (N // ROWS),](
         *(x.contiguous(), mean, *tensors, packed.X, V, G, packed.q, p, n, d, N),

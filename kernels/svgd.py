@@ -69,7 +69,7 @@ def backward_tile(D: int, major: int) -> Tile:
 
 
 @triton.jit
-def _kernel_tile(xx, q_i, q_j, i, j, exponent):
+def kernel_tile(xx, q_i, q_j, i, j, exponent):
     """k'_ij = 2^(t_ij · 2 log2(e)/h), 0 for j = i."""
     t = tl.minimum(xx - q_i[:, None] - q_j[None, :], 0.0)
     return tl.where(i[:, None] == j[None, :], 0.0, tl.exp2(t * exponent))
@@ -105,7 +105,7 @@ def _forward_kernel(
     for first in range(i_split * share, tl.minimum((i_split + 1) * share, N), COLUMNS):
         j, at_j = first + tl.arange(0, COLUMNS), (base + first) * D
         xx = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X + at_i, p_X + at_j, D, WIDTH, PRECISION)
-        k = as_operand(_kernel_tile(xx, q_i, tl.load(p_q + base + j), i, j, exponent), PRECISION)
+        k = as_operand(kernel_tile(xx, q_i, tl.load(p_q + base + j), i, j, exponent), PRECISION)
         r += tl.sum(k, 1)
         KV = tl.dot(k, tile(p_V + at_j + value, D, COLUMNS, VALUES), KV, input_precision=PRECISION)
 
@@ -149,7 +149,7 @@ def _backward_kernel(
     for first in range(i_split * share, tl.minimum((i_split + 1) * share, N), COLUMNS):
         j, at_j = first + tl.arange(0, COLUMNS), (base + first) * D
         xx = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X + at_i, p_X + at_j, D, WIDTH, PRECISION)
-        k = _kernel_tile(xx, q_i, tl.load(p_q + base + j), i, j, exponent)
+        k = kernel_tile(xx, q_i, tl.load(p_q + base + j), i, j, exponent)
         # B_ij = k'_ij (g_i·v_j + v_i·g_j + p_i + p_j)
         gv = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_G + at_i, p_V + at_j, D, WIDTH, PRECISION)
         gv = add_product(gv, p_V + at_i, p_G + at_j, D, WIDTH, PRECISION)

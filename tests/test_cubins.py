@@ -60,7 +60,7 @@ def variants() -> list[Variant]:
             Variant("multi_js._forward_kernel", f"{x} {weights} {y} {y} {sizes}", multi_js.OPTIONS),
             Variant("multi_js._backward_kernel", f"{x} {x} {weights} {y} {x} {sizes}", multi_js.OPTIONS),
         ]
-    return found + svgd_variants() + median_variants()
+    return found + svgd_variants() + median_variants() + bridge_variants()
 
 
 def svgd_variants() -> list[Variant]:
@@ -137,6 +137,22 @@ def median_variants() -> list[Variant]:
     return [*found, filled("selection._bracket_kernel", particles.OPTIONS | {"num_warps": 16}, **window)]
 
 
+def bridge_variants() -> list[Variant]:
+    from ivfast.kernels import particles, svgd_bridge
+
+    found = []
+    numbers = {"step_size": "fp32", "scale": "fp32", "noise": "fp32", "divisor": "fp32"}
+    for n, dtype, ones in ((2, "fp32", {"d": 1, "iterations": 1, "rank_0": 1}), (32, "fp16", {}), (64, "bf16", {})):
+        targets = tuple(cc for cc in TARGETS if svgd_bridge._one_program(n, 16, cc // 10))
+        (D, N), options = svgd_bridge._one_program(n, 16, 9)
+        x = f"*{dtype}:16"
+        given = {"p_z": x, "p_draws": x, "p_bridges": x, "D": D, "N": N, "PRECISION": "tf32x3", "targets": targets}
+        found.append(filled("svgd_bridge._forward_kernel", options, **numbers, **ones, **given, products=True))
+        step = {"p_draw": x, "p_bridge": x, "step_size": "fp32", "noise": "fp32", "ELEMENTS": svgd_bridge.ELEMENTS}
+        found.append(filled("svgd_bridge._step_kernel", particles.OPTIONS, **step))
+    return found
+
+
 def compile_variant(variant: Variant, capability: int) -> dict[str, int]:
     """Of a cubin: registers, bytes of stack and local memory (both hold what registers cannot) and of shared memory,
     and how many of its instructions are matrix products."""
@@ -150,7 +166,7 @@ def compile_variant(variant: Variant, capability: int) -> dict[str, int]:
     kernel = getattr(importlib.import_module(f"ivfast.kernels.{module}"), name)
     signature, constants, attributes = {}, {}, {}
     for i, (argument, text) in enumerate(zip(kernel.arg_names, variant.types.split(), strict=True)):
-        if text == "None" or text.startswith("tf32") or text.isdigit():
+        if text in ("None", "ieee", "tf32", "tf32x3") or text.isdigit():
             value = None if text == "None" else int(text) if text.isdigit() else text
             signature[argument], constants[argument] = "constexpr", value
         else:
