@@ -166,6 +166,7 @@ _forward = register(
     "mmd(Tensor x, Tensor y, Tensor? bandwidth, bool imq, float[] scales, bool unbiased, bool x_gradient,"
     " bool y_gradient) -> (Tensor value, Tensor dx, Tensor dy)",
     reference=mmd_reference,
+    triton="mmd.forward",
     cuda=True,
     prefer=lambda x, y, *_: small_in_cuda(x, y),
 )

@@ -1,0 +1,286 @@
+"""Maximum mean discrepancy and its gradients in Triton: tiles of pairs on the tensor cores, no matrix of them.
+
+With both samples centred on y's mean and k' = dk/dr² summed over the scales,
+  value = w_x Σ_{i≠j} k(x_i, x_j) + w_y Σ_{i≠j} k(y_i, y_j) − 2 w_xy Σ k(x_i, y_j),
+  ∂x_i = 4 Σ_j w_x k'(x_i, x_j)(x_i − x_j) − 4 Σ_j w_xy k'(x_i, y_j)(x_i − y_j), and so for y,
+in one pass for each sample over the pairs of its rows: where no gradient is wanted, each pair within it once.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .particles import (
+    LARGEST,
+    OPTIONS,
+    SMALLEST,
+    Packed,
+    add_product,
+    as_operand,
+    capability,
+    check_dtype,
+    pack,
+    padded,
+    precision,
+    shares,
+    tile,
+)
+
+FINISH_ROWS, FINISH_WIDTH = 16, 64
+SCALES = 8  # that one launch sums
+FAR = tl.constexpr(1e18)  # in r² and in the scales: products of two are finite and not 0
+
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    values: int  # dimensions of the gradient that a program adds up; each such program computes its kernels anew
+    width: int  # dimensions that a product takes at once
+    warps: int = 8
+
+    @property
+    def options(self) -> dict:
+        return OPTIONS | {"num_warps": self.warps}
+
+
+# Nothing here is measured yet: these are the largest tiles that Triton 3.9 compiles without spills.
+def tile_of(D: int, major: int, gradient: bool) -> Tile:
+    """For rows of D numbers on compute capability `major`.x."""
+    width = min(D, 32)
+    if not gradient:
+        return Tile(128, 64, D, min(D, 64) if major >= 9 else width)
+    if D <= 16 or (D <= 64 and major >= 9):
+        return Tile(128, 32, D, width)
+    return Tile(64, 32 if major >= 9 else 16, min(D, 128), width)
+
+
+@triton.jit
+def _scale(s, b):
+    return tl.minimum(tl.maximum(s * b, 1 / FAR), FAR)
+
+
+@triton.jit
+def _imq(d2, scales, b, COUNT: tl.constexpr):
+    """Σ_s c/(c + r²) and its derivative −Σ_s (c/(c + r²))²/c with c = s b; two scales share a reciprocal."""
+    k, slope = tl.zeros_like(d2), tl.zeros_like(d2)
+    for s in tl.static_range(0, COUNT, 2):
+        c = _scale(scales[s], b)
+        if s + 1 < COUNT:
+            c_2 = _scale(scales[s + 1], b)
+            inverse = 1 / ((d2 + c) * (d2 + c_2))
+            term, term_2 = c * (d2 + c_2) * inverse, c_2 * (d2 + c) * inverse
+            k += term + term_2
+            slope -= term * term * (1 / c) + term_2 * term_2 * (1 / c_2)
+        else:
+            term = c / (d2 + c)
+            k += term
+            slope -= term * term * (1 / c)
+    return k, slope
+
+
+@triton.jit
+def _rbf(d2, scales, b, COUNT: tl.constexpr):
+    """Σ_s exp(−r²/c) and its derivative −Σ_s exp(−r²/c)/c with c = s b."""
+    k, slope = tl.zeros_like(d2), tl.zeros_like(d2)
+    for s in tl.static_range(COUNT):
+        inverse = tl.maximum(tl.minimum(1 / (scales[s] * b), LARGEST / 2), SMALLEST)
+        term = tl.exp2(d2 * (-1.4426950408889634 * inverse))
+        k += term
+        slope -= term * inverse
+    return k, slope
+
+
+@triton.jit
+def _walk(
+    total,
+    r,
+    SZ,
+    p_X,
+    q_i,
+    first_row,
+    p_Z,
+    p_q,
+    value,
+    first,
+    last,
+    weight,
+    scales,
+    b,
+    WITHIN: tl.constexpr,
+    COUNTED: tl.constexpr,
+    IMQ: tl.constexpr,
+    COUNT: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """Adds Σ_j w k to total, Σ_j w k' to r [ROWS] and Σ_j w k' z_j to SZ [ROWS, VALUES] for j from first to last."""
+    for j in range(first, last, COLUMNS):
+        at_j = tl.cast(j, tl.int64) * D
+        xz = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X, p_Z + at_j, D, WIDTH, PRECISION)
+        t = xz - q_i[:, None] - tl.load(p_q + j + tl.arange(0, COLUMNS))[None, :]
+        pair = t > -FAR  # q is infinite in padding
+        if WITHIN:
+            pair &= (first_row + tl.arange(0, ROWS))[:, None] != (j + tl.arange(0, COLUMNS))[None, :]
+        d2 = tl.minimum(tl.maximum(-2 * t, 0.0), FAR)
+        k, slope = _imq(d2, scales, b, COUNT) if IMQ else _rbf(d2, scales, b, COUNT)
+        if COUNTED:
+            # within a sample the tiles above the diagonal stand for those below, too
+            times = ((j >= first_row).to(tl.float64) + (j >= first_row + ROWS)) if WITHIN else 2
+            total += times * weight * tl.sum(tl.where(pair, k, 0.0), 1).to(tl.float64)
+        if GRADIENT:
+            slope = as_operand(tl.where(pair, slope * weight.to(tl.float32), 0.0), PRECISION)
+            r += tl.sum(slope, 1)
+            SZ = tl.dot(slope, tile(p_Z + at_j + value, D, COLUMNS, VALUES), SZ, input_precision=PRECISION)
+    return total, r, SZ
+
+
+@triton.jit
+def _sums_kernel(
+    p_X,
+    p_q_x,
+    p_Y,
+    p_q_y,
+    p_bandwidth,
+    p_SZ,
+    p_r,
+    p_parts,
+    sets,
+    n,
+    m,
+    N,
+    M,
+    share,
+    s_0,
+    s_1,
+    s_2,
+    s_3,
+    s_4,
+    s_5,
+    s_6,
+    s_7,
+    COUNT: tl.constexpr,
+    IMQ: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    BETWEEN: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    VALUES: tl.constexpr,
+):
+    """The rows X of one sample against themselves, and against the other sample's Y; BETWEEN counts these pairs."""
+    i_set, first_row = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS) * ROWS
+    value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
+    row = i_set * N + first_row + tl.arange(0, ROWS)
+    scales = (s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7)
+    b = 1.0 if p_bandwidth is None else tl.load(p_bandwidth + i_set)
+    low, high = i_split * share, (i_split + 1) * share  # of the rows of X, then of Y
+
+    q_i = tl.load(p_q_x + row)
+    p_rows = p_X + (i_set * N + first_row) * D
+    size, other = tl.cast(n, tl.float64), tl.cast(m, tl.float64)
+    total = tl.zeros([ROWS], tl.float64)
+    r = tl.zeros([ROWS], tl.float32)
+    SZ = tl.zeros([ROWS, VALUES], tl.float32)
+    total, r, SZ = _walk(
+        *(total, r, SZ, p_rows, q_i, first_row, p_X + i_set * N * D, p_q_x + i_set * N, value),
+        *(low if GRADIENT else tl.maximum(low, first_row // COLUMNS * COLUMNS), tl.minimum(high, N)),
+        *(1 / (size * (size - UNBIASED)), scales, b),
+        *(True, True, IMQ, COUNT, GRADIENT, D, WIDTH, PRECISION, ROWS, COLUMNS, VALUES),
+    )
+    if GRADIENT or BETWEEN:
+        total, r, SZ = _walk(
+            *(total, r, SZ, p_rows, q_i, first_row, p_Y + i_set * M * D, p_q_y + i_set * M, value),
+            *(tl.maximum(low - N, 0), tl.minimum(high - N, M)),
+            *(-1 / (size * other), scales, b),
+            *(False, BETWEEN, IMQ, COUNT, GRADIENT, D, WIDTH, PRECISION, ROWS, COLUMNS, VALUES),
+        )
+
+    if GRADIENT:
+        to = i_split.to(tl.int64) * sets * N + row
+        tl.store(p_SZ + to[:, None] * D + value + tl.arange(0, VALUES)[None, :], SZ)
+        if value == 0:
+            tl.store(p_r + to, r)
+    if value == 0:
+        tl.store(p_parts + tl.program_id(0) * tl.num_programs(2) + i_split, tl.sum(total, 0))
+
+
+@triton.jit
+def _finish_kernel(
+    p_X, p_SZ, p_r, p_dx, sets, n, d, N, parts, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    i_set, i_tile = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS)
+    row, column = i_tile * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    packed = (i_set * N + row)[:, None] * D + column[None, :]
+
+    X = tl.load(p_X + packed)
+    r = tl.zeros([ROWS], tl.float32)
+    SZ = tl.zeros([ROWS, WIDTH], tl.float32)
+    for i_part in range(parts):
+        part = tl.cast(i_part, tl.int64) * sets * N
+        r += tl.load(p_r + part + i_set * N + row)
+        SZ += tl.load(p_SZ + part * D + packed)
+
+    # ∂x = 4 (r∘X − SZ)
+    p_rows = p_dx + (i_set * n + row)[:, None] * d + column[None, :]
+    tl.store(p_rows, 4 * (r[:, None] * X - SZ), mask=(row < n)[:, None] & (column < d)[None, :])
+
+
+def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, shape: Tile, *, between, gradient):
+    """The terms of the value that the rows of x count `[sets, ·]`, and ∂x (None where it is not wanted)."""
+    values = x.D // shape.values if gradient else 1
+    rows = x.N // shape.rows
+    columns = (x.N + (y.N if gradient or between else 0)) // shape.columns
+    splits, share = shares(columns, x.sets * rows * values)
+    launches = [scales[k : k + SCALES] for k in range(0, len(scales), SCALES)]
+    SZ, r = (x.X.new_empty(len(launches) * splits, x.sets, x.N, *width) if gradient else None for width in ((x.D,), ()))
+    parts = torch.empty(len(launches), x.sets, rows * splits, dtype=torch.float64, device=x.X.device)
+    for k, some in enumerate(launches):
+        sums = (t[k * splits :] if gradient else None for t in (SZ, r))
+        _sums_kernel[x.sets * rows, values, splits](
+            *(x.X, x.q, y.X, y.q, bandwidth, *sums, parts[k], x.sets, x.n, y.n, x.N, y.N, share * shape.columns),
+            *some,
+            *[1.0] * (SCALES - len(some)),
+            *(len(some), imq, unbiased, between, gradient, x.D, shape.width, in_products),
+            *(shape.rows, shape.columns, shape.values if gradient else 16),
+            **shape.options,
+        )
+    if not gradient:
+        return parts, None
+    dx = torch.empty(x.sets, x.n, x.d, dtype=torch.float32, device=x.X.device)
+    _finish_kernel[x.sets * (x.N // FINISH_ROWS), triton.cdiv(x.D, FINISH_WIDTH)](
+        *(x.X, SZ, r, dx, x.sets, x.n, x.d, x.N, len(SZ), x.D, FINISH_ROWS, min(x.D, FINISH_WIDTH)), **OPTIONS
+    )
+    return parts, dx
+
+
+def forward(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient):
+    """MMD² `[...]`, ∂x and ∂y in float32, an empty tensor in place of one that is not asked for."""
+    check_dtype("mmd", x)
+    batch, in_products = x.shape[:-2], precision()
+    value = torch.zeros(batch, dtype=torch.float32, device=x.device)
+    dx, dy = (value.new_empty(t.shape if wanted else 0) for t, wanted in ((x, x_gradient), (y, y_gradient)))
+    if value.numel() == 0:
+        return value, dx, dy
+    bandwidth = None if bandwidth is None else bandwidth.contiguous()
+    centre = y.mean(-2, dtype=torch.float32)
+    shapes = [tile_of(padded(x.shape[-1]), capability(x.device), gradient) for gradient in (x_gradient, y_gradient)]
+    packed = {w: [pack(t, in_products, w, mean=centre) for t in (x, y)] for w in {shape.width for shape in shapes}}
+    (X, Y), (other_X, other_Y) = (packed[shape.width] for shape in shapes)
+    form = bandwidth, imq, scales, unbiased, in_products
+    x_parts, x_found = _side(X, Y, *form, shapes[0], between=True, gradient=x_gradient)
+    y_parts, y_found = _side(other_Y, other_X, *form, shapes[1], between=False, gradient=y_gradient)
+    total = torch.cat((x_parts, y_parts), -1).sum((0, 2))
+    if not unbiased:
+        total = total + len(scales) * (1 / x.shape[-2] + 1 / y.shape[-2])  # k(0) = 1 for each scale
+    dx, dy = (empty if g is None else g.view(empty.shape) for empty, g in ((dx, x_found), (dy, y_found)))
+    return total.to(torch.float32).view(batch), dx, dy
