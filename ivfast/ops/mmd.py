@@ -149,17 +149,22 @@ def _pull(slope, X, Y):
 class _Mmd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, bandwidth, imq, scales, unbiased):
-        value, dx, dy = _forward(x, y, bandwidth, imq, scales, unbiased, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(dx, dy)
+        x_gradient, y_gradient = ctx.needs_input_grad[:2]
+        value, dx, dy = _forward(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient)
+        ctx.save_for_backward(dx if x_gradient else None, dy if y_gradient else None)
         ctx.dtype = x.dtype
         return value
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        scale = grad[..., None, None]
-        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return *((scale * g).to(ctx.dtype) if needed else None for g, needed in wanted), None, None, None, None
+        dx, dy = ctx.saved_tensors
+        scale = grad[..., None, None] if grad.dim() else grad
+        return _scaled(scale, dx, ctx.dtype), _scaled(scale, dy, ctx.dtype), None, None, None, None
+
+
+def _scaled(scale, gradient, dtype):
+    return None if gradient is None else (scale * gradient).to(dtype)
 
 
 _forward = register(
