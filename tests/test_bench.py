@@ -335,7 +335,7 @@ def test_a_group_that_is_measured_again_replaces_its_rows(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("sgvd",), "there is no benchmark 'sgvd'; did you mean svgd? Known: median, multi_js, svgd, svgd_bridge"),
+        (("sgvd",), f"there is no benchmark 'sgvd'; did you mean svgd? Known: {', '.join(bench.names())}"),
         (("svgd", "--shapes", "64"), "--shapes takes sizes like 64x16,1024x64, got '64'"),
         (("svgd", "--shapes", "0x3"), "--shapes takes sizes like 64x16,1024x64, got '0x3'"),
         (("svgd", "--providers", "egaer"), "there is no provider 'egaer'; did you mean eager? Known: ivfast"),
