@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
-from ._pairwise import arithmetic
+from ._pairwise import arithmetic, small_in_cuda
 
 KERNELS = ("product", "additive")
 MEASURES = ("lebesgue", "prior")
@@ -191,10 +191,16 @@ _forward = register(
     "as_distance(Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g, bool additive, bool prior, bool log,"
     " bool unbiased) -> (Tensor value, Tensor sums)",
     reference=as_distance_reference,
+    triton="as_distance.forward",
+    cuda=True,
+    prefer=lambda mu_r, logvar_r, mu_g, *_: small_in_cuda(mu_r, mu_g),
 )
 _backward = register(
     "as_distance_backward(Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g, Tensor sums, Tensor? dvalue,"
     " Tensor? dsums, bool additive, bool prior, bool log, bool unbiased)"
     " -> (Tensor dmu_r, Tensor dlogvar_r, Tensor dmu_g, Tensor dlogvar_g)",
     reference=_backward_reference,
+    triton="as_distance.backward",
+    cuda=True,
+    prefer=lambda mu_r, logvar_r, mu_g, *_: small_in_cuda(mu_r, mu_g),
 )

@@ -1,0 +1,493 @@
+"""AS-Distance and its gradient in Triton: log-sums over all pairs of two batches of Gaussians, no matrix of them.
+
+Per pair and dimension ℓ = −½ (A/P + log P) + const, with δ = u_i − u_j and
+  P = l_i + l_j, A = δ² (Lebesgue measure);  P = l_i + l_j + l_i l_j, A = δ² + u_i² l_j + u_j² l_i (the prior's).
+Backward, with w_ij = (∂L/∂log Σk) k_ij/Σk, per dimension for the additive kernel, and c = 1, or 1 + l_j for the prior,
+  t = δ/P, or (δ + u_i l_j)/P,  ∂u_i = −Σ_j w t,  ∂log l_i = ½ l_i Σ_j w (t² − c/P).
+
+Special functions bind: fractions are merged, so that four dimensions take one division and one logarithm. A thread owns
+one Gaussian and meets the others in registers, so that its sums need no exchange between threads. Logarithms are of 2.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .particles import OPTIONS, check_dtype, shares
+
+OWNED = 128  # Gaussians of a program, one to each thread
+PACK_ROWS, PACK_WIDTH = 32, 32
+GROUP = tl.constexpr(4)
+CHUNK = tl.constexpr(64)  # dimensions that are added up before the sum of all sees them: it rounds less often
+LOG2E = tl.constexpr(math.log2(math.e))
+LOG2_2PI = tl.constexpr(math.log2(2 * math.pi))
+
+
+class Tile(NamedTuple):
+    """How many others a program meets at once; nothing here is measured yet."""
+
+    forward: int = 16
+    backward: int = 16
+
+
+TILE = Tile()
+
+
+@triton.jit
+def _pack_kernel(
+    p_mu, p_logvar, p_u, p_l, p_wide, n, d, N, D, PRIOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """u and l transposed to [D, N], and whether a Gaussian is too wide or narrow, or far, for products of four P."""
+    i_set, row = (
+        (tl.program_id(0) // (N // ROWS)).to(tl.int64),
+        tl.program_id(0) % (N // ROWS) * ROWS + tl.arange(0, ROWS),
+    )
+    wide = tl.zeros([ROWS], tl.int32)
+    for start in range(0, D, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        mask = (row < n)[:, None] & (column < d)[None, :]
+        given = (i_set * n + row)[:, None] * d + column[None, :]
+        u = tl.load(p_mu + given, mask=mask, other=0.0).to(tl.float32)
+        logvar = tl.load(p_logvar + given, mask=mask, other=0.0).to(tl.float32)
+        beyond = (logvar < -20) | (logvar > (9 if PRIOR else 20)) | (tl.abs(u) > 1e4)
+        wide = tl.maximum(wide, tl.max(beyond.to(tl.int32), 1))
+        # in padding P = 1
+        l = tl.where(mask, tl.exp(logvar), 0.41421356 if PRIOR else 0.5)
+        packed = (i_set * D + column)[:, None] * N + row[None, :]
+        inside = (column < D)[:, None] & (row < N)[None, :]
+        tl.store(p_u + packed, tl.trans(u), mask=inside)
+        tl.store(p_l + packed, tl.trans(l), mask=inside)
+    tl.store(p_wide + i_set * N + row, wide)
+
+
+@triton.jit
+def _fraction(u_i, l_i, u_j, l_j, PRIOR: tl.constexpr):
+    """A and P of one dimension, [others, owned]."""
+    apart = u_i[None, :] - u_j[:, None]
+    P = l_i[None, :] + l_j[:, None]
+    A = apart * apart
+    if PRIOR:
+        P += l_i[None, :] * l_j[:, None]
+        A += (u_i * u_i)[None, :] * l_j[:, None] + (u_j * u_j)[:, None] * l_i[None, :]
+    return A, P
+
+
+@triton.jit
+def _load(p_u_i, p_l_i, p_u_j, p_l_j, k, N, M, OTHERS: tl.constexpr, OWNED: tl.constexpr):
+    """u_i, l_i [owned] and u_j, l_j [others] in dimension k."""
+    i, j = tl.cast(k, tl.int64) * N + tl.arange(0, OWNED), tl.cast(k, tl.int64) * M + tl.arange(0, OTHERS)
+    return tl.load(p_u_i + i), tl.load(p_l_i + i), tl.load(p_u_j + j), tl.load(p_l_j + j)
+
+
+@triton.jit
+def _added(h, at, D, N, M, PRIOR: tl.constexpr, GROUP: tl.constexpr, OTHERS: tl.constexpr, OWNED: tl.constexpr):
+    """h + Σ_d (A/P + log P), GROUP dimensions at once."""
+    for first in range(0, D, CHUNK):
+        part = tl.zeros([OTHERS, OWNED], tl.float32)
+        for k in range(first, tl.minimum(first + CHUNK, D), GROUP):
+            A, P = _fraction(*_load(*at, k, N, M, OTHERS, OWNED), PRIOR)
+            for more in tl.static_range(1, GROUP):
+                A_2, P_2 = _fraction(*_load(*at, k + more, N, M, OTHERS, OWNED), PRIOR)
+                A = A * P_2 + A_2 * P
+                P *= P_2
+            part += A / P * LOG2E + tl.log2(P)
+        h += part
+    return h
+
+
+@triton.jit
+def _log_kernel(
+    at,
+    wide,
+    d,
+    D,
+    N,
+    M,
+    ADDITIVE: tl.constexpr,
+    PRIOR: tl.constexpr,
+    OTHERS: tl.constexpr,
+    OWNED: tl.constexpr,
+):
+    """log k_ij [others, owned]."""
+    if ADDITIVE:
+        # Σ_d exp ℓ_d = s exp(top), one exponential each
+        top = tl.full([OTHERS, OWNED], -float("inf"), tl.float32)
+        s = tl.zeros([OTHERS, OWNED], tl.float32)
+        for k in range(0, d):
+            A, P = _fraction(*_load(*at, k, N, M, OTHERS, OWNED), PRIOR)
+            l = -0.5 * (A / P * LOG2E + tl.log2(P))
+            less = tl.exp2(-tl.abs(l - top))
+            s = tl.where(l > top, s * less + 1, s + less)
+            top = tl.maximum(top, l)
+        return top + tl.log2(s) - tl.log2(tl.cast(d, tl.float32)) - (0.5 + 0.5 * PRIOR) * LOG2_2PI
+    h = tl.zeros([OTHERS, OWNED], tl.float32)
+    if wide > 0:
+        h = _added(h, at, D, N, M, PRIOR, 1, OTHERS, OWNED)
+    else:
+        h = _added(h, at, D, N, M, PRIOR, GROUP, OTHERS, OWNED)
+    return -0.5 * h - d * (0.5 + 0.5 * PRIOR) * LOG2_2PI
+
+
+@triton.jit
+def _pairs(first_i, first_j, n, m, DIAGONAL: tl.constexpr, OTHERS: tl.constexpr, OWNED: tl.constexpr):
+    """Which pairs of a tile there are."""
+    i, j = first_i + tl.arange(0, OWNED)[None, :], first_j + tl.arange(0, OTHERS)[:, None]
+    there = (i < n) & (j < m)
+    return there if DIAGONAL else there & (i != j)
+
+
+@triton.jit
+def _log_sum(
+    p_u,
+    p_l,
+    p_wide,
+    p_u_j,
+    p_l_j,
+    p_wide_j,
+    p_part,
+    i_set,
+    first_i,
+    low,
+    high,
+    n,
+    m,
+    d,
+    D,
+    N,
+    M,
+    WITHIN: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    PRIOR: tl.constexpr,
+    OTHERS: tl.constexpr,
+    OWNED: tl.constexpr,
+):
+    """Writes M and S with Σ k_ij = S 2^M over the owned i and j from low to high."""
+    top = tl.full([OWNED], -float("inf"), tl.float32)
+    total = tl.zeros([OWNED], tl.float64)
+    wide_i = tl.max(tl.load(p_wide + i_set * N + first_i + tl.arange(0, OWNED)), 0)
+    at_i = i_set * D * N + first_i
+    for j in range(low, high, OTHERS):
+        wide = tl.maximum(wide_i, tl.max(tl.load(p_wide_j + i_set * M + j + tl.arange(0, OTHERS)), 0))
+        at = p_u + at_i, p_l + at_i, p_u_j + i_set * D * M + j, p_l_j + i_set * D * M + j
+        log_k = _log_kernel(at, wide, d, D, N, M, ADDITIVE, PRIOR, OTHERS, OWNED)
+        log_k = tl.where(_pairs(first_i, j, n, m, DIAGONAL, OTHERS, OWNED), log_k, -float("inf"))
+        higher = tl.maximum(top, tl.max(log_k, 0))
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        # within a batch the tiles above the diagonal stand for those below, too
+        times = ((j >= first_i).to(tl.float64) + (j >= first_i + OWNED)) if WITHIN else 1
+        total = total * tl.exp2(top - shift) + times * tl.sum(tl.exp2(log_k - shift[None, :]), 0)
+        top = higher
+    M_ = tl.max(top, 0)
+    shift = tl.where(-float("inf") == M_, 0.0, M_)
+    tl.store(p_part, M_.to(tl.float64))
+    tl.store(p_part + 1, tl.sum(total * tl.exp2(top - shift), 0))
+
+
+@triton.jit
+def _sums_kernel(
+    p_u,
+    p_l,
+    p_wide,
+    p_u_other,
+    p_l_other,
+    p_wide_other,
+    p_within,
+    p_between,
+    n,
+    m,
+    d,
+    D,
+    N,
+    M,
+    share,
+    UNBIASED: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    PRIOR: tl.constexpr,
+    OTHERS: tl.constexpr,
+    OWNED: tl.constexpr,
+):
+    """One batch against itself and, with p_between, against the other."""
+    i_set, first_i = (tl.program_id(0) // (N // OWNED)).to(tl.int64), tl.program_id(0) % (N // OWNED) * OWNED
+    low, high = tl.program_id(1) * share, (tl.program_id(1) + 1) * share  # of the batch, then of the other
+    part = 2 * (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1))
+
+    _log_sum(
+        *(p_u, p_l, p_wide, p_u, p_l, p_wide, p_within + part, i_set, first_i),
+        *(tl.maximum(low, first_i), tl.minimum(high, N), n, n, d, D, N, N),
+        *(True, not UNBIASED, ADDITIVE, PRIOR, OTHERS, OWNED),
+    )
+    if p_between is not None:
+        _log_sum(
+            *(p_u, p_l, p_wide, p_u_other, p_l_other, p_wide_other, p_between + part, i_set, first_i),
+            *(tl.maximum(low - N, 0), tl.minimum(high - N, M), n, m, d, D, N, M),
+            *(False, True, ADDITIVE, PRIOR, OTHERS, OWNED),
+        )
+
+
+@triton.jit
+def _combined(p_parts, parts, BLOCK: tl.constexpr):
+    """log Σ_p S_p 2^(M_p) in natural units and float64."""
+    part = tl.arange(0, BLOCK)
+    top = tl.full([BLOCK], -float("inf"), tl.float64)
+    for first in range(0, parts, BLOCK):
+        top = tl.maximum(top, tl.load(p_parts + 2 * (first + part), mask=first + part < parts, other=-float("inf")))
+    M = tl.max(top, 0)
+    M = tl.where(-float("inf") == M, 0.0, M)
+    total = tl.zeros([BLOCK], tl.float64)
+    for first in range(0, parts, BLOCK):
+        mask = first + part < parts
+        exponent = tl.load(p_parts + 2 * (first + part), mask=mask, other=-float("inf")) - M
+        total += tl.load(p_parts + 2 * (first + part) + 1, mask=mask, other=0.0) * tl.exp(exponent * 0.6931471805599453)
+    return tl.log(tl.sum(total, 0)) + M * 0.6931471805599453
+
+
+@triton.jit
+def _combine_kernel(
+    p_rr,
+    p_gg,
+    p_rg,
+    p_value,
+    p_sums,
+    r_parts,
+    g_parts,
+    n,
+    m,
+    LOG: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i_set = tl.program_id(0).to(tl.int64)
+    rr = _combined(p_rr + 2 * i_set * r_parts, r_parts, BLOCK)
+    gg = _combined(p_gg + 2 * i_set * g_parts, g_parts, BLOCK)
+    rg = _combined(p_rg + 2 * i_set * r_parts, r_parts, BLOCK)
+    tl.store(p_sums + 3 * i_set, rr)
+    tl.store(p_sums + 3 * i_set + 1, gg)
+    tl.store(p_sums + 3 * i_set + 2, rg)
+
+    n, m = tl.cast(n, tl.float64), tl.cast(m, tl.float64)
+    rr, gg, rg = rr - tl.log(n * (n - UNBIASED)), gg - tl.log(m * (m - UNBIASED)), rg - tl.log(n * m)
+    value = rr + gg - 2 * rg if LOG else tl.exp(rr) + tl.exp(gg) - 2 * tl.exp(rg)
+    tl.store(p_value + i_set, value)
+
+
+@triton.jit
+def _weight(p_sums, p_dvalue, p_dsums, pairs, factor, LOG: tl.constexpr):
+    """∂L/∂log Σk of one kind of pair, and log Σk."""
+    log_sum, weight = tl.load(p_sums), 0.0
+    if p_dsums is not None:
+        weight += tl.load(p_dsums)
+    if p_dvalue is not None:
+        mean = 1.0 if LOG else tl.exp(log_sum) / pairs
+        weight += factor * tl.load(p_dvalue) * mean
+    return weight, log_sum * LOG2E
+
+
+@triton.jit
+def _pull(
+    p_u,
+    p_l,
+    p_wide,
+    p_u_j,
+    p_l_j,
+    p_wide_j,
+    p_du,
+    p_dl,
+    weight,
+    log_sum,
+    i_set,
+    first_i,
+    low,
+    high,
+    n,
+    m,
+    d,
+    D,
+    N,
+    M,
+    DIAGONAL: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    PRIOR: tl.constexpr,
+    OTHERS: tl.constexpr,
+    OWNED: tl.constexpr,
+):
+    """Adds Σ_j w t and Σ_j w (t² − c/P) of the owned Gaussians to p_du and p_dl."""
+    wide_i = tl.max(tl.load(p_wide + i_set * N + first_i + tl.arange(0, OWNED)), 0)
+    at_i = i_set * D * N + first_i
+    for j in range(low, high, OTHERS):
+        wide = tl.maximum(wide_i, tl.max(tl.load(p_wide_j + i_set * M + j + tl.arange(0, OTHERS)), 0))
+        at = p_u + at_i, p_l + at_i, p_u_j + i_set * D * M + j, p_l_j + i_set * D * M + j
+        pair = _pairs(first_i, j, n, m, DIAGONAL, OTHERS, OWNED)
+        if ADDITIVE:
+            shift = log_sum + tl.log2(tl.cast(d, tl.float32)) + (0.5 + 0.5 * PRIOR) * LOG2_2PI
+            w = tl.where(pair, weight, 0.0)
+        else:
+            log_k = _log_kernel(at, wide, d, D, N, M, ADDITIVE, PRIOR, OTHERS, OWNED)
+            w = tl.where(pair, weight * tl.exp2(log_k - log_sum), 0.0)
+        for k in range(0, d):
+            u_i, l_i, u_j, l_j = _load(*at, k, N, M, OTHERS, OWNED)
+            slope, c = u_i[None, :] - u_j[:, None], tl.full([OTHERS, OWNED], 1.0, tl.float32)
+            A, P = _fraction(u_i, l_i, u_j, l_j, PRIOR)
+            inverse = 1 / P
+            if PRIOR:
+                slope += u_i[None, :] * l_j[:, None]
+                c += l_j[:, None]
+            t = slope * inverse
+            w_k = w
+            if ADDITIVE:
+                w_k = tl.where(pair, w * tl.exp2(-0.5 * (A * inverse * LOG2E + tl.log2(P)) - shift), 0.0)
+            to = at_i + tl.cast(k, tl.int64) * N + tl.arange(0, OWNED)
+            tl.store(p_du + to, tl.load(p_du + to) + tl.sum(w_k * t, 0))
+            tl.store(p_dl + to, tl.load(p_dl + to) + tl.sum(w_k * (t * t - c * inverse), 0))
+
+
+@triton.jit
+def _gradient_kernel(
+    p_u,
+    p_l,
+    p_wide,
+    p_u_other,
+    p_l_other,
+    p_wide_other,
+    p_sums,
+    p_dvalue,
+    p_dsums,
+    p_du,
+    p_dl,
+    sets,
+    n,
+    m,
+    d,
+    D,
+    N,
+    M,
+    share,
+    KIND: tl.constexpr,
+    LOG: tl.constexpr,
+    UNBIASED: tl.constexpr,
+    ADDITIVE: tl.constexpr,
+    PRIOR: tl.constexpr,
+    OTHERS: tl.constexpr,
+    OWNED: tl.constexpr,
+):
+    """One batch, KIND 0 or 1 of the three log-sums, against itself and the other."""
+    i_set, first_i = (tl.program_id(0) // (N // OWNED)).to(tl.int64), tl.program_id(0) % (N // OWNED) * OWNED
+    low, high = tl.program_id(1) * share, (tl.program_id(1) + 1) * share
+    part = tl.program_id(1).to(tl.int64) * sets * D * N
+    size, other = tl.cast(n, tl.float32), tl.cast(m, tl.float32)
+    p_dvalue = p_dvalue if p_dvalue is None else p_dvalue + i_set
+
+    p_k = None if p_dsums is None else p_dsums + 3 * i_set + KIND
+    weight, log_sum = _weight(p_sums + 3 * i_set + KIND, p_dvalue, p_k, size * (size - UNBIASED), 1.0, LOG)
+    _pull(
+        *(p_u, p_l, p_wide, p_u, p_l, p_wide, p_du + part, p_dl + part, 2 * weight, log_sum, i_set, first_i),
+        *(low, tl.minimum(high, N), n, n, d, D, N, N, not UNBIASED, ADDITIVE, PRIOR, OTHERS, OWNED),
+    )
+    p_k = None if p_dsums is None else p_dsums + 3 * i_set + 2
+    weight, log_sum = _weight(p_sums + 3 * i_set + 2, p_dvalue, p_k, size * other, -2.0, LOG)
+    _pull(
+        *(p_u, p_l, p_wide, p_u_other, p_l_other, p_wide_other, p_du + part, p_dl + part, weight, log_sum),
+        *(i_set, first_i, tl.maximum(low - N, 0), tl.minimum(high - N, M), n, m, d, D, N, M),
+        *(True, ADDITIVE, PRIOR, OTHERS, OWNED),
+    )
+
+
+@triton.jit
+def _finish_kernel(p_l, p_du, p_dl, p_dmu, p_dlogvar, sets, n, d, N, D, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """∂u = −Σ_j w t and ∂log l = ½ l Σ_j w (t² − c/P), transposed back."""
+    i_set, row = (
+        (tl.program_id(0) // (N // ROWS)).to(tl.int64),
+        tl.program_id(0) % (N // ROWS) * ROWS + tl.arange(0, ROWS),
+    )
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    packed, inside = (i_set * D + column)[:, None] * N + row[None, :], (column < d)[:, None] & (row < n)[None, :]
+    given, mask = (i_set * n + row)[:, None] * d + column[None, :], (row < n)[:, None] & (column < d)[None, :]
+
+    l = tl.load(p_l + packed, mask=inside, other=0.0)
+    du, dl = tl.zeros([WIDTH, ROWS], tl.float32), tl.zeros([WIDTH, ROWS], tl.float32)
+    for i_part in range(parts):
+        part = tl.cast(i_part, tl.int64) * sets * D * N
+        du += tl.load(p_du + part + packed, mask=inside, other=0.0)
+        dl += tl.load(p_dl + part + packed, mask=inside, other=0.0)
+
+    tl.store(p_dmu + given, tl.trans(-du), mask=mask)
+    tl.store(p_dlogvar + given, tl.trans(0.5 * l * dl), mask=mask)
+
+
+class _Batch(NamedTuple):
+    """Gaussians transposed, `[sets, D, N]` but for `wide` `[sets, N]`."""
+
+    u: torch.Tensor
+    l: torch.Tensor
+    wide: torch.Tensor
+    n: int
+    N: int
+
+
+def _pack(mu, logvar, prior) -> tuple[_Batch, int]:
+    sets, (n, d) = mu.shape[:-2].numel(), mu.shape[-2:]
+    N, D = triton.cdiv(n, OWNED) * OWNED, triton.cdiv(d, 4) * 4
+    u, l = (torch.empty(sets, D, N, dtype=torch.float32, device=mu.device) for _ in range(2))
+    wide = torch.empty(sets, N, dtype=torch.int32, device=mu.device)
+    _pack_kernel[sets * (N // PACK_ROWS),](
+        *(mu.contiguous(), logvar.contiguous(), u, l, wide, n, d, N, D, prior, PACK_ROWS, PACK_WIDTH), **OPTIONS
+    )
+    return _Batch(u, l, wide, n, N), D
+
+
+def forward(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
+    """D `[...]` and log Σk over the pairs (r, r'), (g, g') and (r, g) `[..., 3]`."""
+    check_dtype("as_distance", mu_r)
+    batch, d = mu_r.shape[:-2], mu_r.shape[-1]
+    value = torch.empty(batch, dtype=torch.float32, device=mu_r.device)
+    sums = torch.empty(*batch, 3, dtype=torch.float32, device=mu_r.device)
+    sets = value.numel()
+    if sets == 0:
+        return value, sums
+    (r, D), (g, _) = _pack(mu_r, logvar_r, prior), _pack(mu_g, logvar_g, prior)
+    parts = []
+    for own, other, between in ((r, g, True), (g, r, False)):
+        programs, others = own.N // OWNED, (own.N + between * other.N) // TILE.forward
+        splits, share = shares(others, sets * programs)
+        found = torch.empty(1 + between, sets, programs * splits, 2, dtype=torch.float64, device=mu_r.device)
+        parts.append(found)
+        _sums_kernel[sets * programs, splits](
+            *(*own[:3], *other[:3], found[0], found[1] if between else None),
+            *(own.n, other.n, d, D, own.N, other.N, share * TILE.forward),
+            *(unbiased, additive, prior, TILE.forward, OWNED),
+            **OPTIONS,
+        )
+    (rr, rg), (gg,) = parts
+    _combine_kernel[sets,](
+        *(rr, gg, rg, value, sums, rr.shape[1], gg.shape[1], r.n, g.n, log, unbiased, 256), **OPTIONS
+    )
+    return value, sums
+
+
+def backward(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prior, log, unbiased):
+    """∂mu_r, ∂logvar_r, ∂mu_g and ∂logvar_g, given the gradients of what forward returned; None stands for zeros."""
+    check_dtype("as_distance_backward", mu_r)
+    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (mu_r, logvar_r, mu_g, logvar_g)]
+    sets, d = mu_r.shape[:-2].numel(), mu_r.shape[-1]
+    if sets == 0:
+        return tuple(gradients)
+    given = [t if t is None else t.contiguous() for t in (sums, dvalue, dsums)]
+    (r, D), (g, _) = _pack(mu_r, logvar_r, prior), _pack(mu_g, logvar_g, prior)
+    for kind, (own, other) in enumerate(((r, g), (g, r))):
+        programs = own.N // OWNED
+        splits, share = shares((own.N + other.N) // TILE.backward, sets * programs)
+        du, dl = torch.zeros(2, splits, sets, D, own.N, dtype=torch.float32, device=mu_r.device)
+        _gradient_kernel[sets * programs, splits](
+            *(*own[:3], *other[:3], *given, du, dl, sets, own.n, other.n, d, D, own.N, other.N, share * TILE.backward),
+            *(kind, log, unbiased, additive, prior, TILE.backward, OWNED),
+            **OPTIONS,
+        )
+        _finish_kernel[sets * (own.N // PACK_ROWS), triton.cdiv(d, PACK_WIDTH)](
+            *(own.l, du, dl, *gradients[2 * kind : 2 * kind + 2], sets, own.n, d, own.N, D, splits),
+            *(PACK_ROWS, PACK_WIDTH),
+            **OPTIONS,
+        )
+    return tuple(gradients)
