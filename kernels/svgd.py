@@ -28,10 +28,10 @@ from .particles import (
     pack,
     padded,
     precision,
+    shares,
     tile,
 )
 
-PROGRAMS = 264  # below so many, columns are split between programs: two for each processor of an H100
 FINISH_ROWS, FINISH_WIDTH = 16, 64
 
 
@@ -273,9 +273,8 @@ def _finish_backward_kernel(
 def _grid(packed: Packed, tile: Tile) -> tuple[tuple[int, int, int], int]:
     """Programs of the middle pass, and how many columns each walks over: of shapes alone, which decide every sum."""
     rows, values = packed.sets * packed.N // tile.rows, packed.D // tile.values
-    tiles = packed.N // tile.columns
-    share = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // max(1, rows * values))))
-    return (rows, values, triton.cdiv(tiles, share)), share * tile.columns
+    parts, share = shares(packed.N // tile.columns, rows * values)
+    return (rows, values, parts), share * tile.columns
 
 
 def forward(x, score, bandwidth):
