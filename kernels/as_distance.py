@@ -86,15 +86,22 @@ def _load(p_u_i, p_l_i, p_u_j, p_l_j, k, N, M, OTHERS: tl.constexpr, OWNED: tl.c
 def _added(h, at, D, N, M, PRIOR: tl.constexpr, GROUP: tl.constexpr, OTHERS: tl.constexpr, OWNED: tl.constexpr):
     """h + Σ_d (A/P + log P), GROUP dimensions at once."""
     for first in range(0, D, CHUNK):
-        part = tl.zeros([OTHERS, OWNED], tl.float32)
-        for k in range(first, tl.minimum(first + CHUNK, D), GROUP):
+        last = tl.minimum(first + CHUNK, D)
+        ratio = tl.zeros([OTHERS, OWNED], tl.float32)
+        mantissa = tl.full([OTHERS, OWNED], 1.0, tl.float32)
+        exponent = tl.zeros([OTHERS, OWNED], tl.int32)
+        for k in range(first, last, GROUP):
             A, P = _fraction(*_load(*at, k, N, M, OTHERS, OWNED), PRIOR)
             for more in tl.static_range(1, GROUP):
                 A_2, P_2 = _fraction(*_load(*at, k + more, N, M, OTHERS, OWNED), PRIOR)
                 A = A * P_2 + A_2 * P
                 P *= P_2
-            part += A / P * LOG2E + tl.log2(P)
-        h += part
+            ratio += A / P
+            bits = P.to(tl.int32, bitcast=True)
+            exponent += bits >> 23
+            mantissa *= ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+        exponent -= 127 * ((last - first) // GROUP)
+        h += ratio * LOG2E + (exponent.to(tl.float32) + tl.log2(mantissa))
     return h
 
 
@@ -140,24 +147,21 @@ def _pairs(first_i, first_j, n, m, DIAGONAL: tl.constexpr, OTHERS: tl.constexpr,
 
 
 @triton.jit
-def _log_sum(
+def _sums_kernel(
     p_u,
     p_l,
     p_wide,
     p_u_j,
     p_l_j,
     p_wide_j,
-    p_part,
-    i_set,
-    first_i,
-    low,
-    high,
+    p_parts,
     n,
     m,
     d,
     D,
     N,
     M,
+    share,
     WITHIN: tl.constexpr,
     DIAGONAL: tl.constexpr,
     ADDITIVE: tl.constexpr,
@@ -165,12 +169,15 @@ def _log_sum(
     OTHERS: tl.constexpr,
     OWNED: tl.constexpr,
 ):
-    """Writes M and S with Σ k_ij = S 2^M over the owned i and j from low to high."""
+    """Σ k_ij = S 2^top over the owned i of one batch and a share of the j of another, or of the same: WITHIN."""
+    i_set, first_i = (tl.program_id(0) // (N // OWNED)).to(tl.int64), tl.program_id(0) % (N // OWNED) * OWNED
+    low, high = tl.program_id(1) * share, tl.minimum((tl.program_id(1) + 1) * share, M)
+    at_i = i_set * D * N + first_i
+
     top = tl.full([OWNED], -float("inf"), tl.float32)
     total = tl.zeros([OWNED], tl.float64)
     wide_i = tl.max(tl.load(p_wide + i_set * N + first_i + tl.arange(0, OWNED)), 0)
-    at_i = i_set * D * N + first_i
-    for j in range(low, high, OTHERS):
+    for j in range(tl.maximum(low, first_i) if WITHIN else low, high, OTHERS):
         wide = tl.maximum(wide_i, tl.max(tl.load(p_wide_j + i_set * M + j + tl.arange(0, OTHERS)), 0))
         at = p_u + at_i, p_l + at_i, p_u_j + i_set * D * M + j, p_l_j + i_set * D * M + j
         log_k = _log_kernel(at, wide, d, D, N, M, ADDITIVE, PRIOR, OTHERS, OWNED)
@@ -181,51 +188,12 @@ def _log_sum(
         times = ((j >= first_i).to(tl.float64) + (j >= first_i + OWNED)) if WITHIN else 1
         total = total * tl.exp2(top - shift) + times * tl.sum(tl.exp2(log_k - shift[None, :]), 0)
         top = higher
-    M_ = tl.max(top, 0)
-    shift = tl.where(-float("inf") == M_, 0.0, M_)
-    tl.store(p_part, M_.to(tl.float64))
-    tl.store(p_part + 1, tl.sum(total * tl.exp2(top - shift), 0))
 
-
-@triton.jit
-def _sums_kernel(
-    p_u,
-    p_l,
-    p_wide,
-    p_u_other,
-    p_l_other,
-    p_wide_other,
-    p_within,
-    p_between,
-    n,
-    m,
-    d,
-    D,
-    N,
-    M,
-    share,
-    UNBIASED: tl.constexpr,
-    ADDITIVE: tl.constexpr,
-    PRIOR: tl.constexpr,
-    OTHERS: tl.constexpr,
-    OWNED: tl.constexpr,
-):
-    """One batch against itself and, with p_between, against the other."""
-    i_set, first_i = (tl.program_id(0) // (N // OWNED)).to(tl.int64), tl.program_id(0) % (N // OWNED) * OWNED
-    low, high = tl.program_id(1) * share, (tl.program_id(1) + 1) * share  # of the batch, then of the other
+    highest = tl.max(top, 0)
+    shift = tl.where(highest == -float("inf"), 0.0, highest)
     part = 2 * (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1))
-
-    _log_sum(
-        *(p_u, p_l, p_wide, p_u, p_l, p_wide, p_within + part, i_set, first_i),
-        *(tl.maximum(low, first_i), tl.minimum(high, N), n, n, d, D, N, N),
-        *(True, not UNBIASED, ADDITIVE, PRIOR, OTHERS, OWNED),
-    )
-    if p_between is not None:
-        _log_sum(
-            *(p_u, p_l, p_wide, p_u_other, p_l_other, p_wide_other, p_between + part, i_set, first_i),
-            *(tl.maximum(low - N, 0), tl.minimum(high - N, M), n, m, d, D, N, M),
-            *(False, True, ADDITIVE, PRIOR, OTHERS, OWNED),
-        )
+    tl.store(p_parts + part, highest.to(tl.float64))
+    tl.store(p_parts + part + 1, tl.sum(total * tl.exp2(top - shift), 0))
 
 
 @triton.jit
@@ -252,8 +220,9 @@ def _combine_kernel(
     p_rg,
     p_value,
     p_sums,
-    r_parts,
-    g_parts,
+    rr_parts,
+    gg_parts,
+    rg_parts,
     n,
     m,
     LOG: tl.constexpr,
@@ -261,9 +230,9 @@ def _combine_kernel(
     BLOCK: tl.constexpr,
 ):
     i_set = tl.program_id(0).to(tl.int64)
-    rr = _combined(p_rr + 2 * i_set * r_parts, r_parts, BLOCK)
-    gg = _combined(p_gg + 2 * i_set * g_parts, g_parts, BLOCK)
-    rg = _combined(p_rg + 2 * i_set * r_parts, r_parts, BLOCK)
+    rr = _combined(p_rr + 2 * i_set * rr_parts, rr_parts, BLOCK)
+    gg = _combined(p_gg + 2 * i_set * gg_parts, gg_parts, BLOCK)
+    rg = _combined(p_rg + 2 * i_set * rg_parts, rg_parts, BLOCK)
     tl.store(p_sums + 3 * i_set, rr)
     tl.store(p_sums + 3 * i_set + 1, gg)
     tl.store(p_sums + 3 * i_set + 2, rg)
@@ -275,83 +244,13 @@ def _combine_kernel(
 
 
 @triton.jit
-def _weight(p_sums, p_dvalue, p_dsums, pairs, factor, LOG: tl.constexpr):
-    """∂L/∂log Σk of one kind of pair, and log Σk."""
-    log_sum, weight = tl.load(p_sums), 0.0
-    if p_dsums is not None:
-        weight += tl.load(p_dsums)
-    if p_dvalue is not None:
-        mean = 1.0 if LOG else tl.exp(log_sum) / pairs
-        weight += factor * tl.load(p_dvalue) * mean
-    return weight, log_sum * LOG2E
-
-
-@triton.jit
-def _pull(
+def _gradient_kernel(
     p_u,
     p_l,
     p_wide,
     p_u_j,
     p_l_j,
     p_wide_j,
-    p_du,
-    p_dl,
-    weight,
-    log_sum,
-    i_set,
-    first_i,
-    low,
-    high,
-    n,
-    m,
-    d,
-    D,
-    N,
-    M,
-    DIAGONAL: tl.constexpr,
-    ADDITIVE: tl.constexpr,
-    PRIOR: tl.constexpr,
-    OTHERS: tl.constexpr,
-    OWNED: tl.constexpr,
-):
-    """Adds Σ_j w t and Σ_j w (t² − c/P) of the owned Gaussians to p_du and p_dl."""
-    wide_i = tl.max(tl.load(p_wide + i_set * N + first_i + tl.arange(0, OWNED)), 0)
-    at_i = i_set * D * N + first_i
-    for j in range(low, high, OTHERS):
-        wide = tl.maximum(wide_i, tl.max(tl.load(p_wide_j + i_set * M + j + tl.arange(0, OTHERS)), 0))
-        at = p_u + at_i, p_l + at_i, p_u_j + i_set * D * M + j, p_l_j + i_set * D * M + j
-        pair = _pairs(first_i, j, n, m, DIAGONAL, OTHERS, OWNED)
-        if ADDITIVE:
-            shift = log_sum + tl.log2(tl.cast(d, tl.float32)) + (0.5 + 0.5 * PRIOR) * LOG2_2PI
-            w = tl.where(pair, weight, 0.0)
-        else:
-            log_k = _log_kernel(at, wide, d, D, N, M, ADDITIVE, PRIOR, OTHERS, OWNED)
-            w = tl.where(pair, weight * tl.exp2(log_k - log_sum), 0.0)
-        for k in range(0, d):
-            u_i, l_i, u_j, l_j = _load(*at, k, N, M, OTHERS, OWNED)
-            slope, c = u_i[None, :] - u_j[:, None], tl.full([OTHERS, OWNED], 1.0, tl.float32)
-            A, P = _fraction(u_i, l_i, u_j, l_j, PRIOR)
-            inverse = 1 / P
-            if PRIOR:
-                slope += u_i[None, :] * l_j[:, None]
-                c += l_j[:, None]
-            t = slope * inverse
-            w_k = w
-            if ADDITIVE:
-                w_k = tl.where(pair, w * tl.exp2(-0.5 * (A * inverse * LOG2E + tl.log2(P)) - shift), 0.0)
-            to = at_i + tl.cast(k, tl.int64) * N + tl.arange(0, OWNED)
-            tl.store(p_du + to, tl.load(p_du + to) + tl.sum(w_k * t, 0))
-            tl.store(p_dl + to, tl.load(p_dl + to) + tl.sum(w_k * (t * t - c * inverse), 0))
-
-
-@triton.jit
-def _gradient_kernel(
-    p_u,
-    p_l,
-    p_wide,
-    p_u_other,
-    p_l_other,
-    p_wide_other,
     p_sums,
     p_dvalue,
     p_dsums,
@@ -367,32 +266,53 @@ def _gradient_kernel(
     share,
     KIND: tl.constexpr,
     LOG: tl.constexpr,
-    UNBIASED: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     ADDITIVE: tl.constexpr,
     PRIOR: tl.constexpr,
     OTHERS: tl.constexpr,
     OWNED: tl.constexpr,
 ):
-    """One batch, KIND 0 or 1 of the three log-sums, against itself and the other."""
+    """Adds Σ_j w t and Σ_j w (t² − c/P) over pairs of the KIND 0 (r, r'), 1 (g, g') or 2 (r, g) to p_du and p_dl."""
     i_set, first_i = (tl.program_id(0) // (N // OWNED)).to(tl.int64), tl.program_id(0) % (N // OWNED) * OWNED
-    low, high = tl.program_id(1) * share, (tl.program_id(1) + 1) * share
-    part = tl.program_id(1).to(tl.int64) * sets * D * N
-    size, other = tl.cast(n, tl.float32), tl.cast(m, tl.float32)
-    p_dvalue = p_dvalue if p_dvalue is None else p_dvalue + i_set
+    low, high = tl.program_id(1) * share, tl.minimum((tl.program_id(1) + 1) * share, M)
+    at_i = i_set * D * N + first_i
+    part = tl.program_id(1).to(tl.int64) * sets * D * N + at_i
+    # ∂L/∂log Σk; within a batch a pair (i, j) stands twice
+    log_sum, weight = tl.load(p_sums + 3 * i_set + KIND), 0.0
+    if p_dsums is not None:
+        weight += tl.load(p_dsums + 3 * i_set + KIND)
+    if p_dvalue is not None:
+        pairs = tl.cast(n, tl.float32) * (m if DIAGONAL else m - 1)
+        weight += (-2 if KIND == 2 else 1) * tl.load(p_dvalue + i_set) * (1.0 if LOG else tl.exp(log_sum) / pairs)
+    weight *= 1 if KIND == 2 else 2
+    log_sum *= LOG2E
 
-    p_k = None if p_dsums is None else p_dsums + 3 * i_set + KIND
-    weight, log_sum = _weight(p_sums + 3 * i_set + KIND, p_dvalue, p_k, size * (size - UNBIASED), 1.0, LOG)
-    _pull(
-        *(p_u, p_l, p_wide, p_u, p_l, p_wide, p_du + part, p_dl + part, 2 * weight, log_sum, i_set, first_i),
-        *(low, tl.minimum(high, N), n, n, d, D, N, N, not UNBIASED, ADDITIVE, PRIOR, OTHERS, OWNED),
-    )
-    p_k = None if p_dsums is None else p_dsums + 3 * i_set + 2
-    weight, log_sum = _weight(p_sums + 3 * i_set + 2, p_dvalue, p_k, size * other, -2.0, LOG)
-    _pull(
-        *(p_u, p_l, p_wide, p_u_other, p_l_other, p_wide_other, p_du + part, p_dl + part, weight, log_sum),
-        *(i_set, first_i, tl.maximum(low - N, 0), tl.minimum(high - N, M), n, m, d, D, N, M),
-        *(True, ADDITIVE, PRIOR, OTHERS, OWNED),
-    )
+    wide_i = tl.max(tl.load(p_wide + i_set * N + first_i + tl.arange(0, OWNED)), 0)
+    for j in range(low, high, OTHERS):
+        wide = tl.maximum(wide_i, tl.max(tl.load(p_wide_j + i_set * M + j + tl.arange(0, OTHERS)), 0))
+        at = p_u + at_i, p_l + at_i, p_u_j + i_set * D * M + j, p_l_j + i_set * D * M + j
+        pair = _pairs(first_i, j, n, m, DIAGONAL, OTHERS, OWNED)
+        if ADDITIVE:
+            log_sum_d = log_sum + tl.log2(tl.cast(d, tl.float32)) + (0.5 + 0.5 * PRIOR) * LOG2_2PI
+            w = tl.where(pair, weight, 0.0)
+        else:
+            log_k = _log_kernel(at, wide, d, D, N, M, ADDITIVE, PRIOR, OTHERS, OWNED)
+            w = tl.where(pair, weight * tl.exp2(log_k - log_sum), 0.0)
+        for k in range(0, d):
+            u_i, l_i, u_j, l_j = _load(*at, k, N, M, OTHERS, OWNED)
+            A, P = _fraction(u_i, l_i, u_j, l_j, PRIOR)
+            inverse = 1 / P
+            w_k = w
+            if ADDITIVE:
+                l = -0.5 * (A * inverse * LOG2E + tl.log2(P))
+                w_k = tl.where(pair, w * tl.exp2(l - log_sum_d), 0.0)
+            if PRIOR:
+                t, c = (u_i[None, :] - u_j[:, None] + u_i[None, :] * l_j[:, None]) * inverse, 1 + l_j[:, None]
+            else:
+                t, c = (u_i[None, :] - u_j[:, None]) * inverse, 1.0
+            to = part + tl.cast(k, tl.int64) * N + tl.arange(0, OWNED)
+            tl.store(p_du + to, tl.load(p_du + to) + tl.sum(w_k * t, 0))
+            tl.store(p_dl + to, tl.load(p_dl + to) + tl.sum(w_k * (t * t - c * inverse), 0))
 
 
 @triton.jit
@@ -449,20 +369,17 @@ def forward(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
         return value, sums
     (r, D), (g, _) = _pack(mu_r, logvar_r, prior), _pack(mu_g, logvar_g, prior)
     parts = []
-    for own, other, between in ((r, g, True), (g, r, False)):
-        programs, others = own.N // OWNED, (own.N + between * other.N) // TILE.forward
-        splits, share = shares(others, sets * programs)
-        found = torch.empty(1 + between, sets, programs * splits, 2, dtype=torch.float64, device=mu_r.device)
-        parts.append(found)
+    for own, other in ((r, r), (g, g), (r, g)):
+        programs = own.N // OWNED
+        splits, share = shares(other.N // TILE.forward, sets * programs)
+        parts.append(torch.empty(sets, programs * splits, 2, dtype=torch.float64, device=mu_r.device))
         _sums_kernel[sets * programs, splits](
-            *(*own[:3], *other[:3], found[0], found[1] if between else None),
-            *(own.n, other.n, d, D, own.N, other.N, share * TILE.forward),
-            *(unbiased, additive, prior, TILE.forward, OWNED),
+            *(*own[:3], *other[:3], parts[-1], own.n, other.n, d, D, own.N, other.N, share * TILE.forward),
+            *(own is other, own is not other or not unbiased, additive, prior, TILE.forward, OWNED),
             **OPTIONS,
         )
-    (rr, rg), (gg,) = parts
     _combine_kernel[sets,](
-        *(rr, gg, rg, value, sums, rr.shape[1], gg.shape[1], r.n, g.n, log, unbiased, 256), **OPTIONS
+        *(*parts, value, sums, *(part.shape[1] for part in parts), r.n, g.n, log, unbiased, 256), **OPTIONS
     )
     return value, sums
 
@@ -476,17 +393,21 @@ def backward(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prio
         return tuple(gradients)
     given = [t if t is None else t.contiguous() for t in (sums, dvalue, dsums)]
     (r, D), (g, _) = _pack(mu_r, logvar_r, prior), _pack(mu_g, logvar_g, prior)
-    for kind, (own, other) in enumerate(((r, g), (g, r))):
+    for side, own in enumerate((r, g)):
         programs = own.N // OWNED
-        splits, share = shares((own.N + other.N) // TILE.backward, sets * programs)
-        du, dl = torch.zeros(2, splits, sets, D, own.N, dtype=torch.float32, device=mu_r.device)
-        _gradient_kernel[sets * programs, splits](
-            *(*own[:3], *other[:3], *given, du, dl, sets, own.n, other.n, d, D, own.N, other.N, share * TILE.backward),
-            *(kind, log, unbiased, additive, prior, TILE.backward, OWNED),
-            **OPTIONS,
-        )
+        pairs = [(own, side), ((g, r)[side], 2)]
+        split = [shares(other.N // TILE.backward, sets * programs) for other, _ in pairs]
+        du, dl = torch.zeros(2, sum(splits for splits, _ in split), sets, D, own.N, device=mu_r.device)
+        first = 0
+        for (other, kind), (splits, share) in zip(pairs, split, strict=True):
+            _gradient_kernel[sets * programs, splits](
+                *(*own[:3], *other[:3], *given, du[first:], dl[first:], sets, own.n, other.n, d, D, own.N, other.N),
+                *(share * TILE.backward, kind, log, kind == 2 or not unbiased, additive, prior, TILE.backward, OWNED),
+                **OPTIONS,
+            )
+            first += splits
         _finish_kernel[sets * (own.N // PACK_ROWS), triton.cdiv(d, PACK_WIDTH)](
-            *(own.l, du, dl, *gradients[2 * kind : 2 * kind + 2], sets, own.n, d, own.N, D, splits),
+            *(own.l, du, dl, *gradients[2 * side : 2 * side + 2], sets, own.n, d, own.N, D, first),
             *(PACK_ROWS, PACK_WIDTH),
             **OPTIONS,
         )
