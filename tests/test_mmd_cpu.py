@@ -196,6 +196,16 @@ def test_equal_samples(isa, imq):
     torch.testing.assert_close(dx[:30], dx[30:], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("imq", [True, False])
+def test_distances_lost_in_rounding_are_not_negative(isa, imq):
+    # y is x to a rounding of its squares, far wider than the kernel: MMD² = 1 − (k(x₁, y₁) + k(x₂, y₂))/2
+    x = torch.randn(1000, 1, 9)
+    x = torch.cat((x, -x), 1)
+    value = op(x, x * (1 + 2e-7), imq=imq, scales=[1e-9], unbiased=False)[0]
+    assert value.min() >= -1e-6
+    assert value.max() <= 1 + 1e-6
+
+
 def test_symmetry(isa):
     x, y = torch.randn(90, 12), torch.randn(140, 12) + 0.2
     for a, b in zip(op(x, y), [op(y, x)[i] for i in (0, 2, 1)], strict=True):

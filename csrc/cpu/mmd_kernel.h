@@ -207,7 +207,7 @@ double sum_tile(T* u, const TwoSamples& s, const Pool<T>& w, bool slope, int64_t
 }
 
 // The tile of rows [i, i + rows) of sample a and [j, j + cols) of sample b, at most `tile` each: its part of MMD², and of
-// the sums of both sides that are asked for.
+// the sums of both sides that are asked for. Rows of padding are left as they are: nobody reads their sums.
 template <class T>
 double pair_tile(const TwoSamples& s, const Pool<T>& w, int a, int64_t i, int64_t rows, int b, int64_t j,
                  int64_t cols) {
@@ -224,9 +224,6 @@ double pair_tile(const TwoSamples& s, const Pool<T>& w, int a, int64_t i, int64_
   });
   const bool slope = s.dx[a] || s.dx[b];
   const double sum = sum_tile<T>(G, s, w, slope, rows, cols, diagonal, T(-2 * weight));
-  if (slope)
-    for (int64_t r = rows; r < row_groups; ++r)
-      for (int64_t c = 0; c < t.cols; c += lanes<T>) at(G + r * tile + c) = Vec<T>{};
   if (s.dx[a]) {
     add_row_sums(w.g + i, G, rows, t.cols);
     accumulate<tile, 1>(w.gx + i * w.ld, G, w.x + j * w.ld, row_groups, cols, w.ld, w.width);
