@@ -43,7 +43,7 @@ struct MedianStages {
   // `count` (whole vectors) values of scattered pairs.
   void (*sample)(const MedianSet&, void* values, int64_t count);
   // The key at `rank` of the values, and the next one. A vector behind the values is written; `scratch` holds
-  // count/2 + 64.
+  // count/3 + 64.
   std::pair<Key, Key> (*select)(void* values, int64_t count, int64_t rank, void* scratch);
   // Adds to `counts`; writes the values with low < key < high and up to a vector of rubbish behind them.
   int64_t (*count)(const MedianSet&, int64_t i, int64_t j, Key low, Key high, BracketCounts& counts, void* values);

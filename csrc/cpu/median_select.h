@@ -8,6 +8,8 @@
 #include <immintrin.h>
 #endif
 
+#include <type_traits>
+
 #include "median.h"
 #include "tiles.h"
 
@@ -90,6 +92,14 @@ struct Ends {
   Integer<T> least, greatest;
 };
 
+// −1 for low <= key <= high
+template <class T>
+IVFAST_INLINE Bits<T> in_range(Bits<T> key, Integer<T> low, Integer<T> high) {
+  using Unsigned = std::make_unsigned_t<Integer<T>>;
+  typedef Unsigned Vector __attribute__((vector_size(IVFAST_VECTOR_BYTES)));
+  return Bits<T>(Vector(key - low) <= Vector{} + Unsigned(high - low));
+}
+
 // The least and the greatest key in [low, high], which holds at least one.
 template <class T>
 IVFAST_INLINE Ends<T> ends(const T* values, int64_t count, Integer<T> low, Integer<T> high) {
@@ -111,40 +121,34 @@ IVFAST_INLINE Ends<T> ends(const T* values, int64_t count, Integer<T> low, Integ
 }
 
 // The key at `rank` (from 0) of `count` values and the next one. Padding fills the last vector; the next of the last is
-// infinite. `scratch` holds count/2 + 64.
+// infinite. `scratch` holds count/3 + 64.
 template <class T>
-IVFAST_INLINE std::pair<Key, Key> select(const T* values, int64_t count, int64_t rank, T* scratch) {
+IVFAST_INLINE std::pair<Key, Key> select(const T* all, int64_t count, int64_t rank, T* scratch) {
   constexpr int L = lanes<T>;
-  Integer<T> low = 0, high = infinity<T>, above = infinity<T>;
-  {
-    const Ends<T> range = ends(values, count, low, high);
-    low = range.least, high = range.greatest;
-  }
+  const int64_t all_count = count;
+  const T* values = all;
+  auto [low, high] = ends(values, count, Integer<T>(0), infinity<T>);
   // `rank` is the answer's among the values, `below` counts those under `low`, `within` those of [low, high]
   for (int64_t below = 0, within = count; low < high && within > 1;) {
     const Integer<T> middle = low + (high - low) / 2;
     const int64_t upto = count_upto(values, count, middle);
-    if (upto > rank)
-      high = middle, within = upto - below;
-    else
-      low = middle + 1, within -= upto - below, below = upto;
-    if (count <= 4 * L || within > count / 2) continue;
-    const Bits<T> lows = Bits<T>{} + low, highs = Bits<T>{} + high;
-    Bits<T> beyond = Bits<T>{} + above;
+    const bool lower = upto > rank;  // a branch would be guessed wrong half of the time
+    within = lower ? upto - below : within - (upto - below), below = lower ? below : upto;
+    high = lower ? middle : high, low = lower ? low : middle + 1;
+    if (count <= 4 * L || within > count / 3) continue;
     T* out = scratch;
     for (int64_t i = 0; i < count; i += L) {
-      const Bits<T> key = unaligned(values + i), greater = key > highs;
-      out = append<T>(out, key, (key >= lows) & ~greater);
-      beyond = (greater & (key < beyond)) ? key : beyond;
+      const Bits<T> key = unaligned(values + i);
+      out = append<T>(out, key, in_range<T>(key, low, high));
     }
-    for (int l = 0; l < L; ++l) above = beyond[l] < above ? beyond[l] : above;
     pad(out);
     values = scratch, count = out - scratch, rank -= below, below = 0;
   }
   const Integer<T> key = ends(values, count, low, infinity<T>).least;
   if (count_upto(values, count, key) > rank + 1) return {key, key};
-  const Integer<T> next = ends(values, count, Integer<T>(key + 1), infinity<T>).least;
-  return {key, next < above ? next : above};
+  Integer<T> next = ends(values, count, Integer<T>(key + 1), infinity<T>).least;
+  if (next == infinity<T>) next = ends(all, all_count, Integer<T>(key + 1), infinity<T>).least;
+  return {key, next};
 }
 
 }  // namespace

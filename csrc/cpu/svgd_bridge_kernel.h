@@ -32,7 +32,8 @@ struct Factors {
   }
 };
 
-// Matrices are rows [padded n, width] or panels: [padded n, d], those of results [padded n, width].
+// Matrices are rows [padded n, width] or panels: [padded n, d], those of results [padded n, width]. What padded rows
+// leave in sums and results is not read.
 template <class T>
 struct Small {
   int64_t n, d, width, padded, pairs;
@@ -91,7 +92,6 @@ IVFAST_INLINE void pack_particles(const Small<T>& w, const T* x) {
   pack(w.x, w.x_panels, x, w.mean, w.n, w.d, w.width);
   for (int64_t i = 0; i < w.padded; i += lanes<T>)
     at(w.half_norms + i) = half_norms(w.x_panels + i * w.d, w.d), at(w.r + i) = Vec<T>{};
-  for (int64_t i = w.n; i < w.padded; ++i) w.half_norms[i] = T(__builtin_inff());  // padded k are 0
   for (int64_t e = 0; e < w.padded * w.width; e += lanes<T>) at(w.kx + e) = Vec<T>{};
 }
 
