@@ -35,6 +35,9 @@ struct Panels {
     for (quads = all; quads > 1 && bytes(quads) > available; quads = (all + count - 1) / count) ++count;
     stride = 4 * (quads | 1), floats = columns * stride;
   }
+
+  // All of it, for two rows of four fours each that eight threads read at once
+  Panels(int columns, int d) : quads((d + 3) / 4), stride((quads + 3) / 8 * 32 + 16), floats(columns * stride) {}
 };
 
 // Four elements of a row in float32, 0 beyond d
@@ -60,9 +63,15 @@ __device__ __forceinline__ bool whole_quads(const T* x, int d) {
   return d % 4 == 0 && reinterpret_cast<uintptr_t>(x) % (4 * sizeof(T)) == 0;
 }
 
-// Dimensions first, … of every column: panels + a · floats for array a. Eight loads of a thread are on their way at once.
-template <int Arrays, class T>
-__device__ __forceinline__ void fill_panels(float* panels, const Panels& plan, const Pool<Arrays, T>& pool, int first) {
+struct Unchanged {
+  __device__ float operator()(int, float x) const { return x; }
+};
+
+// Dimensions first, … of every column: panels + a · floats has transform(a, x) of array a, and of 0 beyond d. Eight
+// loads of a thread are on their way at once.
+template <int Arrays, class T, class F = Unchanged>
+__device__ __forceinline__ void fill_panels(
+    float* panels, const Panels& plan, const Pool<Arrays, T>& pool, int first, F transform = {}) {
   constexpr int at_once = 8 / Arrays;
   const int rows_on = blockDim.x / plan.quads, quads_on = blockDim.x % plan.quads;
   int row = threadIdx.x / plan.quads, quad = threadIdx.x % plan.quads;
@@ -87,7 +96,10 @@ __device__ __forceinline__ void fill_panels(float* panels, const Panels& plan, c
     for (int load = 0; load < at_once; ++load) {
 #pragma unroll
       for (int a = 0; a < Arrays; ++a) {
-        if (to[load] >= 0) *reinterpret_cast<float4*>(panels + a * plan.floats + to[load]) = v[load][a];
+        if (to[load] < 0) continue;
+        const float4 x = v[load][a];
+        *reinterpret_cast<float4*>(panels + a * plan.floats + to[load]) =
+            make_float4(transform(a, x.x), transform(a, x.y), transform(a, x.z), transform(a, x.w));
       }
     }
   }
