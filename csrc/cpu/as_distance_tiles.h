@@ -33,11 +33,11 @@ struct Pairs {
     Bits<T> at;
     for (int l = 0; l < lanes<T>; ++l) at[l] = l;
     at += typename Simd<T>::Scalar(column);
-    const Vec<T> nothing = Vec<T>{} + none;
-    Vec<T> value = Vec<T>{} + pair;
+    const Vec<T> nothing = none - Vec<T>{};
+    Vec<T> value = pair - Vec<T>{};
     if (diagonal) {
       const Bits<T> here = Bits<T>{} + typename Simd<T>::Scalar(row);
-      value = at > here ? value : at < here ? nothing : Vec<T>{} + (unbiased ? none : self);
+      value = at > here ? value : at < here ? nothing : (unbiased ? none : self) - Vec<T>{};
     }
     return at < Bits<T>{} + typename Simd<T>::Scalar(cols) ? value : nothing;
   }
@@ -66,7 +66,7 @@ IVFAST_INLINE Fraction<T> fraction(const T* u_i, const T* l_i, const T* u_j, con
   } else {
     const Vec<T> delta = at(u_j) - *u_i, s = at(l_j) + *l_i;
     if constexpr (!prior) return {delta * delta, s};
-    return {delta * delta + (*u_i * *u_i) * at(l_j) + (at(u_j) * at(u_j)) * *l_i, s + *l_i * at(l_j)};
+    return {delta * delta + at(l_j) * *u_i * *u_i + at(u_j) * at(u_j) * *l_i, s + *l_i * at(l_j)};
   }
 }
 
@@ -120,7 +120,7 @@ IVFAST_INLINE void log_kernel_tile(T* out, const Pairs<T>& p, int64_t merged_ste
     Terms<T, R> terms;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-      terms.sum[r] = Vec<T>{}, terms.product[r] = Vec<T>{} + T(1), terms.exponent[r] = Bits<T>{};
+      terms.sum[r] = Vec<T>{}, terms.product[r] = T(1) - Vec<T>{}, terms.exponent[r] = Bits<T>{};
     const int64_t merged = merged_steps ? p.d / 4 * 4 : 0;
     add_terms<4, prior>(terms, u_i, l_i, u_j, l_j, 0, merged, merged_steps);
     add_terms<1, prior>(terms, u_i, l_i, u_j, l_j, merged, p.d, 1);
@@ -201,7 +201,7 @@ IVFAST_INLINE void sum_pairs(Total& total, const Pairs<T>& p, int64_t merged_ste
   constexpr int L = lanes<T>;
   alignas(64) T values[tile * tile];
   if constexpr (additive) {
-    const auto same = [](Vec<T> value) __attribute__((always_inline)) { return value; };
+    const auto same = [&](Vec<T> value) __attribute__((always_inline)) { return value; };
     additive_tile<prior>(values, p, T(0));
     double sum = sum_tile(values, p, same), top = 0;
     if (!(sum > 0x1p-60)) {  // the terms may have underflowed
@@ -276,7 +276,7 @@ IVFAST_INLINE void gradient_tile(const T* weights, const Bits<T>* alive_, const 
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Vec<T> delta = u_i[r] - u_j, P = prior ? l_i[r] + l_j + l_i[r] * l_j : l_i[r] + l_j;
-          Vec<T> w = Vec<T>{} + weights[(i + r) * tile + j], y;
+          Vec<T> w = weights[(i + r) * tile + j] - Vec<T>{}, y;
           if constexpr (additive) {
             Vec<T> N = delta * delta;
             if constexpr (prior) N += u_i[r] * u_i[r] * l_j + u_j * u_j * l_i[r];

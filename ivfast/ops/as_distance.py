@@ -90,7 +90,10 @@ def _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, log, unbiased):
                     f"{name} must hold n >= 2 samples for unbiased=True, which leaves out pairs of a sample with "
                     f"itself and so has no pair left, got {tuple(mu.shape)}"
                 )
-    return _AsDistance.apply(mu_r, logvar_r, mu_g, logvar_g, kernel == "additive", measure == "prior", log, unbiased)
+    tensors = mu_r, logvar_r, mu_g, logvar_g
+    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    function = _AsDistance.apply if differentiable else _forward  # a Function costs 2 µs
+    return function(*tensors, kernel == "additive", measure == "prior", log, unbiased)
 
 
 def as_distance_reference(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
