@@ -206,8 +206,8 @@ double sum_tile(T* u, const TwoSamples& s, const Pool<T>& w, bool slope, int64_t
   return sum(u, w, s.count, rows, cols, diagonal, factor);
 }
 
-// The tile of rows [i, i + rows) of sample a and [j, j + cols) of sample b, at most `tile` each: its part of MMD², and of
-// the sums of both sides that are asked for. Rows of padding are left as they are: nobody reads their sums.
+// The tile of rows [i, i + rows) of sample a and [j, j + cols) of sample b, at most `tile` each: its part of MMD², and
+// of the sums of both sides that are asked for. Rows of padding are left as they are: nobody reads their sums.
 template <class T>
 double pair_tile(const TwoSamples& s, const Pool<T>& w, int a, int64_t i, int64_t rows, int b, int64_t j,
                  int64_t cols) {
@@ -217,8 +217,9 @@ double pair_tile(const TwoSamples& s, const Pool<T>& w, int a, int64_t i, int64_
   const bool diagonal = i == j;
   const double weight = w.weight[a == b ? a : 2];
   alignas(64) T G[tile * tile];
-  product_tile<false>(G, w.panels, w.panels, t, w.d, [&](Vec<T> xx, int64_t r, int64_t c) __attribute__((always_inline)) {
-    const Vec<T> u = (w.half_norms[i + r] + at(w.half_norms + j + c)) - xx, zero = {};
+  const T *const row_norms = w.half_norms + i, *const column_norms = w.half_norms + j, *const x = w.panels;
+  product_tile<false>(G, x, x, t, w.d, [&](Vec<T> xx, int64_t r, int64_t c) __attribute__((always_inline)) {
+    const Vec<T> u = (row_norms[r] + at(column_norms + c)) - xx, zero = {};
     const Vec<T> most = Vec<T>{} + T(Limits<T>::distance), positive = zero > u ? zero : u;
     return most < positive ? most : positive;
   });
