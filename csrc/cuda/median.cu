@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kThreads, 1) median_kernel(
   float d2[Tiles][16];
   distances<Tiles>(d2, panel, n, d, quads, [&](int first) {
     __syncthreads();
-    fill(panel, n, d, first, quads, value);
+    fill(panel, x, n, d, first, quads);
     __syncthreads();
   });
   unsigned bits[16 * Tiles];
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads, 1) median_backward_kernel(
   float d2[Tiles][16];
   distances<Tiles>(d2, panel, n, d, quads, [&](int first) {
     __syncthreads();
-    fill(panel, n, d, first, quads, [&](int row, int column) { return static_cast<float>(x[row * d + column]); });
+    fill(panel, x, n, d, first, quads);
     __syncthreads();
   });
 #pragma unroll

@@ -30,15 +30,51 @@ __host__ __device__ constexpr int round_up(int value, int multiple) {
 __host__ __device__ constexpr int row_at(int row, int quads) { return row * 4 * quads + row / 4 * 4; }
 __host__ __device__ constexpr int panel_floats(int n, int quads) { return row_at(round_up(n, 4), quads); }
 
-// panel[row][column] = value(row, first + column)
-template <class F>
-__device__ __forceinline__ void fill(float* panel, int n, int d, int first, int quads, F value) {
+// Four neighbours of a row of which `count` exist, by one access where all are there and aligned.
+template <class T>
+struct alignas(4 * sizeof(T)) Four {
+  T v[4];
+};
+
+template <class T>
+__device__ __forceinline__ bool is_four(const T* p, int count) {
+  return count >= 4 && reinterpret_cast<uintptr_t>(p) % sizeof(Four<T>) == 0;
+}
+
+template <class T>
+__device__ __forceinline__ float4 load_four(const T* p, int count) {
+  float v[4] = {};
+  if (is_four(p, count)) {
+    const Four<T> four = *reinterpret_cast<const Four<T>*>(p);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) v[c] = static_cast<float>(four.v[c]);
+  } else {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) v[c] = c < count ? static_cast<float>(p[c]) : 0.f;
+  }
+  return make_float4(v[0], v[1], v[2], v[3]);
+}
+
+template <class T>
+__device__ __forceinline__ void store_four(T* p, const float4& v, int count) {
+  if (is_four(p, count)) {
+    *reinterpret_cast<Four<T>*>(p) = {
+        static_cast<T>(v.x), static_cast<T>(v.y), static_cast<T>(v.z), static_cast<T>(v.w)};
+  } else {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      if (c < count) p[c] = static_cast<T>(part(v, c));
+    }
+  }
+}
+
+// panel[row][column] = x[row][first + column]
+template <class T>
+__device__ __forceinline__ void fill(float* panel, const T* x, int n, int d, int first, int quads) {
   for (int at = threadIdx.x; at < round_up(n, 4) * quads; at += kThreads) {
     const int row = at / quads, quad = at % quads, column = first + 4 * quad;
-    float v[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) v[c] = row < n && column + c < d ? value(row, column + c) : 0.f;
-    *reinterpret_cast<float4*>(panel + row_at(row, quads) + 4 * quad) = make_float4(v[0], v[1], v[2], v[3]);
+    const float4 v = row < n ? load_four(x + row * d + column, d - column) : float4{};
+    *reinterpret_cast<float4*>(panel + row_at(row, quads) + 4 * quad) = v;
   }
 }
 

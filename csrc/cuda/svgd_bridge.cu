@@ -74,9 +74,7 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
     const float* x = states + step * all;
     const auto load = [&](int first) {
       __syncthreads();
-      fill(X, n, d, first, quads, [&](int row, int c) {
-        return step ? x[row * d + c] : static_cast<float>(z[row * d + c]);
-      });
+      step ? fill(X, x, n, d, first, quads) : fill(X, z, n, d, first, quads);
       __syncthreads();
     };
 
@@ -95,8 +93,7 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
     const float two_over_h = 2.f / h, per_n = 1.f / n;
 
     float* const next_state = step + 1 < plan.steps ? states + (step + 1) * all : nullptr;
-    T* const bridge =
-        (step + 1) % plan.iterations ? nullptr : bridges + (step + 1) / plan.iterations * all;
+    T* const bridge = (step + 1) % plan.iterations ? nullptr : bridges + (step + 1) / plan.iterations * all;
     float4 next = {};
     int next_at = -1;
     for (int first_i = 0; first_i < n; first_i += chunk) {
@@ -111,14 +108,11 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
           load(first);
         }
         for (int round = threadIdx.x / 32; round < Patch::rounds(rows, quads); round += kThreads / 32) {
-          const Patch patch(round, rows, quads);
+          const Patch patch(round, rows, plan);
           const int lane = threadIdx.x % 4, i = first_i + patch.i + lane, column = first + patch.column;
           const bool mine = patch.exists && i < n;
-          float draw[4];
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            draw[c] = mine && column + c < d ? static_cast<float>(draws[step * all + i * d + column + c]) : 0.f;
-          }
+          const int at = i * d + column;
+          const float4 draw = mine ? load_four(draws + step * all + at, d - column) : float4{};
 
           const float4 o = vec4(X + row_at(first_i + patch.i, quads) + patch.column);
           float KX[4][5] = {};  // the fifth column is r
@@ -147,16 +141,12 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
           for (int c = 0; c < 4; ++c) {
             const float repulsion = two_over_h * (r * (part(x_i, c) - part(o, c)) - KX[0][c]);
             const float phi = per_n * (repulsion - (KX[0][c] + r * part(o, c)));
-            moved[c] = column + c < d ? part(x_i, c) + step_size * phi + noise * draw[c] : 0.f;
+            moved[c] = column + c < d ? part(x_i, c) + step_size * phi + noise * part(draw, c) : 0.f;
           }
           next = make_float4(moved[0], moved[1], moved[2], moved[3]);
           if (column == 0) row_sums[(step * sets + set) * n + i] = r;
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int at = i * d + column + c;
-            if (column + c < d && next_state) next_state[at] = moved[c];
-            if (column + c < d && bridge) bridge[at] = static_cast<T>(moved[c]);
-          }
+          if (next_state) store_four(next_state + at, next, d - column);
+          if (bridge) store_four(bridge + at, next, d - column);
         }
       }
     }

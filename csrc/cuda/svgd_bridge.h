@@ -12,7 +12,7 @@ __host__ __device__ constexpr int kernel_at(int j, int chunk) { return j * (chun
 
 struct BridgePlan {
   int n, d, steps, iterations;  // steps = (t − 1) iterations
-  int chunk, quads;
+  int chunk, quads, per_quad;  // tile / quads is tile per_quad / 2^16 for the tiles of a chunk
   bool resident;  // one chunk, one panel and one tile for every four threads: the particles stay in shared memory
   size_t shared;
 
@@ -37,6 +37,7 @@ struct BridgePlan {
         while (quads < all && bytes(chunk, quads + 1) <= limit) ++quads;
         const int panels = (all + quads - 1) / quads;
         quads = (all + panels - 1) / panels;
+        per_quad = (1 << 16) / quads + 1;
         resident = panels == 1 && chunk >= n && chunk / 4 * quads <= kThreads / 4;
         shared = bytes(chunk, quads);
         return;
@@ -55,9 +56,9 @@ struct Patch {
   int i, column;
   bool exists;
 
-  __device__ Patch(int index, int rows, int quads) {
-    const int tile = index * 8 + threadIdx.x % 32 / 4;
-    i = tile / quads * 4, column = tile % quads * 4;
+  __device__ Patch(int index, int rows, const BridgePlan& plan) {
+    const int tile = index * 8 + threadIdx.x % 32 / 4, row = tile * plan.per_quad >> 16;
+    i = 4 * row, column = 4 * (tile - row * plan.quads);
     exists = i < rows;
     if (!exists) i = 0;
   }

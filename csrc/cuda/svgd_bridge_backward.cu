@@ -75,11 +75,9 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
     const bool is_last = step + 1 == plan.steps;
     const auto load = [&](int first) {
       __syncthreads();
-      fill(X, n, d, first, quads, [&](int row, int c) { return x[row * d + c]; });
-      fill(G, n, d, first, quads, [&](int row, int c) {
-        const int at = row * d + c;
-        return is_last ? static_cast<float>(grad[plan.steps / plan.iterations * all + at]) : g[at];
-      });
+      fill(X, x, n, d, first, quads);
+      is_last ? fill(G, grad + plan.steps / plan.iterations * all, n, d, first, quads)
+              : fill(G, g, n, d, first, quads);
       __syncthreads();
     };
     const float two_over_h = 2.f / bandwidths[step * sets + set], per_n = 1.f / n;
@@ -135,16 +133,12 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
           load(first);
         }
         for (int round = threadIdx.x / 32; round < Patch::rounds(rows, quads); round += kThreads / 32) {
-          const Patch patch(round, rows, quads);
+          const Patch patch(round, rows, plan);
           const int lane = threadIdx.x % 4, i = first_i + patch.i + lane, column = first + patch.column;
           const bool mine = patch.exists && i < n;
-          float joined[4], x_before[4];
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const bool inside = mine && column + c < d;
-            joined[c] = joins && inside ? static_cast<float>(joining[i * d + column + c]) : 0.f;
-            x_before[c] = plan.resident && step && inside ? x[i * d + column + c - all] : 0.f;
-          }
+          const int at = i * d + column;
+          const float4 joined = mine && joins ? load_four(joining + at, d - column) : float4{};
+          const float4 x_before = mine && step && plan.resident ? load_four(x - all + at, d - column) : float4{};
 
           const int origin = row_at(first_i + patch.i, quads) + patch.column;
           const float4 o_x = vec4(X + origin), o_g = vec4(G + origin);
@@ -178,16 +172,14 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
             const float o = part(o_g, c), g_ic = part(g_i, c), kg = sums[0][c];
             const float pull = sums[0][4 + c] - sums[0][8] * (part(x_i, c) - part(o_x, c));
             const float dx = two_over_h * (pull + r_i * (g_ic - o) - kg) - (kg + r_i * o);
-            moved[c] = column + c < d ? g_ic + step_size * dx + joined[c] : 0.f;
+            moved[c] = column + c < d ? g_ic + step_size * dx + part(joined, c) : 0.f;
           }
           next_g = make_float4(moved[0], moved[1], moved[2], moved[3]);
-          next_x = make_float4(x_before[0], x_before[1], x_before[2], x_before[3]);
-          next_at = at_i;
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const int at = i * d + column + c;
-            if (column + c < d && step == 0) dz[at] = static_cast<T>(moved[c]);
-            if (column + c < d && step > 0 && !plan.resident) gradients[step % 2 * all + at] = moved[c];
+          next_x = x_before, next_at = at_i;
+          if (step == 0) {
+            store_four(dz + at, next_g, d - column);
+          } else if (!plan.resident) {
+            store_four(gradients + step % 2 * all + at, next_g, d - column);
           }
         }
       }
