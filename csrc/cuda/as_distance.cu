@@ -33,7 +33,7 @@ __device__ __forceinline__ void log_sum_lanes(float& most, float& sum) {
 }
 
 template <bool IsAdditive, bool Prior, class T>
-__global__ void __launch_bounds__(kThreads) as_distance_kernel(
+__global__ void __launch_bounds__(kThreads, 1) as_distance_kernel(
     const T* __restrict__ mu_r, const T* __restrict__ logvar_r, const T* __restrict__ mu_g,
     const T* __restrict__ logvar_g, float* __restrict__ value, float* __restrict__ sums, volatile Report<2>* reports,
     AsPlan plan) {
