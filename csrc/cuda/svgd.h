@@ -63,7 +63,9 @@ __device__ __forceinline__ float row_total(float v) {
   return v;
 }
 
-inline Sets direction_sets(const Tensor& x) { return Sets("svgd_direction", x.sizes(), 65535 * kTile, kMostDimensions); }
+inline Sets direction_sets(const Tensor& x) {
+  return Sets("svgd_direction", x.sizes(), 65535 * kTile, kMostDimensions);
+}
 
 inline int tiles_of(int n) { return (n + kTile - 1) / kTile; }
 

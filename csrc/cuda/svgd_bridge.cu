@@ -2,7 +2,7 @@
 //
 // h = scale med²/log n, k_ij = exp(−‖x_i − x_j‖²/h), r = K 1, and for the N(0, I) target
 // φ_i = (1/n) Σ_j k_ij [(2/h)(x_i − x_j) − x_j],  x ← x + step_size φ + noise ε.
-// Sums over j are of x_j − o, o the first of four rows i that a thread works on: nothing cancels, wherever the data lie.
+// Sums over j are of x_j − o, o the first of four rows i that a thread works on: nothing cancels wherever the data lie.
 #include "svgd_bridge.h"
 
 #include <tuple>
