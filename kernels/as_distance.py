@@ -20,6 +20,7 @@ from .particles import OPTIONS, check_dtype, shares
 
 OWNED = 128  # Gaussians of a program, one to each thread
 PACK_ROWS, PACK_WIDTH = 32, 32
+PARTS = 256  # that are combined at once
 GROUP = tl.constexpr(4)
 CHUNK = tl.constexpr(64)  # dimensions that are added up before the sum of all sees them: it rounds less often
 LOG2E = tl.constexpr(math.log2(math.e))
@@ -27,13 +28,15 @@ LOG2_2PI = tl.constexpr(math.log2(2 * math.pi))
 
 
 class Tile(NamedTuple):
-    """How many others a program meets at once; nothing here is measured yet."""
+    """How many others a program meets at once; nothing here is measured yet: the most that fit in registers."""
 
-    forward: int = 16
-    backward: int = 16
+    forward: int = 8
+    backward: int = 8
 
 
 TILE = Tile()
+# three programs to a processor, two backward; without the bound ptxas aims at 96 registers and spills a few
+SUMS_OPTIONS, GRADIENT_OPTIONS = OPTIONS | {"maxnreg": 168}, OPTIONS | {"maxnreg": 192}
 
 
 @triton.jit
@@ -294,10 +297,10 @@ def _gradient_kernel(
         pair = _pairs(first_i, j, n, m, DIAGONAL, OTHERS, OWNED)
         if ADDITIVE:
             log_sum_d = log_sum + tl.log2(tl.cast(d, tl.float32)) + (0.5 + 0.5 * PRIOR) * LOG2_2PI
-            w = tl.where(pair, weight, 0.0)
+            w = weight
         else:
             log_k = _log_kernel(at, wide, d, D, N, M, ADDITIVE, PRIOR, OTHERS, OWNED)
-            w = tl.where(pair, weight * tl.exp2(log_k - log_sum), 0.0)
+            w = weight * tl.exp2(tl.where(pair, log_k - log_sum, -1000.0))
         for k in range(0, d):
             u_i, l_i, u_j, l_j = _load(*at, k, N, M, OTHERS, OWNED)
             A, P = _fraction(u_i, l_i, u_j, l_j, PRIOR)
@@ -305,7 +308,7 @@ def _gradient_kernel(
             w_k = w
             if ADDITIVE:
                 l = -0.5 * (A * inverse * LOG2E + tl.log2(P))
-                w_k = tl.where(pair, w * tl.exp2(l - log_sum_d), 0.0)
+                w_k = w * tl.exp2(tl.where(pair, l - log_sum_d, -1000.0))
             if PRIOR:
                 t, c = (u_i[None, :] - u_j[:, None] + u_i[None, :] * l_j[:, None]) * inverse, 1 + l_j[:, None]
             else:
@@ -376,10 +379,10 @@ def forward(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
         _sums_kernel[sets * programs, splits](
             *(*own[:3], *other[:3], parts[-1], own.n, other.n, d, D, own.N, other.N, share * TILE.forward),
             *(own is other, own is not other or not unbiased, additive, prior, TILE.forward, OWNED),
-            **OPTIONS,
+            **SUMS_OPTIONS,
         )
     _combine_kernel[sets,](
-        *(*parts, value, sums, *(part.shape[1] for part in parts), r.n, g.n, log, unbiased, 256), **OPTIONS
+        *(*parts, value, sums, *(part.shape[1] for part in parts), r.n, g.n, log, unbiased, PARTS), **OPTIONS
     )
     return value, sums
 
@@ -403,7 +406,7 @@ def backward(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prio
             _gradient_kernel[sets * programs, splits](
                 *(*own[:3], *other[:3], *given, du[first:], dl[first:], sets, own.n, other.n, d, D, own.N, other.N),
                 *(share * TILE.backward, kind, log, kind == 2 or not unbiased, additive, prior, TILE.backward, OWNED),
-                **OPTIONS,
+                **GRADIENT_OPTIONS,
             )
             first += splits
         _finish_kernel[sets * (own.N // PACK_ROWS), triton.cdiv(d, PACK_WIDTH)](

@@ -29,7 +29,7 @@ from .particles import (
 )
 
 FINISH_ROWS, FINISH_WIDTH = 16, 64
-SCALES = 8  # that one launch sums
+SCALES, RBF_SCALES = 8, 2  # that one launch sums
 FAR = tl.constexpr(1e18)  # in r² and in the scales: products of two are finite and not 0
 
 
@@ -241,7 +241,8 @@ def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, s
     rows = x.N // shape.rows
     columns = (x.N + (y.N if gradient or between else 0)) // shape.columns
     splits, share = shares(columns, x.sets * rows * values)
-    launches = [scales[k : k + SCALES] for k in range(0, len(scales), SCALES)]
+    at_once = SCALES if imq else RBF_SCALES
+    launches = [scales[k : k + at_once] for k in range(0, len(scales), at_once)]
     SZ, r = (x.X.new_empty(len(launches) * splits, x.sets, x.N, *width) if gradient else None for width in ((x.D,), ()))
     parts = torch.empty(len(launches), x.sets, rows * splits, dtype=torch.float64, device=x.X.device)
     for k, some in enumerate(launches):

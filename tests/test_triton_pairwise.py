@@ -5,11 +5,15 @@ import torch
 
 import ivfast
 from ivfast import testing
+from ivfast.ops import mmd
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [
+    pytest.mark.usefixtures("poisoned"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # 2^-inf, in the interpreter's NumPy
+]
 
 
 def check(case, dtype=torch.float32):
@@ -47,6 +51,88 @@ class TestMmd:
             mmd_case(n, m, d, batch=(size(1, 2),), kernel=kernel, bandwidth=2.0 * d, unbiased=bool(size(0, 1))), dtype
         )
 
+    @pytest.mark.parametrize(("n", "m", "d"), [(130, 5, 64), (33, 17, 65), (9, 20, 130), (5, 9, 512)])
+    def test_wide(self, monkeypatch, n, m, d):
+        from ivfast.kernels import mmd as kernels
+
+        # the interpreter pays by the loop: fewer parts than on a GPU, still several
+        monkeypatch.setattr(kernels, "tile_of", lambda D, major, gradient: kernels.Tile(128, 128, min(D, 128), D // 2))
+        check(mmd_case(n, m, d, unbiased=False))
+
+    def test_a_median_for_each_set_and_more_scales_than_a_launch_takes(self):
+        scales = tuple(0.3 * 1.5**k for k in range(size(9, 13)))
+        bandwidth = torch.tensor([3.0, 20.0], device=device)
+        for kernel in ("imq", "rbf"):
+            case = mmd_case(7, 9, 3, batch=(2,), kernel=kernel, scales=scales, bandwidth=bandwidth.double())
+            check(case._replace(unit=1.0))  # as many kernels
+
+    @pytest.mark.parametrize("shift", [(10.0, 10.0), (3.0, -3.0)])
+    def test_shifted_and_apart(self, shift):
+        # inputs of mean 10 leave float32 ten times less of each difference
+        check(mmd_case(20, 30, 6, shifts=shift, slack=10))
+
+    @pytest.mark.parametrize("kernel", ["imq", "rbf"])
+    def test_equal_samples_are_at_zero(self, kernel):
+        x = torch.randn(70, 5, device=device).requires_grad_()
+        with ivfast.use("triton"):
+            value = ivfast.mmd(x, x.detach(), kernel=kernel, bandwidth=5.0, unbiased=False)
+            (dx,) = torch.autograd.grad(value, x)
+        assert abs(float(value.detach())) < 2e-6  # of up to seven kernels
+        assert float(dx.abs().max()) < 1e-6
+
+    @pytest.mark.parametrize("kernel", ["imq", "rbf"])
+    def test_points_that_coincide_count_in_full_however_narrow_the_kernel(self, kernel):
+        x = torch.arange(30.0, device=device)[:, None].repeat(2, 3)
+        with ivfast.use("triton"):
+            value = ivfast.mmd(x, x + 0.5, kernel=kernel, scales=(1e-12,), bandwidth=1.0)
+        assert abs(float(value.detach()) - 2 * 60 / (60 * 59)) < 1e-7  # each point of either sample meets its double
+
+    def test_only_the_gradients_asked_for(self):
+        x, y = torch.randn(20, 5, device=device), torch.randn(7, 5, device=device)
+        with ivfast.use("triton"):
+            value, dx, dy = mmd._forward(x, y, None, True, [10.0], True, True, True)
+            for x_too, y_too in ((False, False), (True, False), (False, True)):
+                again = mmd._forward(x, y, None, True, [10.0], True, x_too, y_too)
+                torch.testing.assert_close(again[0], value, rtol=0, atol=1e-6)
+                assert torch.equal(again[1], dx if x_too else dx.new_empty(0))
+                assert torch.equal(again[2], dy if y_too else dy.new_empty(0))
+
+    def test_splits_strides_and_bits(self, monkeypatch):
+        from ivfast.kernels import particles
+
+        x, y = (torch.randn(2, 5, n, device=device).mT.requires_grad_() for n in (150, 20))
+        results = []
+        for programs in (1, 264, 264):
+            monkeypatch.setattr(particles, "PROGRAMS", programs)
+            with ivfast.use("triton"):
+                value = ivfast.mmd(x, y)
+                results.append([value.detach(), *torch.autograd.grad(value.sum(), (x, y))])
+        assert all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True))
+        for a, b in zip(*results[:2], strict=True):
+            assert b.is_contiguous()
+            assert testing.error(a, b.double(), 0.1 if a.dim() == 1 else 0.0) < 1e-5
+
+    def test_tf32_where_pytorch_says_so(self):
+        case = mmd_case(40, 50, 20)
+        tensors = testing.inputs(case, torch.float32, device=device)
+        errors = []
+        before = torch.get_float32_matmul_precision()
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            try:
+                errors.append(
+                    testing.compare(case, tensors, "triton")["gradient 0"] * testing.TOLERANCES[torch.float32]
+                )
+            finally:
+                torch.set_float32_matmul_precision(before)
+        assert errors[0] < 2e-5 < errors[1] < 5e-3  # operands rounded to 2^-12, seen, and no more than that
+
+    def test_no_sets_and_no_float64(self):
+        with ivfast.use("triton"):
+            assert ivfast.mmd(torch.empty(0, 4, 3, device=device), torch.empty(0, 5, 3, device=device)).shape == (0,)
+            with pytest.raises(TypeError, match=r"in Triton takes float32.*got torch.float64"):
+                ivfast.mmd(torch.randn(5, 3, dtype=torch.float64, device=device), torch.ones(4, 3).double().to(device))
+
 
 @pytest.fixture
 def large_tiles(monkeypatch):
@@ -82,3 +168,84 @@ class TestAsDistance:
     def test_edges(self, n, m, d, kernel, measure, dtype):
         form = {"kernel": kernel, "measure": measure, "unbiased": bool(size(0, 1))}
         check(as_case(n, m, d, batch=(size(1, 2),), **form), dtype)
+
+    @pytest.mark.parametrize(("kernel", "measure"), FORMS)
+    @pytest.mark.parametrize("log", [False, True])
+    def test_value_of_both_kinds(self, kernel, measure, log):
+        check(as_case(5, 4, 3, kernel=kernel, measure=measure, log=log, unbiased=log, unit=0.01))
+
+    @pytest.mark.parametrize("measure", ["lebesgue", "prior"])
+    def test_log_sums(self, measure):
+        case = as_case(6, 7, 9)
+        check(case._replace(function=lambda *q: ivfast.log_gaussian_kernel_sums(*q, measure=measure, unbiased=True)))
+
+    @pytest.mark.parametrize("d", [16, 64, 65, 130])
+    def test_dimensions(self, d):
+        # |log k| up to 6 d, so exp(log k − log Σ) is off by as many eps
+        check(as_case(9, 6, d, measure="prior" if d % 2 else "lebesgue", slack=1 + d / 10))
+
+    def test_many_dimensions(self):
+        check(as_case(5, 4, 512, slack=50))  # as above
+
+    def test_several_tiles(self):
+        check(as_case(130, 3, 2, unbiased=True))
+
+    @pytest.mark.parametrize(("kernel", "measure"), FORMS)
+    @pytest.mark.parametrize("logvar", [(-10.0, -9.0), (9.5, 10.5), (-10.0, 10.0), (-30.0, 30.0)])
+    def test_extreme_variances(self, kernel, measure, logvar):
+        # the sums apart: of wide Gaussians all are equal, and nothing is left of D. Between narrow ones |log k| is 10⁴ to
+        # 10⁵, and log Σ is rounded to that many eps before exp(log k − log Σ)
+        case = as_case(7, 5, 6, logvar=logvar, slack=300)
+
+        def sums(*q):
+            return ivfast.log_gaussian_kernel_sums(*q, kernel=kernel, measure=measure)
+
+        check(case._replace(function=sums))
+
+    @pytest.mark.parametrize(("kernel", "measure"), FORMS)
+    def test_far_batches(self, kernel, measure):
+        # log k of some −30 d
+        check(as_case(7, 5, 6, apart=10.0, kernel=kernel, measure=measure, slack=10))
+
+    @pytest.mark.parametrize("kernel", ["product", "additive"])
+    def test_shifted_mean(self, kernel):
+        # inputs of mean 10 leave float32 ten times less of each difference
+        check(as_case(7, 5, 6, shift=10.0, kernel=kernel, slack=10))
+
+    @pytest.mark.parametrize(("kernel", "measure"), FORMS)
+    def test_equal_batches_and_duplicates(self, kernel, measure):
+        mu = torch.randn(4, 3, device=device).repeat(2, 1).requires_grad_()
+        logvar = torch.randn(4, 3, device=device).repeat(2, 1).requires_grad_()
+        q = mu, logvar, mu.detach(), logvar.detach()
+        for log in (False, True):
+            with ivfast.use("triton"):
+                value = ivfast.as_distance(*q, kernel=kernel, measure=measure, log=log)
+                gradients = torch.autograd.grad(value, (mu, logvar))
+            assert abs(float(value.detach())) < 2e-6
+            assert all(float(g.abs().max()) < 2e-6 for g in gradients)
+
+    def test_one_gaussian(self):
+        check(as_case(1, 1, 4, log=False, unit=0.01))
+
+    def test_splits_strides_and_bits(self, monkeypatch):
+        from ivfast.kernels import as_distance, particles
+
+        monkeypatch.setattr(as_distance, "TILE", as_distance.Tile(32, 64))
+        q = [torch.randn(2, 3, n, device=device).mT.requires_grad_() for n in (40, 40, 9, 9)]
+        results = []
+        for programs in (1, 264, 264):
+            monkeypatch.setattr(particles, "PROGRAMS", programs)
+            with ivfast.use("triton"):
+                value = ivfast.as_distance(*q, log=True)
+                results.append([value.detach(), *torch.autograd.grad(value.sum(), q)])
+        assert all(torch.equal(a, b) for a, b in zip(*results[1:], strict=True))
+        for a, b in zip(*results[:2], strict=True):
+            assert b.is_contiguous()
+            assert testing.error(a, b.double()) < 2e-6
+
+    def test_no_sets_and_no_float64(self):
+        q = [torch.empty(0, n, 3, device=device) for n in (4, 4, 5, 5)]
+        with ivfast.use("triton"):
+            assert ivfast.as_distance(*q).shape == (0,)
+            with pytest.raises(TypeError, match=r"in Triton takes float32.*got torch.float64"):
+                ivfast.as_distance(*(t.double() for t in q))
