@@ -193,3 +193,15 @@ def mmd_keops(x: Tensor, y: Tensor) -> Tensor:
 
     themselves = 2 * n * len(WAE_SCALES)
     return (total(x, x) + total(y, y) - themselves) / (n * n - n) - total(x, y) * 2 / (n * n)
+
+
+def as_distance(mu_r: Tensor, logvar_r: Tensor, mu_g: Tensor, logvar_g: Tensor) -> Tensor:
+    """log S_rr + log S_gg − 2 log S_rg of diagonal Gaussians [n, d], as one writes it: n×n×d arrays."""
+
+    def log_mean(a, logvar_a, b, logvar_b):
+        s = logvar_a.exp()[:, None] + logvar_b.exp()
+        log_k = -0.5 * ((2 * math.pi * s).log() + (a[:, None] - b).square() / s).sum(-1)
+        return log_k.flatten().logsumexp(0) - math.log(log_k.numel())
+
+    within = log_mean(mu_r, logvar_r, mu_r, logvar_r) + log_mean(mu_g, logvar_g, mu_g, logvar_g)
+    return within - 2 * log_mean(mu_r, logvar_r, mu_g, logvar_g)

@@ -314,7 +314,7 @@ BENCH_HELP = """
 Measure the ops against the best other ways to compute them, on this machine.
 
 \b[bold]Ops[/bold]
-  median, mmd, multi_js, svgd, svgd_bridge
+  as_distance, median, mmd, multi_js, svgd, svgd_bridge
 
 \b[bold]Providers[/bold]
   ivfast as it comes and each of its implementations, eager PyTorch,
