@@ -179,6 +179,7 @@ def distance_case(n, m, d, *, slack=1.0, log=True, unit=0.0, **options) -> Case:
         return ivfast.log_gaussian_kernel_sums(*q, **form), ivfast.as_distance(*q, log=log, **form)
 
     label = f"{(n, m, d)} {form} {options}"
+    unit = max(unit, 1.0) if log else unit  # a logarithm is as right as its argument: it may come near 0
     return Case("as_distance", label, function, gaussians(n, m, d, **options), slack=slack, unit=unit)
 
 

@@ -357,7 +357,7 @@ def test_a_step_too_large_is_told_apart():
         (
             ValueError,
             "within the support",
-            {"log_prob": Gamma(torch.ones(()), torch.ones(())), "x0": -torch.ones(4, 3)},
+            {"log_prob": Gamma(torch.ones(()), torch.ones(()), validate_args=True), "x0": -torch.ones(4, 3)},
         ),
         (ValueError, "step_size must be finite and positive, got 0", {"step_size": 0.0}),
         (ValueError, "step_size .* got both", {"step_size": 0.1, "optimizer": torch.optim.Adam}),

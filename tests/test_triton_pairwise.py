@@ -154,6 +154,7 @@ def as_case(n, m, d, *, batch=(), logvar=(-3.0, 1.0), shift=0.0, apart=0.0, log=
     def function(*q):
         return ivfast.as_distance(*q, log=log, **form)
 
+    unit = 1.0 if log else unit  # a logarithm is as right as its argument: it may come near 0
     return testing.Case("as_distance", f"{(*batch, n, m, d)} {form}", function, draw, slack=slack, unit=unit)
 
 
