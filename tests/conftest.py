@@ -1,5 +1,6 @@
 """Without a GPU, Triton kernels run interpreted: the variable must stand before triton is first imported."""
 
+import ctypes
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -40,3 +41,25 @@ def simt(poisoned):
     except build.NoCompilerError as error:
         pytest.skip(str(error))
     return build
+
+
+ISAS = ("generic", "avx2", "avx512")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """Each instruction set of the C++ kernels that this CPU has, forced."""
+    choose = ctypes.CDLL(pytest.importorskip("ivfast._C").__file__).ivfast_isa
+    wanted = ISAS.index(request.param)
+    if choose(wanted) != wanted:
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    choose(-1)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads, for this test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

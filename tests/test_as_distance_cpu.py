@@ -1,6 +1,5 @@
 """The C++ AS-Distance where the case table cannot reach: instruction sets, tiles, threads, extremes, memory."""
 
-import ctypes
 import itertools
 import math
 import subprocess
@@ -12,30 +11,12 @@ import torch
 import ivfast
 from ivfast import testing
 
-_C = pytest.importorskip("ivfast._C")
+pytest.importorskip("ivfast._C")
 
-ISA = ctypes.CDLL(_C.__file__).ivfast_isa  # −1 the default, 0 generic, 1 AVX2, 2 AVX-512
-NAMES = ("generic", "avx2", "avx512")
 FORMS = [
     {"kernel": kernel, "measure": measure}
     for kernel, measure in itertools.product(("product", "additive"), ("lebesgue", "prior"))
 ]
-
-
-@pytest.fixture(params=NAMES)
-def isa(request):
-    wanted = NAMES.index(request.param)
-    if ISA(wanted) != wanted:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    ISA(-1)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=FORMS, ids=lambda form: "-".join(form.values()))

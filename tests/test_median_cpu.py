@@ -14,29 +14,11 @@ from ivfast.testing import Case
 _C = pytest.importorskip("ivfast._C")
 
 LIBRARY = ctypes.CDLL(_C.__file__)
-ISA = LIBRARY.ivfast_isa  # −1 the default, 0 generic, 1 AVX2, 2 AVX-512
-NAMES = ("generic", "avx2", "avx512")
 HISTOGRAMS = LIBRARY.ivfast_median_histograms  # passes of the slow way so far
 HISTOGRAMS.restype = ctypes.c_int64
 REACH = LIBRARY.ivfast_median_reach  # of the bracket, in √sample ranks
 REACH.argtypes, REACH.restype = [ctypes.c_double], None
 KEPT = 362  # the most particles whose distances are all kept
-
-
-@pytest.fixture(params=NAMES)
-def isa(request):
-    wanted = NAMES.index(request.param)
-    if ISA(wanted) != wanted:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    ISA(-1)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The C++ MMD where the case table cannot reach: instruction sets, tiles, threads, extremes, four digits, memory."""
 
-import ctypes
 import subprocess
 import sys
 
@@ -11,27 +10,9 @@ import ivfast
 from ivfast import testing
 from ivfast.testing import Case
 
-_C = pytest.importorskip("ivfast._C")
+pytest.importorskip("ivfast._C")
 
-ISA = ctypes.CDLL(_C.__file__).ivfast_isa  # −1 the default, 0 generic, 1 AVX2, 2 AVX-512
-NAMES = ("generic", "avx2", "avx512")
 WAE = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
-
-
-@pytest.fixture(params=NAMES)
-def isa(request):
-    wanted = NAMES.index(request.param)
-    if ISA(wanted) != wanted:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    ISA(-1)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def op(x, y, bandwidth=None, imq=True, scales=None, unbiased=True, x_gradient=True, y_gradient=True):

@@ -1,6 +1,5 @@
 """The C++ SVGD bridge where the case table cannot reach: an independent loop, both paths, instruction sets, threads."""
 
-import ctypes
 import math
 
 import pytest
@@ -10,27 +9,9 @@ import ivfast
 from ivfast import testing
 from ivfast.testing import Case
 
-_C = pytest.importorskip("ivfast._C")
+pytest.importorskip("ivfast._C")
 
-ISA = ctypes.CDLL(_C.__file__).ivfast_isa  # −1 the default, 0 generic, 1 AVX2, 2 AVX-512
-NAMES = ("generic", "avx2", "avx512")
 SMALL = 128  # the most particles that take the path of small sets
-
-
-@pytest.fixture(params=NAMES)
-def isa(request):
-    wanted = NAMES.index(request.param)
-    if ISA(wanted) != wanted:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    ISA(-1)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def bridge_case(shape, t=4, iterations=2, offset=0.5, slack=1.0, **numbers):

@@ -1,6 +1,5 @@
 """The C++ SVGD kernel where the case table cannot reach: instruction sets, edges of tiles, threads, extremes, memory."""
 
-import ctypes
 import math
 import subprocess
 import sys
@@ -11,26 +10,7 @@ import torch
 import ivfast
 from ivfast import testing
 
-_C = pytest.importorskip("ivfast._C")
-
-ISA = ctypes.CDLL(_C.__file__).ivfast_isa  # −1 the default, 0 generic, 1 AVX2, 2 AVX-512
-NAMES = ("generic", "avx2", "avx512")
-
-
-@pytest.fixture(params=NAMES)
-def isa(request):
-    wanted = NAMES.index(request.param)
-    if ISA(wanted) != wanted:
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    ISA(-1)
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
+pytest.importorskip("ivfast._C")
 
 
 def draw(shape, dtype=torch.float32, score=True, bandwidth=None):
