@@ -80,7 +80,7 @@ def prepare(device: str, quiet: bool) -> None:
     if not torch.cuda.is_available():
         sys.exit("bench/gpu.py: PyTorch sees no CUDA device. `--device cpu` is a dry run without one.")
     importable = [sys.executable, "-c", "import torch, ivfast._cuda, ivfast.bench"]
-    missing = subprocess.run(importable, capture_output=True, text=True)
+    missing = subprocess.run(importable, capture_output=True, text=True, cwd="/")
     if missing.returncode:
         if os.environ.get("IVFAST_BENCH_BUILT"):
             sys.exit(f"bench/gpu.py: built, but ivfast._cuda cannot be imported:\n{missing.stderr}")
@@ -92,7 +92,7 @@ def prepare(device: str, quiet: bool) -> None:
         os.environ["IVFAST_BENCH_BUILT"] = "1"
         os.execv(sys.executable, [sys.executable, *sys.argv])  # an editable install is found at the start of a process
     if not quiet:
-        subprocess.run([sys.executable, "-m", "ivfast"])
+        subprocess.run([sys.executable, "-m", "ivfast"], cwd="/")
         sys.stdout.flush()
 
 

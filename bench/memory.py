@@ -40,17 +40,20 @@ def measured(op: str, provider: str, jobs: list[dict], threads: int, timeout: fl
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     text = json.dumps({"op": op, "provider": provider, "jobs": jobs, "threads": threads})
     command = [sys.executable, "-W", "ignore", "-m", "ivfast.bench.memory"]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
+    # in a clone of the repository, `-m` would find the sources instead of the installed package
+    elsewhere = {"env": environment, "cwd": os.path.abspath(os.sep)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, **elsewhere) as process:
         try:
-            output, _ = process.communicate(text, timeout)
+            output, said = process.communicate(text, timeout)
         except subprocess.TimeoutExpired:
             process.kill()
-            output, _ = process.communicate()
+            output, said = process.communicate()
         except BaseException:
             process.kill()
             raise
+    if process.returncode > 0 and not output:  # a job too large ends by a signal, or after others
+        raise RuntimeError(f"the process that measures the memory of {provider} failed:\n{said[-2000:]}")
     for line in output.splitlines():
         if line.startswith('{"peak_bytes"'):  # compilers print too
             yield json.loads(line)
