@@ -6,12 +6,15 @@ from . import nn
 from ._registry import load_extensions, use
 from .ops.as_distance import as_distance, log_gaussian_kernel_sums
 from .ops.bridge import block_substitute, blockwise_bridge, radial_bridge
+from .ops.exp_elbo import exp_elbo_loss
 from .ops.frechet import fld, frechet_distance, frechet_distance_from_samples
-from .ops.gaussian import gaussian_kl
+from .ops.gaussian import gaussian_kl, reparameterize
 from .ops.importance import importance_weighted_loss
+from .ops.linear_multi_js import linear_multi_js_loss
 from .ops.median import median_bandwidth
 from .ops.mmd import mmd
-from .ops.multi_js import multi_js_divergence, multi_js_loss
+from .ops.multi_js import multi_js_block_losses, multi_js_divergence, multi_js_loss
+from .ops.reconstruction import reconstruction_loss
 from .ops.svgd import svgd_direction
 from .ops.svgd_bridge import svgd_bridge
 from .sampling import svgd
@@ -25,18 +28,23 @@ __all__ = [
     "as_distance",
     "block_substitute",
     "blockwise_bridge",
+    "exp_elbo_loss",
     "fld",
     "frechet_distance",
     "frechet_distance_from_samples",
     "gaussian_kl",
     "importance_weighted_loss",
+    "linear_multi_js_loss",
     "log_gaussian_kernel_sums",
     "median_bandwidth",
     "mmd",
+    "multi_js_block_losses",
     "multi_js_divergence",
     "multi_js_loss",
     "nn",
     "radial_bridge",
+    "reconstruction_loss",
+    "reparameterize",
     "svgd",
     "svgd_bridge",
     "svgd_direction",

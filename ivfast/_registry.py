@@ -45,16 +45,21 @@ def register(
     triton: str | None = None,
     cuda: bool = False,
     prefer: Callable[..., Sequence[str]] | None = None,
+    composition: Callable | None = None,
+    parts: Sequence["Op"] = (),
 ) -> "Op":
     """Define `schema` and return its handle.
 
     `triton` names the launcher as `<module>.<function>` below `ivfast.kernels`; `cuda` declares a CUDA C++ kernel in
     csrc/cuda; `prefer(*args)` orders the two by shape (default: Triton, then CUDA C++, then the reference).
+    `composition` computes the op from `parts`, other ops that have kernels, and is what every device runs.
     """
     name, _, signature = schema.partition("(")
     _library.define(schema)
-    _library.impl(name, reference, "CompositeExplicitAutograd")
-    op = OPS[name] = Op(name, reference, triton, cuda, prefer or (lambda *args: ("triton", "cuda")))
+    _library.impl(name, composition or reference, "CompositeExplicitAutograd")
+    if composition:
+        _library.impl(name, reference, "Meta")  # a loop over chunks would fix the sizes of fake tensors
+    op = OPS[name] = Op(name, reference, triton, cuda, prefer or (lambda *args: ("triton", "cuda")), composition, parts)
     if cuda:
         _library.define(f"{name}.cuda({signature}")
     if triton or cuda:
@@ -65,15 +70,17 @@ def register(
 class Op:
     """Handle of one operator: calls the dispatcher, or the implementation that `use` forces."""
 
-    def __init__(self, name, reference, triton, cuda, prefer):
+    def __init__(self, name, reference, triton, cuda, prefer, composition, parts):
         self.name, self.reference, self.triton, self.cuda, self.prefer = name, reference, triton, cuda, prefer
+        self.composition, self.parts = composition, parts
         self.default = getattr(torch.ops.ivfast, name).default
         self._served: dict[str, bool] = {}
 
     def __call__(self, *args):
         if _forced is None:
             return self.default(*args)
-        missing = self.missing(_forced, args[0].device.type)
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        missing = self.missing(_forced, device)
         if missing:
             raise RuntimeError(f"{self.name} has no {_forced!r} implementation here: {missing}")
         return self.implementation(_forced)(*args)
@@ -90,12 +97,14 @@ class Op:
     def implementation(self, name: str) -> Callable:
         if name == "reference":
             return self.reference
+        if self.composition:
+            return self.composition  # its parts are forced in turn
         if name == "triton":
             return self.launch_triton
         return self.default if name == "cpu" else getattr(torch.ops.ivfast, self.name).cuda
 
     def launch_triton(self, *args):
-        with torch.cuda.device_of(args[0]):
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):
             return self._launcher(*args)
 
     @functools.cached_property
@@ -107,6 +116,9 @@ class Op:
         """Why implementation `name` cannot serve tensors on `device`; None where it can."""
         if name == "reference":
             return None
+        if self.parts:
+            reasons = (part.missing(name, device) for part in self.parts)
+            return next((reason for reason in reasons if reason), None)
         if name == "cpu":
             if device != "cpu":
                 return f"the C++ kernel serves CPU tensors, not {device}"

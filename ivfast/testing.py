@@ -108,6 +108,31 @@ def _normal(*shapes: tuple[int, ...], scale: float = 1.0, shift: float = 0.0):
     )
 
 
+def _positive(*shapes: tuple[int, ...], scale: float = 1.0):
+    return lambda generator: tuple(
+        torch.rand(shape, generator=generator, dtype=torch.float64) * scale for shape in shapes
+    )
+
+
+def _logits_and_pixels(*shape: int):
+    def draw(generator):
+        logits = torch.randn(shape, generator=generator, dtype=torch.float64) * 3
+        return logits, torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    return draw
+
+
+def _linear(classes: int, n: int, features: int, bias: bool = True):
+    """Features of C blocks of n rows, and the weight and bias of a layer to C logits of about 1."""
+
+    def draw(generator):
+        shapes = [(classes, n, features), (classes, features), (classes,)][: 3 if bias else 2]
+        f, *rest = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+        return f, rest[0] / features**0.5, *rest[1:]
+
+    return draw
+
+
 def _duplicates(n: int, d: int):
     """Every particle twice, so half of the distances of each row's nearest pairs are 0."""
 
@@ -220,6 +245,12 @@ CASES: list[Case] = [
         lambda x: ivfast.multi_js_loss(x, weights=torch.tensor([0.5, 0.25, 0.25]).to(x.device)),
         _normal((3, 9, 3)),
     ),
+    Case("multi_js_loss", "smoothed", lambda x: ivfast.multi_js_loss(x, label_smoothing=0.3), _normal((4, 5, 4), scale=3)),
+    Case("multi_js_loss", "uniform", lambda x: ivfast.multi_js_loss(x, label_smoothing=1.0), _normal((35, 5), scale=3)),
+    Case("linear_multi_js_loss", "paper", lambda *p: ivfast.linear_multi_js_loss(*p), _linear(5, 64, 32)),
+    Case("linear_multi_js_loss", "small", lambda *p: ivfast.linear_multi_js_loss(*p, label_smoothing=0.2), _linear(3, 2, 4)),
+    Case("linear_multi_js_loss", "no-bias", lambda f, w: ivfast.linear_multi_js_loss(f, w), _linear(7, 3, 5, bias=False)),
+    Case("linear_multi_js_loss", "chunks", lambda *p: ivfast.linear_multi_js_loss(*p), _linear(40, 29, 3)),
     Case("multi_js_divergence", "paper", lambda x: ivfast.multi_js_divergence(x), _normal((320, 5))),
     Case("blockwise_bridge", "paper", lambda z, e: ivfast.blockwise_bridge(z, 4, draws=e), _normal((64, 16), (64, 16)), constants=1),
     Case("blockwise_bridge", "batch", lambda z, e: ivfast.blockwise_bridge(z, 3, draws=e), _normal((2, 3, 6), (2, 3, 6)), constants=1),
@@ -233,6 +264,16 @@ CASES: list[Case] = [
     Case("gaussian_kl", "paper", lambda mu, logvar: ivfast.gaussian_kl(mu, logvar), _normal((128, 128), (128, 128))),
     Case("gaussian_kl", "batch", lambda mu, logvar: ivfast.gaussian_kl(mu, logvar), _normal((2, 3, 5), (2, 3, 5))),
     Case("gaussian_kl", "near-prior", lambda mu, logvar: ivfast.gaussian_kl(mu, logvar), _normal((7, 4), (7, 4), scale=1e-3)),
+    Case("reparameterize", "paper", lambda mu, logvar, e: ivfast.reparameterize(mu, logvar, draws=e), _normal((128, 128), (128, 128), (128, 128)), constants=1),
+    Case("reparameterize", "batch", lambda mu, logvar, e: ivfast.reparameterize(mu, logvar, draws=e), _normal((2, 3, 5), (2, 3, 5), (2, 3, 5)), constants=1),
+    Case("reparameterize", "near-prior", lambda mu, logvar, e: ivfast.reparameterize(mu, logvar, draws=e).kl, _normal((7, 4), (7, 4), (7, 4), scale=1e-3), constants=1),
+    Case("exp_elbo_loss", "paper", lambda r, k: ivfast.exp_elbo_loss(r, k, beta_reconstruction=0.5), _positive((64,), (64,))),
+    Case("exp_elbo_loss", "batch", lambda r, k: ivfast.exp_elbo_loss(r, k, scale=0.1, alpha=1.0), _positive((3, 7), (3, 7), scale=4)),
+    Case("reconstruction_loss", "l2", lambda x, t: ivfast.reconstruction_loss(x, t), _normal((64, 3, 8, 8), (64, 3, 8, 8))),
+    Case("reconstruction_loss", "l2-small", lambda x, t: ivfast.reconstruction_loss(x, t), _normal((5, 7), (5, 7))),
+    Case("reconstruction_loss", "l1", lambda x, t: ivfast.reconstruction_loss(x, t, kind="l1"), _normal((5, 2, 3), (5, 2, 3))),
+    Case("reconstruction_loss", "bce", lambda x, t: ivfast.reconstruction_loss(x, t, kind="bce"), _logits_and_pixels(5, 7)),
+    Case("reconstruction_loss", "bce-image", lambda x, t: ivfast.reconstruction_loss(x, t, kind="bce"), _logits_and_pixels(16, 1, 28, 28)),
     Case("importance_weighted_loss", "paper", lambda l: ivfast.importance_weighted_loss(l), _normal((64,)), gradcheck=False),
     Case("importance_weighted_loss", "batch", lambda l: ivfast.importance_weighted_loss(l), _normal((3, 7), scale=4), gradcheck=False),
     Case("importance_weighted_loss", "extreme", lambda l: ivfast.importance_weighted_loss(l), _normal((9,), scale=200), gradcheck=False),

@@ -29,7 +29,10 @@ def _rows(i_tile, n, R, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(p_logits, p_weights, p_out, p_lse, n, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _forward_kernel(
+    p_logits, p_weights, p_out, p_lse, s_high, s_low, n, R, C,
+    SMOOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     dtype = p_lse.dtype.element_ty  # of the arithmetic
     i_set, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
 
@@ -40,6 +43,7 @@ def _forward_kernel(p_logits, p_weights, p_out, p_lse, n, R, C, ROWS: tl.constex
         b_label = tl.load(p_tile + row * C + label, mask=inside, other=0.0).to(dtype)
         b_max = tl.full([ROWS], float("-inf"), dtype)
         b_sum = tl.zeros([ROWS], dtype)
+        b_all = tl.zeros([ROWS], dtype)
         for start in range(0, C, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             mask = inside[:, None] & (column < C)[None, :]
@@ -49,7 +53,12 @@ def _forward_kernel(p_logits, p_weights, p_out, p_lse, n, R, C, ROWS: tl.constex
             b_shift = tl.where(tl.abs(b_new) == float("inf"), 0.0, b_new)
             b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_x - b_shift[:, None]), 1)
             b_max = b_new
+            if SMOOTH:
+                b_all += tl.sum(tl.where(mask, b_x, 0.0), 1)
         b_lse = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max) + tl.log(tl.where(inside, b_sum, 1.0))
+        if SMOOTH:  # an impossible class is no part of a uniform target
+            s = tl.cast(s_high, dtype) + s_low
+            b_label = tl.where(s == 1, 0.0, (1 - s) * b_label) + s / C * b_all
         b_loss = b_lse - b_label
         if p_weights is not None:
             b_loss *= tl.load(p_weights + label, mask=inside, other=0.0).to(dtype)
@@ -69,10 +78,13 @@ def _sum_kernel(p_parts, p_loss, parts, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _backward_kernel(p_grad, p_logits, p_weights, p_lse, p_dlogits, n, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _backward_kernel(
+    p_grad, p_logits, p_weights, p_lse, p_dlogits, s_high, s_low, n, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     dtype = p_lse.dtype.element_ty
     i_set, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
 
+    s = tl.cast(s_high, dtype) + s_low
     grad = tl.load(p_grad + i_set).to(dtype) / (R if p_weights is None else n)
     for i_tile in range(i_part, tl.cdiv(R, ROWS), tl.num_programs(1)):
         first, row, inside, label = _rows(i_tile, n, R, ROWS)
@@ -86,9 +98,9 @@ def _backward_kernel(p_grad, p_logits, p_weights, p_lse, p_dlogits, n, R, C, ROW
             mask = inside[:, None] & (column < C)[None, :]
             offset = row[:, None] * C + column[None, :]
             b_x = tl.load(p_logits + tile + offset, mask=mask, other=float("-inf")).to(dtype)
-            # ∂CE/∂x = (softmax − onehot) π_c/n, scaled before it is rounded
-            b_onehot = tl.where(column[None, :] == label[:, None], 1.0, 0.0)
-            b_dx = (tl.exp(b_x - b_lse[:, None]) - b_onehot) * b_scale[:, None]
+            # ∂CE/∂x = (softmax − target) π_c/n, scaled before it is rounded
+            b_target = tl.where(column[None, :] == label[:, None], 1 - s, 0.0) + s / C
+            b_dx = (tl.exp(b_x - b_lse[:, None]) - b_target) * b_scale[:, None]
             tl.store(p_dlogits + tile + offset, b_dx, mask=mask)
 
 
@@ -117,12 +129,19 @@ class _Shape(NamedTuple):
 def _shape(logits) -> _Shape:
     if logits.dtype not in ACCEPTED:
         raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
-    C, n = logits.shape[-1], logits.shape[-2]
-    return _Shape(logits.shape[:-3].numel(), n, C * n, C, torch.promote_types(logits.dtype, torch.float32))
+    C, batch = logits.shape[-1], logits.shape[:-3]  # () of [C·n, C] too
+    n = logits.shape[-2] if logits.dim() > 2 else logits.shape[0] // C
+    return _Shape(batch.numel(), n, C * n, C, torch.promote_types(logits.dtype, torch.float32))
 
 
-def forward(logits, weights):
-    """The loss `[...]` and the log-sum-exp of each row `[..., C, n]`, of logits `[..., C, n, C]`, as computed."""
+def _parts(x: float) -> tuple[float, float]:
+    """x as two float32, since a kernel's numbers are no wider."""
+    high = float(torch.tensor(x, dtype=torch.float32))
+    return high, x - high
+
+
+def forward(logits, weights, label_smoothing):
+    """The loss `[...]` and the log-sum-exp of each row `logits.shape[:-1]`, as computed."""
     shape = _shape(logits)
     loss = torch.empty(logits.shape[:-3], dtype=shape.arithmetic, device=logits.device)
     lse = torch.empty(logits.shape[:-1], dtype=shape.arithmetic, device=logits.device)
@@ -132,15 +151,17 @@ def forward(logits, weights):
     out = loss if parts == 1 else lse.new_empty(shape.sets, parts)
     weights = None if weights is None else weights.contiguous()
     _forward_kernel[shape.sets, parts](
-        logits.contiguous(), weights, out, lse, shape.n, shape.R, shape.C, *shape.tile, **OPTIONS
+        *(logits.contiguous(), weights, out, lse, *_parts(label_smoothing)),
+        *(shape.n, shape.R, shape.C, label_smoothing > 0, *shape.tile),
+        **OPTIONS,
     )
     if parts > 1:
         _sum_kernel[shape.sets,](out, loss, parts, triton.next_power_of_2(parts), **OPTIONS)
     return loss, lse
 
 
-def backward(grad, logits, weights, lse):
-    """∂L/∂logits `[..., C, n, C]` in logits' dtype, given grad = ∂L/∂loss `[...]`."""
+def backward(grad, logits, weights, lse, label_smoothing):
+    """∂L/∂logits in logits' dtype, given grad = ∂L/∂loss `[...]`."""
     shape = _shape(logits)
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if shape.sets == 0:
@@ -149,6 +170,7 @@ def backward(grad, logits, weights, lse):
     programs = min(triton.cdiv(shape.R, shape.tile[0]), PARTS)
     _backward_kernel[shape.sets, programs](
         *(grad.contiguous(), logits.contiguous(), weights, lse.contiguous(), dlogits),
+        *_parts(label_smoothing),
         *(shape.n, shape.R, shape.C, *shape.tile),
         **OPTIONS,
     )

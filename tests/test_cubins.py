@@ -55,11 +55,13 @@ def variants() -> list[Variant]:
         arithmetic = "fp64" if dtype == "fp64" else "fp32"
         dt = torch.float64 if arithmetic == "fp64" else torch.float32
         rows, columns = multi_js._Shape(1, 4096, classes * 4096, classes, dt).tile
-        x, y, sizes = f"*{dtype}:16", f"*{arithmetic}:16", f"i32 i32 i32 {rows} {columns}"
+        x, y, numbers, tile = f"*{dtype}:16", f"*{arithmetic}:16", "fp32 fp32 i32 i32 i32", f"{rows} {columns}"
         weights = y if weighted else "None"
         found += [
-            Variant("multi_js._forward_kernel", f"{x} {weights} {y} {y} {sizes}", multi_js.OPTIONS),
-            Variant("multi_js._backward_kernel", f"{x} {x} {weights} {y} {x} {sizes}", multi_js.OPTIONS),
+            Variant(
+                "multi_js._forward_kernel", f"{x} {weights} {y} {y} {numbers} {int(weighted)} {tile}", multi_js.OPTIONS
+            ),
+            Variant("multi_js._backward_kernel", f"{x} {x} {weights} {y} {x} {numbers} {tile}", multi_js.OPTIONS),
         ]
     return found + svgd_variants() + median_variants() + bridge_variants() + mmd_variants() + as_distance_variants()
 

@@ -55,7 +55,7 @@ def test_each_instruction_set_is_right_in_many_dimensions(isa, d):
 
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (1030, 12), (1100, 256)])
 def test_blocks_of_many_tiles_are_right(n, d):
-    assert_right(draw((n, d)))
+    assert_right(draw((n, d)), slack=4)  # ∂h is a sum of n² terms of either sign, which cancel now and then
 
 
 @pytest.mark.parametrize("shape", [(260, 130), (1, 450, 24), (3, 257, 33), (40, 65, 20), (700, 300)], ids=str)

@@ -143,7 +143,7 @@ class Ivaae(AutoEncoder):
         if self.settings.encoder_loss == "ascent":
             intervention = -ivfast.multi_js_loss(logits)
         else:
-            intervention = logits.logsumexp(1).mean() - logits.mean()  # −mean over rows and classes of log softmax
+            intervention = ivfast.multi_js_loss(logits, label_smoothing=1.0)
         return {"recon": self.settings.lam * self.reconstruction(shared), "intervention": self.mu2 * intervention}
 
 

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
+from ._draws import prior_draws
 from ._pairwise import arithmetic
 
 
@@ -32,7 +33,10 @@ def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generato
     check_codes(z, t)
     if z.shape[-1] % t:
         raise ValueError(f"t must divide the dimension d = {z.shape[-1]} of z, got t = {t}")
-    return _Blockwise.apply(z, prior_draws(z, draws, generator), t)
+    draws = prior_draws(z, draws, generator)
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _Blockwise.apply(z, draws, t)
+    return _blockwise(z, draws, t)
 
 
 def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=None) -> Tensor:
@@ -43,7 +47,10 @@ def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=N
     Source: S1 (IVAAE) section 2, "radial substitution".
     """
     check_codes(z, t)
-    return _Radial.apply(z, prior_draws(z, draws, generator), t)
+    draws = prior_draws(z, draws, generator)
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _Radial.apply(z, draws, t)
+    return _radial(z, draws, t)
 
 
 def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None = None, generator=None) -> Tensor:
@@ -79,22 +86,15 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
         low, high = (int(value) for value in index.aminmax()) if index.numel() else (0, 0)
         if low < 0 or high >= k:
             raise ValueError(f"index must lie in [0, k) with k = {k}, got values from {low} to {high}")
-    return _BlockSubstitute.apply(z, prior_draws(z, draws, generator), index, k)
+    draws = prior_draws(z, draws, generator)
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _BlockSubstitute.apply(z, draws, index, k)
+    return _block_substitute(z, draws, index, k)
 
 
 def check_codes(z: Tensor, t: int) -> None:
     _check.samples("z", z)
     _check.count("t", t)
-
-
-def prior_draws(z: Tensor, draws: Tensor | None, generator, leading: tuple[int, ...] = ()) -> Tensor:
-    shape = (*leading, *z.shape)
-    if draws is None:
-        return torch.randn(shape, generator=generator, dtype=z.dtype, device=z.device)
-    _check.alike("draws", draws, "z", z)
-    if draws.shape != shape:
-        raise ValueError(f"draws must have shape {shape}, got {tuple(draws.shape)}")
-    return draws.detach()
 
 
 def blockwise_bridge_reference(z: Tensor, draws: Tensor, t: int) -> Tensor:

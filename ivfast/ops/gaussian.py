@@ -1,4 +1,6 @@
-"""KL(N(μ, diag e^logvar) ‖ N(0, I)), the regulariser of the VAE family."""
+"""Diagonal Gaussian posteriors N(μ, diag e^logvar): their KL to the prior N(0, I), and samples of them."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
+from ._draws import prior_draws
 from ._pairwise import arithmetic
 
 
@@ -24,11 +27,49 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
     Source: Kingma & Welling 2014, appendix B; S3 section 2, S5 Eq. 2.
     """
+    _check_posteriors(mu, logvar)
+    if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
+        return _GaussianKl.apply(mu, logvar)
+    return _forward(mu, logvar)
+
+
+class Reparameterized(NamedTuple):
+    z: Tensor  # [..., d]
+    kl: Tensor  # [...]
+
+
+def reparameterize(
+    mu: Tensor, logvar: Tensor, *, draws: Tensor | None = None, generator: torch.Generator | None = None
+) -> Reparameterized:
+    """z = μ + e^{logvar/2} ε with ε ~ N(0, I), and KL(N(μ, diag e^logvar) ‖ N(0, I)), in one pass.
+
+    Args:
+        mu: means `[..., d]`.
+        logvar: log-variances `[..., d]`.
+        draws: ε `[..., d]`, taken as a constant; None draws it.
+        generator: for `draws`.
+
+    Returns:
+        z `[..., d]` in mu's dtype and kl `[...]` in nats, float32 for half precision. Differentiable once, in mu and
+        logvar.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that differ.
+
+    Source: Kingma & Welling 2014, section 2.4 and appendix B.
+    """
+    _check_posteriors(mu, logvar)
+    draws = prior_draws(mu, draws, generator)
+    if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
+        return Reparameterized(*_Reparameterize.apply(mu, logvar, draws))
+    return Reparameterized(*_reparameterize(mu, logvar, draws))
+
+
+def _check_posteriors(mu: Tensor, logvar: Tensor) -> None:
     _check.floating("mu", mu)
     _check.same("logvar", logvar, "mu", mu)
     if mu.dim() < 1:
         raise ValueError(f"mu must have shape [..., d], got {tuple(mu.shape)}")
-    return _GaussianKl.apply(mu, logvar)
 
 
 def gaussian_kl_reference(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -50,6 +91,25 @@ def _backward_reference(grad, mu, logvar):
     return (g * arithmetic(mu)).to(mu.dtype), (0.5 * g * arithmetic(logvar).expm1()).to(mu.dtype)
 
 
+def reparameterize_reference(mu: Tensor, logvar: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    z = arithmetic(mu) + (0.5 * arithmetic(logvar)).exp() * arithmetic(draws)
+    return z.to(mu.dtype), gaussian_kl_reference(mu, logvar)
+
+
+def _reparameterize_backward_reference(dz, dkl, mu, logvar, draws):
+    # ∂μ = ∂z + ∂kl μ,  ∂logvar = ½ (∂z ε e^{logvar/2} + ∂kl (e^logvar − 1))
+    dmu, dlogvar = torch.zeros_like(arithmetic(mu)), torch.zeros_like(arithmetic(mu))
+    if dz is not None:
+        dmu = arithmetic(dz)
+        dlogvar = 0.5 * dmu * arithmetic(draws) * (0.5 * arithmetic(logvar)).exp()
+    if dkl is not None:
+        g = dkl.unsqueeze(-1)
+        dmu = dmu + g * arithmetic(mu)
+        dlogvar = dlogvar + 0.5 * g * arithmetic(logvar).expm1()
+    # a copy: the result must not alias dz
+    return dmu.to(mu.dtype, copy=True), dlogvar.to(mu.dtype)
+
+
 class _GaussianKl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, logvar):
@@ -62,8 +122,32 @@ class _GaussianKl(torch.autograd.Function):
         return _backward(grad, *ctx.saved_tensors)
 
 
+class _Reparameterize(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mu, logvar, draws):
+        ctx.save_for_backward(mu, logvar, draws)
+        ctx.set_materialize_grads(False)  # who uses z or kl alone pays for that alone
+        return _reparameterize(mu, logvar, draws)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dz, dkl):
+        if dz is None and dkl is None:
+            return None, None, None
+        return *_reparameterize_backward(dz, dkl, *ctx.saved_tensors), None
+
+
 _forward = register("gaussian_kl(Tensor mu, Tensor logvar) -> Tensor", reference=gaussian_kl_reference)
 _backward = register(
     "gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar) -> (Tensor dmu, Tensor dlogvar)",
     reference=_backward_reference,
+)
+_reparameterize = register(
+    "reparameterize(Tensor mu, Tensor logvar, Tensor draws) -> (Tensor z, Tensor kl)",
+    reference=reparameterize_reference,
+)
+_reparameterize_backward = register(
+    "reparameterize_backward(Tensor? dz, Tensor? dkl, Tensor mu, Tensor logvar, Tensor draws)"
+    " -> (Tensor dmu, Tensor dlogvar)",
+    reference=_reparameterize_backward_reference,
 )

@@ -29,7 +29,9 @@ def importance_weighted_loss(logits: Tensor) -> Tensor:
     _check.floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape [..., n] with n >= 1, got {tuple(logits.shape)}")
-    return _ImportanceWeighted.apply(logits)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _ImportanceWeighted.apply(logits)
+    return _forward(logits)
 
 
 def importance_weighted_loss_reference(logits: Tensor) -> Tensor:

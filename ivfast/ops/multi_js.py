@@ -3,6 +3,8 @@
 CE = −Σ_c π_c (1/n) Σ_j log softmax(D(z_jc))_c. At the optimal classifier CE = H(π) − JS_π(p_1, …, p_C).
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -12,22 +14,42 @@ from .._registry import register
 from ._pairwise import arithmetic
 
 
-def multi_js_loss(logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
+def multi_js_loss(logits: Tensor, *, weights: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of block-ordered logits: block c holds the n rows drawn from distribution c. No label tensor.
 
     Args:
         logits: `[C·n, C]`, or `[..., C, n, C]` with leading batch dimensions.
         weights: π `[C]`, the weight of each block, taken as given (they should sum to 1); None is 1/C each.
+        label_smoothing: s in [0, 1]; each row's target is (1 − s) onehot + s/C. With 1 this is the cross-entropy
+            against the uniform label, which an encoder lowers to make the distributions alike.
 
     Returns:
         the loss `[...]` in nats, float32 for half precision. Differentiable once, in the logits.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, a number of rows that C does not divide, weights of another length.
+        TypeError, ValueError: a wrong dtype, a number of rows that C does not divide, weights of another length, a
+            label_smoothing outside [0, 1].
 
     Source: S1 (IVAAE) Eq. 1 and Theorem 2; S2 (IVGAN) Eq. 3.
     """
-    return _MultiJs.apply(_blocks(logits), _weights(weights, logits))[0]
+    _check_blocks(logits)
+    check_smoothing(label_smoothing)
+    weights = None if weights is None else check_weights(weights, logits.shape[-1], logits)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return _MultiJs.apply(logits, weights, label_smoothing)
+    return _forward(logits, weights, label_smoothing)[0]
+
+
+def multi_js_block_losses(logits: Tensor) -> Tensor:
+    """Cross-entropy of each block on its own, `[..., C]`: how well each distribution is told from the others.
+
+    For logs: no gradient flows. Its mean over the blocks is `multi_js_loss(logits)`; arguments and errors are the
+    same.
+    """
+    _check_blocks(logits)
+    logits = logits.detach()
+    lse = _forward(logits, None, 0.0)[1]
+    return (lse.view(_blocks(logits).shape[:-1]) - _own(arithmetic(_blocks(logits)))).mean(-1)
 
 
 def multi_js_divergence(logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
@@ -37,84 +59,96 @@ def multi_js_divergence(logits: Tensor, *, weights: Tensor | None = None) -> Ten
 
     Source: S1 (IVAAE) Theorem 2; Lin 1991 for the weighted form.
     """
-    classes = logits.shape[-1]
     loss = multi_js_loss(logits, weights=weights)
     if weights is None:
-        entropy = torch.tensor(float(classes), dtype=loss.dtype, device=loss.device).log()
-    else:
-        entropy = torch.special.entr(weights).sum().to(loss.dtype)
-    return entropy - loss
+        return math.log(logits.shape[-1]) - loss
+    return torch.special.entr(weights).sum().to(loss.dtype) - loss
+
+
+def _check_blocks(logits: Tensor) -> None:
+    _check.floating("logits", logits)
+    shape = logits.shape
+    if len(shape) < 2 or shape[-1] < 2:
+        raise ValueError(f"logits must be [C·n, C] or [..., C, n, C] with C >= 2, got {tuple(shape)}")
+    classes = shape[-1]
+    if len(shape) == 2:
+        if shape[0] == 0 or shape[0] % classes:
+            raise ValueError(f"logits must hold C·n rows, n for each of the C = {classes} classes, got {tuple(shape)}")
+    elif shape[-3] != classes or shape[-2] == 0:
+        raise ValueError(f"logits must be [..., C, n, C]: {classes} classes need {classes} blocks, got {tuple(shape)}")
+
+
+def check_smoothing(label_smoothing: float) -> None:
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+
+
+def check_weights(weights: Tensor, classes: int, like: Tensor) -> Tensor:
+    """π as a constant in the dtype of the arithmetic."""
+    _check.floating("weights", weights)
+    if weights.shape != (classes,):
+        raise ValueError(f"weights must have shape ({classes},), got {tuple(weights.shape)}")
+    if weights.device != like.device:
+        raise ValueError(f"weights must be on {like.device} as the rest is, got {weights.device}")
+    return weights.detach().to(torch.promote_types(like.dtype, torch.float32))
 
 
 def _blocks(logits: Tensor) -> Tensor:
     """logits as `[..., C, n, C]`."""
-    _check.floating("logits", logits)
-    if logits.dim() < 2 or logits.shape[-1] < 2:
-        raise ValueError(f"logits must be [C·n, C] or [..., C, n, C] with C >= 2, got {tuple(logits.shape)}")
-    classes = logits.shape[-1]
-    if logits.dim() == 2:
-        if logits.shape[0] == 0 or logits.shape[0] % classes:
-            raise ValueError(
-                f"logits must hold C·n rows, n for each of the C = {classes} classes, got {tuple(logits.shape)}"
-            )
-        return logits.unflatten(0, (classes, -1))
-    if logits.shape[-3] != classes or logits.shape[-2] == 0:
-        raise ValueError(
-            f"logits must be [..., C, n, C]: {classes} classes need {classes} blocks, got {tuple(logits.shape)}"
-        )
-    return logits
+    return logits if logits.dim() > 2 else logits.unflatten(0, (logits.shape[-1], -1))
 
 
-def _weights(weights: Tensor | None, logits: Tensor) -> Tensor | None:
-    if weights is None:
-        return None
-    _check.floating("weights", weights)
-    if weights.shape != logits.shape[-1:]:
-        raise ValueError(f"weights must have shape ({logits.shape[-1]},), got {tuple(weights.shape)}")
-    if weights.device != logits.device:
-        raise ValueError(f"weights must match logits: device {logits.device}, got {weights.device}")
-    return weights.detach().to(torch.promote_types(logits.dtype, torch.float32))
+def _own(x: Tensor) -> Tensor:
+    """Each row's logit of its own class, `[..., C, n]`."""
+    return x.diagonal(dim1=-3, dim2=-1).mT
 
 
-def multi_js_loss_reference(logits: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The loss `[...]` and the log-sum-exp of each row `[..., C, n]`, which backward needs again."""
-    x = arithmetic(logits)
+def multi_js_loss_reference(logits: Tensor, weights: Tensor | None, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """The loss `[...]` and the log-sum-exp of each row, `logits.shape[:-1]`, which backward needs again."""
+    x = arithmetic(_blocks(logits))
     lse = x.logsumexp(-1)
-    per_block = (lse - x.diagonal(dim1=-3, dim2=-1).mT).mean(-1)  # [..., C]
+    target = _own(x)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target if label_smoothing < 1 else torch.zeros_like(target)
+        target = target + label_smoothing * x.mean(-1)
+    per_block = (lse - target).mean(-1)  # [..., C]
     loss = per_block.mean(-1) if weights is None else (per_block * weights).sum(-1)
-    return loss, lse
+    return loss, lse.view(logits.shape[:-1])
 
 
-def _backward_reference(grad, logits, weights, lse):
-    # ∂CE/∂logits = (softmax − onehot) π_c/n, scaled before it is rounded
-    x = arithmetic(logits)
+def backward_reference(grad, logits, weights, lse, label_smoothing):
+    # ∂CE/∂logits = (softmax − target) π_c/n, scaled before it is rounded
+    x = arithmetic(_blocks(logits))
     classes, n = x.shape[-1], x.shape[-2]
     scale = grad[..., None] * (1 / classes if weights is None else weights) / n  # [..., C]
     onehot = torch.eye(classes, dtype=x.dtype, device=x.device).unsqueeze(1)  # [C, 1, C]
-    return ((torch.exp(x - lse.unsqueeze(-1)) - onehot) * scale.expand(x.shape[:-2])[..., None, None]).to(logits.dtype)
+    target = onehot * (1 - label_smoothing) + label_smoothing / classes
+    softmax = torch.exp(x - lse.view(x.shape[:-1]).unsqueeze(-1))
+    return ((softmax - target) * scale.expand(x.shape[:-2])[..., None, None]).to(logits.dtype).view(logits.shape)
 
 
 class _MultiJs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, weights):
-        loss, lse = _forward(logits, weights)
+    def forward(ctx, logits, weights, label_smoothing):
+        loss, lse = _forward(logits, weights, label_smoothing)
         ctx.save_for_backward(logits, weights, lse)
-        ctx.mark_non_differentiable(lse)
-        return loss, lse
+        ctx.label_smoothing = label_smoothing
+        return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
-        return _backward(grad, *ctx.saved_tensors), None
+    def backward(ctx, grad):
+        logits, weights, lse = ctx.saved_tensors
+        return _backward(grad, logits, weights, lse, ctx.label_smoothing), None, None
 
 
 _forward = register(
-    "multi_js_loss(Tensor logits, Tensor? weights) -> (Tensor loss, Tensor lse)",
+    "multi_js_loss(Tensor logits, Tensor? weights, float label_smoothing) -> (Tensor loss, Tensor lse)",
     reference=multi_js_loss_reference,
     triton="multi_js.forward",
 )
 _backward = register(
-    "multi_js_loss_backward(Tensor grad, Tensor logits, Tensor? weights, Tensor lse) -> Tensor",
-    reference=_backward_reference,
+    "multi_js_loss_backward(Tensor grad, Tensor logits, Tensor? weights, Tensor lse, float label_smoothing) -> Tensor",
+    reference=backward_reference,
     triton="multi_js.backward",
 )

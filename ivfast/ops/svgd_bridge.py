@@ -7,8 +7,9 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from .._registry import register
 from . import median, svgd
+from ._draws import prior_draws
 from ._pairwise import arithmetic
-from .bridge import check_codes, prior_draws
+from .bridge import check_codes
 
 
 def svgd_bridge(

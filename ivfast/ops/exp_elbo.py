@@ -1,0 +1,94 @@
+"""The exponential of the ELBO, by which a soft introspective VAE pushes generated samples away (S5)."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check
+from .._registry import register
+from ._pairwise import arithmetic
+
+
+def exp_elbo_loss(
+    reconstruction: Tensor,
+    kl: Tensor,
+    *,
+    scale: float = 1.0,
+    beta_reconstruction: float = 1.0,
+    beta_kl: float = 1.0,
+    alpha: float = 2.0,
+) -> Tensor:
+    """(1/α) mean_i exp(−α s (β_rec rec_i + β_kl KL_i)) over the n samples.
+
+    Args:
+        reconstruction: reconstruction loss of each sample, `[..., n]`, in nats.
+        kl: KL of each sample's posterior to the prior, `[..., n]`, in nats.
+        scale: s; published code takes 1 over the number of pixels.
+        beta_reconstruction, beta_kl: β_rec and β_kl; a term whose β is 0 is left out, be it infinite.
+        alpha: α > 0; 2 in the papers.
+
+    Returns:
+        the loss `[...]`, float32 for half precision. It lies in [0, 1/α] where both terms are >= 0: a sample that is
+        far from the data, even infinitely, adds 0 and gets the gradient 0. The exponent is clamped at 80, so that a
+        negative loss gives no infinity. Differentiable once, in both.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices that differ, n < 1, a number that is not finite, alpha <= 0.
+
+    Source: S5 (AS-IntroVAE) section 3; Daniel & Tamar 2021 (Soft-IntroVAE), Eq. 4.
+    """
+    _check.floating("reconstruction", reconstruction)
+    _check.same("kl", kl, "reconstruction", reconstruction)
+    if reconstruction.dim() < 1 or reconstruction.shape[-1] < 1:
+        raise ValueError(f"reconstruction must have shape [..., n] with n >= 1, got {tuple(reconstruction.shape)}")
+    for name, value in (("scale", scale), ("beta_reconstruction", beta_reconstruction), ("beta_kl", beta_kl)):
+        _check.number(name, value)
+    _check.number("alpha", alpha, positive=True)
+    factors = (-alpha * scale * beta_reconstruction, -alpha * scale * beta_kl, alpha)
+    if torch.is_grad_enabled() and (reconstruction.requires_grad or kl.requires_grad):
+        return _ExpElbo.apply(reconstruction, kl, *factors)
+    return _forward(reconstruction, kl, *factors)
+
+
+MOST = 80.0  # e^80 and n times it are finite in float32
+
+
+def _exponent(reconstruction, kl, a, b):
+    """a rec + b KL; a factor of 0 leaves its term out."""
+    terms = [factor * arithmetic(x) for factor, x in ((a, reconstruction), (b, kl)) if factor]
+    return sum(terms) if terms else torch.zeros_like(arithmetic(kl))
+
+
+def exp_elbo_loss_reference(reconstruction: Tensor, kl: Tensor, a: float, b: float, alpha: float) -> Tensor:
+    return _exponent(reconstruction, kl, a, b).clamp(max=MOST).exp().mean(-1) / alpha
+
+
+def _backward_reference(grad, reconstruction, kl, a, b, alpha):
+    # ∂x_i = β_x factor e_i/(α n); no gradient where the exponent is clamped
+    t = _exponent(reconstruction, kl, a, b)
+    e = (grad.unsqueeze(-1) / (alpha * kl.shape[-1])) * t.clamp(max=MOST).exp().masked_fill(t > MOST, 0)
+    return (a * e).to(kl.dtype), (b * e).to(kl.dtype)
+
+
+class _ExpElbo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, reconstruction, kl, a, b, alpha):
+        ctx.save_for_backward(reconstruction, kl)
+        ctx.factors = a, b, alpha
+        return _forward(reconstruction, kl, a, b, alpha)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *_backward(grad, *ctx.saved_tensors, *ctx.factors), None, None, None
+
+
+_forward = register(
+    "exp_elbo_loss(Tensor reconstruction, Tensor kl, float a, float b, float alpha) -> Tensor",
+    reference=exp_elbo_loss_reference,
+)
+_backward = register(
+    "exp_elbo_loss_backward(Tensor grad, Tensor reconstruction, Tensor kl, float a, float b, float alpha)"
+    " -> (Tensor dreconstruction, Tensor dkl)",
+    reference=_backward_reference,
+)

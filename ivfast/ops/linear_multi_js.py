@@ -1,0 +1,174 @@
+"""The multi-class Jensen–Shannon loss of a linear layer, without ever writing all of its logits.
+
+The rows pass in chunks: a product gives the chunk's logits, one kernel turns them into their loss and, in place, their
+gradient, and two products take that to the features and the weight. What remains is as large as the gradients.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _check
+from .._registry import register
+from . import multi_js
+from ._pairwise import arithmetic
+from .multi_js import check_smoothing, check_weights
+
+# Logits of a chunk: on the CPU 2 MB of float32, which a core's second-level cache holds; a GPU needs more to be busy.
+CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
+
+
+def linear_multi_js_loss(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """`multi_js_loss(F.linear(features, weight, bias))` with the memory of the gradients alone.
+
+    Args:
+        features: block-ordered inputs of the classifier's last layer, `[C·n, f]` or `[C, n, f]`.
+        weight: of that layer, `[C, f]`.
+        bias: `[C]` or None.
+        weights: π `[C]`, the weight of each block (see `multi_js_loss`); None is 1/C each.
+        label_smoothing: see `multi_js_loss`.
+
+    Returns:
+        the loss `[]` in nats, float32 for half precision. Differentiable once, in features, weight and bias.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype or shape, a number of rows that C does not divide.
+
+    Source: S1 (IVAAE) Eq. 1 with the discriminator's last layer.
+    """
+    classes = _check_layer(features, weight, bias)
+    weights = None if weights is None else check_weights(weights, classes, features)
+    check_smoothing(label_smoothing)
+    needed = [x is not None and x.requires_grad for x in (features, weight, bias)]
+    if torch.is_grad_enabled() and any(needed):
+        return _LinearMultiJs.apply(features, weight, bias, weights, label_smoothing)
+    return _forward(features, weight, bias, weights, label_smoothing, False, False, False)[0]
+
+
+def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> int:
+    """The number of classes."""
+    _check.floating("features", features)
+    _check.alike("weight", weight, "features", features)
+    if weight.dim() != 2 or weight.shape[0] < 2:
+        raise ValueError(f"weight must be [C, f] with C >= 2, got {tuple(weight.shape)}")
+    classes, width = weight.shape
+    if features.dim() not in (2, 3) or features.shape[-1] != width:
+        raise ValueError(
+            f"features must be [C·n, f] or [C, n, f] with f = {width} as in weight, got {tuple(features.shape)}"
+        )
+    rows = features.shape[:-1].numel()
+    if rows == 0 or rows % classes or (features.dim() == 3 and features.shape[0] != classes):
+        raise ValueError(
+            f"features must hold n rows for each of weight's C = {classes} classes, got {tuple(features.shape)}"
+        )
+    if bias is not None:
+        _check.alike("bias", bias, "features", features)
+        if bias.shape != (classes,):
+            raise ValueError(f"bias must have shape ({classes},) as weight's rows, got {tuple(bias.shape)}")
+    return classes
+
+
+def linear_multi_js_loss_reference(
+    features, weight, bias, weights, label_smoothing, features_gradient, weight_gradient, bias_gradient
+):
+    x, w = features.reshape(-1, features.shape[-1]), weight
+    logits = torch.nn.functional.linear(arithmetic(x), arithmetic(w), None if bias is None else arithmetic(bias))
+    loss, lse = multi_js.multi_js_loss_reference(logits, weights, label_smoothing)
+    G = multi_js.backward_reference(torch.ones_like(loss), logits, weights, lse, label_smoothing)
+    dx = (G @ arithmetic(w)).to(x.dtype).view(features.shape) if features_gradient else x.new_empty(0)
+    dw = (G.mT @ arithmetic(x)).to(w.dtype) if weight_gradient else w.new_empty(0)
+    db = G.sum(0).to(w.dtype) if bias_gradient else w.new_empty(0)
+    return loss, dx, dw, db
+
+
+def linear_multi_js_loss_chunked(
+    features, weight, bias, weights, label_smoothing, features_gradient, weight_gradient, bias_gradient
+):
+    """As the reference, from the logits of a few rows at a time."""
+    x, w = features.reshape(-1, features.shape[-1]), weight
+    rows, classes = x.shape[0], w.shape[0]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    dx = x.new_empty(x.shape if features_gradient else 0)
+    dw = w.new_zeros(w.shape if weight_gradient else 0, dtype=wide)
+    db = w.new_zeros(classes if bias_gradient else 0, dtype=wide)
+    loss = x.new_zeros((), dtype=wide)
+    chunk = max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // classes)
+    gradient = features_gradient or weight_gradient or bias_gradient
+    for first in range(0, rows, chunk):
+        part = x[first : first + chunk]
+        logits = part @ w.mT if bias is None else torch.addmm(bias, part, w.mT)
+        loss += _rows(logits, weights, label_smoothing, first, rows // classes, gradient)
+        if features_gradient:
+            torch.mm(logits, w, out=dx[first : first + chunk])
+        if weight_gradient:
+            dw = dw.addmm_(logits.mT, part) if wide == x.dtype else dw.add_(logits.mT @ part)
+        if bias_gradient:
+            db += logits.sum(0, dtype=wide)
+    return loss, dx.view(features.shape) if features_gradient else dx, dw.to(w.dtype), db.to(w.dtype)
+
+
+def multi_js_rows_reference(logits, weights, label_smoothing, first, n, gradient):
+    """What rows [first, first + len(logits)) of C blocks of n rows add to the loss; in place, their ∂loss/∂logits."""
+    x, classes = arithmetic(logits), logits.shape[-1]
+    own = (torch.arange(first, first + len(logits), device=x.device) // n).unsqueeze(1)  # each row's class
+    scale = (torch.full_like(x[:, :1], 1 / classes) if weights is None else weights[own]) / n
+    lse = x.logsumexp(-1, keepdim=True)
+    target = x.gather(1, own)
+    if label_smoothing:
+        target = (1 - label_smoothing) * target if label_smoothing < 1 else torch.zeros_like(target)
+        target = target + label_smoothing * x.mean(-1, keepdim=True)
+    loss = (scale * (lse - target)).sum()
+    if gradient:
+        onehot = torch.zeros_like(x).scatter_(1, own, 1 - label_smoothing)
+        logits.copy_(((x - lse).exp() - onehot - label_smoothing / classes) * scale)
+    return loss
+
+
+class _LinearMultiJs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, features, weight, bias, weights, label_smoothing):
+        arguments = features, weight, bias, weights, label_smoothing, *ctx.needs_input_grad[:3]
+        loss, *gradients = _forward(*arguments)
+        ctx.needed = ctx.needs_input_grad[:3]
+        if torch.compiler.is_compiling():
+            ctx.kept = None
+            ctx.save_for_backward(*gradients)
+        else:
+            ctx.kept = gradients  # the first backward pass scales and returns them; any other computes its own
+            ctx.save_for_backward(features, weight, bias, weights)
+            ctx.label_smoothing = label_smoothing
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if torch.compiler.is_compiling():
+            gradients = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        else:
+            gradients, ctx.kept = ctx.kept, None
+            if gradients is None:
+                _, *gradients = _forward(*ctx.saved_tensors, ctx.label_smoothing, *ctx.needed)
+            gradients = [g.mul_(grad) for g in gradients]
+        return *(g if needed else None for g, needed in zip(gradients, ctx.needed, strict=True)), None, None
+
+
+_rows = register(
+    "multi_js_rows_(Tensor(a!) logits, Tensor? weights, float label_smoothing, int first, int n, bool gradient)"
+    " -> Tensor",
+    reference=multi_js_rows_reference,
+)
+_forward = register(
+    "linear_multi_js_loss(Tensor features, Tensor weight, Tensor? bias, Tensor? weights, float label_smoothing,"
+    " bool features_gradient, bool weight_gradient, bool bias_gradient)"
+    " -> (Tensor loss, Tensor dfeatures, Tensor dweight, Tensor dbias)",
+    reference=linear_multi_js_loss_reference,
+    composition=linear_multi_js_loss_chunked,
+    parts=(_rows,),
+)
