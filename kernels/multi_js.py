@@ -1,6 +1,7 @@
 """Multi-class Jensen–Shannon loss in Triton: one pass over the logits forward, one backward.
 
-CE = −Σ_c π_c (1/n) Σ_j log softmax(D(z_jc))_c: row r = c·n + j of a set [C·n, C] has the label c = r // n.
+CE = −Σ_c π_c (1/n) Σ_j log softmax(D(z_jc))_c: row r = c·n + j of a set [C·n, C] has the label c = r // n. For a chunk
+of such rows that nobody needs again, loss and gradient in one launch: the gradient takes the place of the logits.
 """
 
 from typing import NamedTuple
@@ -8,6 +9,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
+from .numbers import parts as two_parts
 
 # A tile is ROWS rows by COLUMNS columns of logits: by register count (tests/test_kernels.py), not yet by a clock.
 TILE = {torch.float32: 2048, torch.float64: 1024}  # elements, by the dtype of the arithmetic
@@ -20,12 +23,47 @@ ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @triton.jit
-def _rows(i_tile, n, R, ROWS: tl.constexpr):
-    """The first row of a tile in 64 bits; the tile's rows from there, which of them exist, and their labels, in 32."""
+def _rows(i_tile, start, n, R, ROWS: tl.constexpr):
+    """The first row of a tile in 64 bits; the tile's rows from there, which of them exist, and their labels, in 32.
+    The rows at hand begin with row `start` of their set."""
     first = tl.cast(i_tile, tl.int64) * ROWS
     row = tl.arange(0, ROWS)
-    label = tl.cast(first // n, tl.int32) + (tl.cast(first % n, tl.int32) + row) // n
+    label = tl.cast((start + first) // n, tl.int32) + (tl.cast((start + first) % n, tl.int32) + row) // n
     return first, row, row < R - first, label
+
+
+@triton.jit
+def _row_losses(
+    p_tile, row, inside, label, s, C,
+    SMOOTH: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """−⟨target, log softmax⟩ of each row of a tile, and its log-sum-exp."""
+    b_label = tl.load(p_tile + row * C + label, mask=inside, other=0.0).to(dtype)
+    b_max = tl.full([ROWS], float("-inf"), dtype)
+    b_sum = tl.zeros([ROWS], dtype)
+    b_all = tl.zeros([ROWS], dtype)
+    for start in range(0, C, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        mask = inside[:, None] & (column < C)[None, :]
+        b_x = tl.load(p_tile + row[:, None] * C + column[None, :], mask=mask, other=float("-inf")).to(dtype)
+        b_new = tl.maximum(b_max, tl.max(b_x, 1))
+        # a maximum of ±inf would give inf − inf; 0 in its place leaves exp(±inf)
+        b_shift = tl.where(tl.abs(b_new) == float("inf"), 0.0, b_new)
+        b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_x - b_shift[:, None]), 1)
+        b_max = b_new
+        if SMOOTH:
+            b_all += tl.sum(tl.where(mask, b_x, 0.0), 1)
+    b_lse = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max) + tl.log(tl.where(inside, b_sum, 1.0))
+    if SMOOTH:  # an impossible class is no part of a uniform target
+        b_label = tl.where(s == 1, 0.0, (1 - s) * b_label) + s / C * b_all
+    return b_lse - b_label, b_lse
+
+
+@triton.jit
+def _derivative(b_x, b_lse, row_label, column, s, C, b_scale):
+    """∂CE/∂x = (softmax − target) π_c/n, scaled before it is rounded."""
+    b_target = tl.where(column[None, :] == row_label[:, None], 1 - s, 0.0) + s / C
+    return (tl.exp(b_x - b_lse[:, None]) - b_target) * b_scale[:, None]
 
 
 @triton.jit
@@ -36,30 +74,12 @@ def _forward_kernel(
     dtype = p_lse.dtype.element_ty  # of the arithmetic
     i_set, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
 
+    s = tl.cast(s_high, dtype) + s_low
     total = tl.zeros([ROWS], dtype)
     for i_tile in range(i_part, tl.cdiv(R, ROWS), tl.num_programs(1)):
-        first, row, inside, label = _rows(i_tile, n, R, ROWS)
+        first, row, inside, label = _rows(i_tile, 0, n, R, ROWS)
         p_tile = p_logits + (i_set * R + first) * C
-        b_label = tl.load(p_tile + row * C + label, mask=inside, other=0.0).to(dtype)
-        b_max = tl.full([ROWS], float("-inf"), dtype)
-        b_sum = tl.zeros([ROWS], dtype)
-        b_all = tl.zeros([ROWS], dtype)
-        for start in range(0, C, COLUMNS):
-            column = start + tl.arange(0, COLUMNS)
-            mask = inside[:, None] & (column < C)[None, :]
-            b_x = tl.load(p_tile + row[:, None] * C + column[None, :], mask=mask, other=float("-inf")).to(dtype)
-            b_new = tl.maximum(b_max, tl.max(b_x, 1))
-            # a maximum of ±inf would give inf − inf; 0 in its place leaves exp(±inf)
-            b_shift = tl.where(tl.abs(b_new) == float("inf"), 0.0, b_new)
-            b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_x - b_shift[:, None]), 1)
-            b_max = b_new
-            if SMOOTH:
-                b_all += tl.sum(tl.where(mask, b_x, 0.0), 1)
-        b_lse = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max) + tl.log(tl.where(inside, b_sum, 1.0))
-        if SMOOTH:  # an impossible class is no part of a uniform target
-            s = tl.cast(s_high, dtype) + s_low
-            b_label = tl.where(s == 1, 0.0, (1 - s) * b_label) + s / C * b_all
-        b_loss = b_lse - b_label
+        b_loss, b_lse = _row_losses(p_tile, row, inside, label, s, C, SMOOTH, dtype, ROWS, COLUMNS)
         if p_weights is not None:
             b_loss *= tl.load(p_weights + label, mask=inside, other=0.0).to(dtype)
         total += tl.where(inside, b_loss, 0.0)
@@ -87,7 +107,7 @@ def _backward_kernel(
     s = tl.cast(s_high, dtype) + s_low
     grad = tl.load(p_grad + i_set).to(dtype) / (R if p_weights is None else n)
     for i_tile in range(i_part, tl.cdiv(R, ROWS), tl.num_programs(1)):
-        first, row, inside, label = _rows(i_tile, n, R, ROWS)
+        first, row, inside, label = _rows(i_tile, 0, n, R, ROWS)
         tile = (i_set * R + first) * C
         b_lse = tl.load(p_lse + i_set * R + first + row, mask=inside, other=0.0)
         b_scale = tl.zeros([ROWS], dtype) + grad
@@ -98,10 +118,40 @@ def _backward_kernel(
             mask = inside[:, None] & (column < C)[None, :]
             offset = row[:, None] * C + column[None, :]
             b_x = tl.load(p_logits + tile + offset, mask=mask, other=float("-inf")).to(dtype)
-            # ∂CE/∂x = (softmax − target) π_c/n, scaled before it is rounded
-            b_target = tl.where(column[None, :] == label[:, None], 1 - s, 0.0) + s / C
-            b_dx = (tl.exp(b_x - b_lse[:, None]) - b_target) * b_scale[:, None]
+            b_dx = _derivative(b_x, b_lse, label, column, s, C, b_scale)
             tl.store(p_dlogits + tile + offset, b_dx, mask=mask)
+
+
+@triton.jit(do_not_specialize=["start"])
+def _rows_kernel(
+    p_logits, p_weights, p_out, s_high, s_low, start, n, R, C,
+    SMOOTH: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    dtype = p_out.dtype.element_ty  # of the arithmetic
+    i_part = tl.program_id(0)
+
+    s = tl.cast(s_high, dtype) + s_low
+    total = tl.zeros([ROWS], dtype)
+    for i_tile in range(i_part, tl.cdiv(R, ROWS), tl.num_programs(0)):
+        first, row, inside, label = _rows(i_tile, start, n, R, ROWS)
+        p_tile = p_logits + first * C
+        b_loss, b_lse = _row_losses(p_tile, row, inside, label, s, C, SMOOTH, dtype, ROWS, COLUMNS)
+        b_scale = tl.full([ROWS], 1.0, dtype) / n
+        if p_weights is not None:
+            b_scale *= tl.load(p_weights + label, mask=inside, other=0.0).to(dtype)
+        else:
+            b_scale /= C
+        total += tl.where(inside, b_scale * b_loss, 0.0)
+        if GRADIENT:
+            tl.debug_barrier()  # every thread has read the rows before any thread overwrites them
+            for column_0 in range(0, C, COLUMNS):
+                column = column_0 + tl.arange(0, COLUMNS)
+                mask = inside[:, None] & (column < C)[None, :]
+                p_x = p_tile + row[:, None] * C + column[None, :]
+                b_x = tl.load(p_x, mask=mask, other=float("-inf")).to(dtype)
+                tl.store(p_x, _derivative(b_x, b_lse, label, column, s, C, b_scale), mask=mask)
+
+    tl.store(p_out + i_part, tl.sum(total, 0))
 
 
 class _Shape(NamedTuple):
@@ -134,12 +184,6 @@ def _shape(logits) -> _Shape:
     return _Shape(batch.numel(), n, C * n, C, torch.promote_types(logits.dtype, torch.float32))
 
 
-def _parts(x: float) -> tuple[float, float]:
-    """x as two float32, since a kernel's numbers are no wider."""
-    high = float(torch.tensor(x, dtype=torch.float32))
-    return high, x - high
-
-
 def forward(logits, weights, label_smoothing):
     """The loss `[...]` and the log-sum-exp of each row `logits.shape[:-1]`, as computed."""
     shape = _shape(logits)
@@ -151,7 +195,7 @@ def forward(logits, weights, label_smoothing):
     out = loss if parts == 1 else lse.new_empty(shape.sets, parts)
     weights = None if weights is None else weights.contiguous()
     _forward_kernel[shape.sets, parts](
-        *(logits.contiguous(), weights, out, lse, *_parts(label_smoothing)),
+        *(logits.contiguous(), weights, out, lse, *two_parts(label_smoothing)),
         *(shape.n, shape.R, shape.C, label_smoothing > 0, *shape.tile),
         **OPTIONS,
     )
@@ -170,8 +214,32 @@ def backward(grad, logits, weights, lse, label_smoothing):
     programs = min(triton.cdiv(shape.R, shape.tile[0]), PARTS)
     _backward_kernel[shape.sets, programs](
         *(grad.contiguous(), logits.contiguous(), weights, lse.contiguous(), dlogits),
-        *_parts(label_smoothing),
+        *two_parts(label_smoothing),
         *(shape.n, shape.R, shape.C, *shape.tile),
         **OPTIONS,
     )
     return dlogits
+
+
+def rows(logits, weights, label_smoothing, first, n, gradient):
+    """What rows [first, first + len(logits)) of C blocks of n rows add to the loss; in place, their ∂loss/∂logits."""
+    if logits.dtype not in ACCEPTED:
+        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+    R, C = logits.shape
+    shape = _Shape(1, n, R, C, torch.promote_types(logits.dtype, torch.float32))
+    loss = torch.empty((), dtype=shape.arithmetic, device=logits.device)
+    if R == 0:
+        return loss.zero_()
+    parts = shape.programs
+    out = loss if parts == 1 else loss.new_empty(parts)
+    x = logits.contiguous()
+    _rows_kernel[parts,](
+        *(x, None if weights is None else weights.contiguous(), out, *two_parts(label_smoothing)),
+        *(first, n, R, C, label_smoothing > 0, gradient, *shape.tile),
+        **OPTIONS,
+    )
+    if parts > 1:
+        _sum_kernel[1,](out, loss, parts, triton.next_power_of_2(parts), **OPTIONS)
+    if gradient and x is not logits:
+        logits.copy_(x)
+    return loss

@@ -63,6 +63,9 @@ def variants() -> list[Variant]:
             ),
             Variant("multi_js._backward_kernel", f"{x} {x} {weights} {y} {x} {numbers} {tile}", multi_js.OPTIONS),
         ]
+        given = {"p_logits": x, "p_weights": weights, "p_out": y, "s_high": "fp32", "s_low": "fp32", "start": "i64"}
+        given |= {"SMOOTH": int(weighted), "GRADIENT": 1, "ROWS": rows, "COLUMNS": columns}
+        found.append(filled("multi_js._rows_kernel", multi_js.OPTIONS, **given))
     return found + svgd_variants() + median_variants() + bridge_variants() + mmd_variants() + as_distance_variants()
 
 
