@@ -23,3 +23,10 @@ def small_in_cuda(x: Tensor, y: Tensor) -> tuple[str, ...]:
         return ()
     small = max(x.shape[-2], y.shape[-2]) <= 256 and x.shape[-1] <= 128
     return ("cuda", "triton") if small else ("triton",)
+
+
+def few_in_cuda(x: Tensor) -> tuple[str, ...]:
+    """For what reads its input once: CUDA C++ up to a million elements, Triton above; by count, not by a clock."""
+    if x.dtype == torch.float64:
+        return ()
+    return ("cuda", "triton") if x.numel() <= 1 << 20 else ("triton", "cuda")

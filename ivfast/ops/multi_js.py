@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
-from ._pairwise import arithmetic
+from ._pairwise import arithmetic, few_in_cuda
 
 
 def multi_js_loss(logits: Tensor, *, weights: Tensor | None = None, label_smoothing: float = 0.0) -> Tensor:
@@ -145,10 +145,14 @@ class _MultiJs(torch.autograd.Function):
 _forward = register(
     "multi_js_loss(Tensor logits, Tensor? weights, float label_smoothing) -> (Tensor loss, Tensor lse)",
     reference=multi_js_loss_reference,
+    cuda=True,
+    prefer=lambda logits, *_: few_in_cuda(logits),
     triton="multi_js.forward",
 )
 _backward = register(
     "multi_js_loss_backward(Tensor grad, Tensor logits, Tensor? weights, Tensor lse, float label_smoothing) -> Tensor",
     reference=backward_reference,
+    cuda=True,
+    prefer=lambda grad, logits, *_: few_in_cuda(logits),
     triton="multi_js.backward",
 )

@@ -1,0 +1,263 @@
+// Multi-class Jensen–Shannon loss: a thread, a part of a warp, a warp or a block for each row, by the number of classes.
+//
+// loss = Σ_rows w (lse − Σ_c target_c x_c),  ∂loss/∂x = w (softmax(x) − target),  w = π_c/n of the row's own class c
+#include "multi_js.h"
+
+#include <optional>
+#include <tuple>
+
+namespace ivfast {
+
+constexpr int kMostStaged = 32;  // classes of a row that one thread takes, from shared memory
+constexpr int kMostRows = 1024;  // of a set that one block of such threads takes
+constexpr int kMostBlocks = 512;  // of all sets together: each looks at the reports of all others of its set
+constexpr int kFewTiles = 4;  // that one block takes one after the other sooner than several report to each other
+
+// Each block: tiles of a row per thread. Where there is a gradient it is x itself.
+template <class T>
+__global__ void __launch_bounds__(kMostRows, 1) staged_kernel(
+    const T* x, T* gradient, const float* __restrict__ weights, float* __restrict__ lse, float* __restrict__ loss,
+    volatile Report<1>* reports, Rows rows) {
+  const int64_t set = blockIdx.x;
+  const int C = rows.classes, stride = C | 1;  // odd: the rows of a warp are on banks of their own
+  x += set * rows.count * C, lse += lse ? set * rows.count : 0, reports += set * gridDim.y;
+  float* tile = reinterpret_cast<float*>(dynamic_shared);
+  float* row = tile + static_cast<int>(threadIdx.x) * stride;
+  double sum = 0;
+
+  for (int64_t start = int64_t{blockIdx.y} * blockDim.x; start < rows.count; start += int64_t{gridDim.y} * blockDim.x) {
+    const int here = static_cast<int>(min(int64_t{blockDim.x}, rows.count - start)), elements = here * C;
+    const T* x_here = x + start * C;
+    // f(pack, at, i, position in the tile) for the elements of this thread's packs
+    const auto each = [&](auto load, auto f, auto store) {
+      const int first = static_cast<int>(threadIdx.x) * kPack<T> - past_boundary(x_here);
+      for (int at = first; at < elements; at += static_cast<int>(blockDim.x) * kPack<T>) {
+        float v[kPack<T>];
+        load(v, at);
+        int r = max(at, 0) / C, c = max(at, 0) - r * C;
+#pragma unroll
+        for (int i = 0; i < kPack<T>; ++i) {
+          if (at + i < 0 || at + i >= elements) continue;
+          f(v[i], tile[r * stride + c]);
+          if (++c == C) c = 0, ++r;
+        }
+        store(v, at);
+      }
+    };
+    const auto nothing = [](const auto&, int) {};
+
+    __syncthreads();  // the last tile is read
+    each(
+        [&](auto& v, int at) { load_pack(v, x_here, at, elements, 0.f); }, [](float v, float& to) { to = v; }, nothing);
+    __syncthreads();
+
+    if (static_cast<int>(threadIdx.x) < here) {
+      const int own = rows.class_of(start + threadIdx.x);
+      float most = -INFINITY;
+      for (int c = 0; c < C; ++c) most = fmaxf(most, row[c]);
+      const float x_own = row[own];
+      Row r{finite(most), 0.f, 0.f};
+      for (int c = 0; c < C; ++c) {
+        const float e = expf(row[c] - r.shift);
+        r.sum += e, r.total += row[c];
+        if (gradient) row[c] = e;
+      }
+      const double weight = rows.weight(weights, own);
+      sum += weight * static_cast<double>(r.loss(rows, x_own));
+      if (lse) lse[start + threadIdx.x] = r.lse();
+      if (gradient) {
+        const float w = static_cast<float>(weight), softmax = 1 / r.sum;
+        for (int c = 0; c < C; ++c) row[c] = w * (row[c] * softmax - rows.share - (c == own ? rows.keep : 0.f));
+      }
+    }
+    if (gradient) {
+      __syncthreads();
+      each(nothing, [](float& v, float from) { v = from; }, [&](const auto& v, int at) {
+        store_pack(gradient + start * C, v, at, elements);
+      });
+    }
+  }
+  sum_over_blocks(sum, loss + set, reports, rows.signature);
+}
+
+// Each block: kThreads / Team rows at a time. Where there is a gradient it is x itself.
+template <int Team, class T>
+__global__ void __launch_bounds__(kThreads) team_kernel(
+    const T* x, T* gradient, const float* __restrict__ weights, float* __restrict__ lse, float* __restrict__ loss,
+    volatile Report<1>* reports, Rows rows) {
+  constexpr int teams = kThreads / Team;
+  __shared__ float scratch[kThreads / 32];
+  const int64_t set = blockIdx.x;
+  const int C = rows.classes, lane = threadIdx.x % Team;
+  x += set * rows.count * C, lse += lse ? set * rows.count : 0, reports += set * gridDim.y;
+  double sum = 0;
+
+  for (int64_t start = int64_t{blockIdx.y} * teams; start < rows.count; start += int64_t{gridDim.y} * teams) {
+    const int64_t at_row = start + threadIdx.x / Team;
+    const bool exists = at_row < rows.count;
+    const T* x_row = x + (exists ? at_row : 0) * C;
+    const int classes = exists ? C : 0, own = exists ? rows.class_of(at_row) : 0;
+    const float x_own = static_cast<float>(x_row[own]);
+    const Row row = row_of<Team>(x_row, classes, scratch);
+
+    const double weight = rows.weight(weights, own);
+    if (exists && lane == 0) {
+      sum += weight * static_cast<double>(row.loss(rows, x_own));
+      if (lse) lse[at_row] = row.lse();
+    }
+    if (gradient) {
+      if constexpr (Team > 32) __syncthreads();  // all have read x_own
+      else __syncwarp();
+      const float w = static_cast<float>(weight), softmax = 1 / row.sum;
+      T* to = gradient + (exists ? at_row : 0) * C;
+      for (int at = lane * kPack<T> - past_boundary(x_row); at < classes; at += Team * kPack<T>) {
+        float v[kPack<T>];
+        load_pack(v, x_row, at, classes, 0.f);
+#pragma unroll
+        for (int i = 0; i < kPack<T>; ++i) {
+          v[i] = w * (expf(v[i] - row.shift) * softmax - rows.share - (at + i == own ? rows.keep : 0.f));
+        }
+        store_pack(to, v, at, classes);
+      }
+    }
+  }
+  sum_over_blocks(sum, loss + set, reports, rows.signature);
+}
+
+// A pack of four or eight logits per thread, wherever rows begin
+template <class T>
+__global__ void __launch_bounds__(kThreads) multi_js_backward_kernel(
+    const float* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ weights,
+    const float* __restrict__ lse, T* __restrict__ dx, Rows rows, int64_t elements) {
+  const int C = rows.classes;
+  const int64_t base = int64_t{blockIdx.x} * kThreads * kPack<T>, row_of_base = base / C;
+  const int count = static_cast<int>(min(int64_t{kThreads} * kPack<T>, elements - base));
+  const int at = static_cast<int>(threadIdx.x) * kPack<T>;
+  if (at >= count) return;
+
+  const int64_t column = base - row_of_base * C + at, rows_on = quotient(column, C);
+  int64_t row = row_of_base + rows_on;
+  int c = static_cast<int>(column - rows_on * C), own = 0;
+  float scale = 0.f, lse_row = 0.f;
+  const auto enter = [&] {
+    const int64_t set = quotient(row, rows.count);
+    own = rows.class_of(row - set * rows.count);
+    scale = grad[set] * static_cast<float>(rows.weight(weights, own)), lse_row = lse[row];
+  };
+
+  float v[kPack<T>];
+  load_pack(v, x + base, at, count, 0.f);
+  enter();
+#pragma unroll
+  for (int i = 0; i < kPack<T>; ++i) {
+    if (at + i >= count) break;
+    if (c == C) c = 0, ++row, enter();
+    v[i] = scale * (expf(v[i] - lse_row) - rows.share - (c++ == own ? rows.keep : 0.f));
+  }
+  store_pack(dx + base, v, at, count);
+}
+
+Rows rows_of(const char* op, int64_t first, int64_t count, int64_t n, int64_t classes, double smoothing) {
+  STD_TORCH_CHECK(
+      classes >= 2 && classes <= (1 << 30) && n >= 1, op, " takes n >= 1 rows of C logits with 2 <= C <= 2^30, got n = ",
+      n, ", C = ", classes);
+  return {
+      first, count, n, static_cast<int>(classes), static_cast<float>(1 - smoothing),
+      static_cast<float>(smoothing / static_cast<double>(classes)), 1 / (static_cast<double>(classes) * static_cast<double>(n)),
+      new_signature()};
+}
+
+// loss [sets] of x [sets, rows.count, C]; lse and the gradient, which is x, where they are wanted
+template <class T>
+void launch_rows(
+    const Tensor& x, const std::optional<Tensor>& weights, float* lse, const Tensor& loss, int64_t sets, const Rows& rows,
+    bool gradient) {
+  const auto start = [&](auto kernel, int64_t rows_at_once, int threads, size_t shared) {
+    const int64_t tiles = ceil_div(rows.count, rows_at_once), most = std::max<int64_t>(1, kMostBlocks / sets);
+    const int64_t blocks = tiles <= kFewTiles ? 1 : std::min(tiles, most);
+    std::optional<Tensor> reports;
+    if (blocks > 1) reports = new_reports<1>(x, sets, blocks);
+    launch(
+        x, kernel, dim3(sets, blocks), threads, shared, x.const_data_ptr<T>(),
+        gradient ? x.mutable_data_ptr<T>() : nullptr, weights ? weights->const_data_ptr<float>() : nullptr, lse,
+        loss.mutable_data_ptr<float>(), reports ? reports_in<1>(*reports) : nullptr, rows);
+  };
+  if (rows.classes <= kMostStaged) {
+    const int stride = rows.classes | 1, fit = 48 * 1024 / static_cast<int>(sizeof(float)) / stride / 32 * 32;
+    const int wanted = rows.count > kMostRows ? kThreads : round_up(std::max(1, static_cast<int>(rows.count)), 32);
+    const int threads = std::min(wanted, fit);
+    return start(staged_kernel<T>, threads, threads, sizeof(float) * threads * stride);
+  }
+  if (rows.classes <= 256) return start(team_kernel<8, T>, kThreads / 8, kThreads, 0);
+  if (rows.classes <= 4096) return start(team_kernel<32, T>, kThreads / 32, kThreads, 0);
+  start(team_kernel<kThreads, T>, 1, kThreads, 0);
+}
+
+// What logits [..., C, n, C] or [C n, C] are: the batch, and the rows of a set
+struct Logits {
+  std::vector<int64_t> batch, rows;
+  int64_t sets = 1, classes, n;
+
+  explicit Logits(const Tensor& logits) {
+    const auto sizes = logits.sizes();
+    classes = sizes[sizes.size() - 1], n = sizes[sizes.size() - 2];
+    rows.assign(sizes.begin(), sizes.end() - 1);
+    if (sizes.size() == 2) n /= classes;
+    else batch.assign(sizes.begin(), sizes.end() - 3);
+    for (const int64_t size : batch) sets *= size;
+  }
+};
+
+std::tuple<Tensor, Tensor> multi_js_loss(Tensor logits, std::optional<Tensor> weights, double label_smoothing) {
+  const Logits shape(logits);
+  const Rows rows = rows_of("multi_js_loss", 0, shape.classes * shape.n, shape.n, shape.classes, label_smoothing);
+  logits = as_contiguous(logits);
+  if (weights) weights = as_contiguous(*weights);
+  Tensor loss = empty(logits, shape.batch, ScalarType::Float), lse = empty(logits, shape.rows, ScalarType::Float);
+  by_dtype("multi_js_loss", logits, [&](auto zero) {
+    if (shape.sets == 0) return;
+    launch_rows<decltype(zero)>(logits, weights, lse.mutable_data_ptr<float>(), loss, shape.sets, rows, false);
+  });
+  return {loss, lse};
+}
+
+Tensor multi_js_loss_backward(
+    Tensor grad, Tensor logits, std::optional<Tensor> weights, Tensor lse, double label_smoothing) {
+  const Logits shape(logits);
+  const Rows rows = rows_of("multi_js_loss_backward", 0, shape.classes * shape.n, shape.n, shape.classes, label_smoothing);
+  grad = as_contiguous(grad), logits = as_contiguous(logits), lse = as_contiguous(lse);
+  if (weights) weights = as_contiguous(*weights);
+  const auto sizes = logits.sizes();
+  Tensor dx = empty(logits, {sizes.begin(), sizes.end()}, logits.scalar_type());
+  by_dtype("multi_js_loss_backward", logits, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t elements = logits.numel();
+    if (elements == 0) return;
+    launch(
+        logits, multi_js_backward_kernel<T>, dim3(ceil_div(elements, kThreads * kPack<T>)), kThreads, 0,
+        grad.const_data_ptr<float>(), logits.const_data_ptr<T>(), weights ? weights->const_data_ptr<float>() : nullptr,
+        lse.const_data_ptr<float>(), dx.mutable_data_ptr<T>(), rows, elements);
+  });
+  return dx;
+}
+
+Tensor multi_js_rows_(
+    Tensor logits, std::optional<Tensor> weights, double label_smoothing, int64_t first, int64_t n, bool gradient) {
+  const Rows rows = rows_of("multi_js_rows_", first, logits.size(0), n, logits.size(1), label_smoothing);
+  if (weights) weights = as_contiguous(*weights);
+  const Tensor x = as_contiguous(logits);
+  Tensor loss = empty(logits, {}, ScalarType::Float);
+  by_dtype("multi_js_rows_", logits, [&](auto zero) {
+    launch_rows<decltype(zero)>(x, weights, nullptr, loss, 1, rows, gradient);
+  });
+  if (gradient && !logits.is_contiguous()) torch::stable::copy_(logits, x);
+  return loss;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ivfast, IVFAST_CUDA_KEY, m) {
+  m.impl("multi_js_loss.cuda", TORCH_BOX(&multi_js_loss));
+  m.impl("multi_js_loss_backward.cuda", TORCH_BOX(&multi_js_loss_backward));
+  m.impl("multi_js_rows_.cuda", TORCH_BOX(&multi_js_rows_));
+}
+
+}  // namespace ivfast

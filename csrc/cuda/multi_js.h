@@ -1,0 +1,111 @@
+// Rows of block-ordered logits: their log-sum-exp, what they add to the loss, and the sum of that over a set.
+//
+// −Σ_c target_c log softmax(x)_c = lse − Σ_c target_c x_c,  target = keep onehot + share,  lse = shift + log Σ e^{x − shift}
+#pragma once
+
+#include "pooled.h"
+#include "vectors.h"
+
+namespace ivfast {
+
+// Rows first, first + 1, … of C blocks of n rows
+struct Rows {
+  int64_t first, count, n;
+  int classes;
+  float keep, share;
+  double uniform;  // 1/(C n): what a row's cross-entropy weighs without weights
+  unsigned long long signature;
+
+  __device__ __forceinline__ int class_of(int64_t row) const { return static_cast<int>(quotient(first + row, n)); }
+
+  __device__ __forceinline__ double weight(const float* weights, int c) const {
+    return weights ? uniform * classes * weights[c] : uniform;
+  }
+};
+
+// The largest logit, 0 in its place where it is infinite; Σ e^{x − shift}; Σ x. What is no number is so in `sum`.
+struct Row {
+  float shift, sum, total;
+
+  // 0·(−inf) is no part of a target without an own class
+  __device__ __forceinline__ float loss(const Rows& rows, float own) const {
+    float target = rows.keep > 0 ? rows.keep * own : 0.f;
+    if (rows.share > 0) target += rows.share * total;
+    return logf(sum) + (shift - target);
+  }
+  __device__ __forceinline__ float lse() const { return shift + logf(sum); }
+};
+
+__device__ __forceinline__ float finite(float most) { return fabsf(most) == INFINITY ? 0.f : most; }
+
+// What a sum relative to `most` becomes relative to `more` times this; a sum of nothing stays 0
+__device__ __forceinline__ float rescale(float most, float more) {
+  return most == -INFINITY ? 0.f : expf(finite(most) - finite(more));
+}
+
+// f over the Team neighbours that share a row: part of a warp, or the block by way of scratch
+template <int Team, class F>
+__device__ __forceinline__ float team_reduce(float value, [[maybe_unused]] float* scratch, F f) {
+#pragma unroll
+  for (int lane = (Team < 32 ? Team : 32) / 2; lane > 0; lane /= 2) value = f(value, __shfl_xor_sync(~0u, value, lane));
+  if constexpr (Team > 32) {
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+    __syncthreads();
+    value = scratch[0];
+#pragma unroll
+    for (int warp = 1; warp < Team / 32; ++warp) value = f(value, scratch[warp]);
+  }
+  return value;
+}
+
+// x [classes] in one pass, each thread of the team relative to the largest logit that it has seen
+template <int Team, class T>
+__device__ __forceinline__ Row row_of(const T* x, int classes, float* scratch) {
+  constexpr int pack = kPack<T>, at_once = 16 / pack;
+  const int lane = threadIdx.x % Team;
+  float most = -INFINITY, sum = 0.f, total = 0.f;
+  for (int first = lane * pack - past_boundary(x); first < classes; first += at_once * Team * pack) {
+    float v[at_once][pack], here = most;
+#pragma unroll
+    for (int load = 0; load < at_once; ++load) load_pack(v[load], x, first + load * Team * pack, classes, -INFINITY);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) here = fmaxf(here, v[i / pack][i % pack]);
+    sum *= rescale(most, here);
+    most = here;
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int at = first + i / pack * Team * pack + i % pack;
+      sum += expf(v[i / pack][i % pack] - finite(most));
+      total += at >= 0 && at < classes ? v[i / pack][i % pack] : 0.f;
+    }
+  }
+  const auto plus = [](float a, float b) { return a + b; };
+  const float all = team_reduce<Team>(most, scratch, [](float a, float b) { return fmaxf(a, b); });
+  sum = team_reduce<Team>(sum * rescale(most, all), scratch, plus);
+  return {finite(all), sum, team_reduce<Team>(total, scratch, plus)};
+}
+
+// loss = Σ over all threads of the set's blocks, which is formed by the last of them to report
+__device__ __forceinline__ void sum_over_blocks(
+    double sum, float* loss, volatile Report<1>* reports, unsigned long long signature) {
+  __shared__ double of_warps[32];
+  const int lane = threadIdx.x % 32, blocks = gridDim.y;
+  sum = warp_sum(sum);
+  if (lane == 0) of_warps[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  sum = warp_sum(lane < static_cast<int>(blockDim.x) / 32 ? of_warps[lane] : 0.);
+  if (blocks > 1) {
+    if (lane == 0) send(reports + blockIdx.y, {sum}, signature);
+    __syncwarp();
+    if (!all_sent(reports, blocks, signature)) return;
+    sum = 0;
+    for (int block = lane; block < blocks; block += 32) sum += reports[block].values[0];
+    sum = warp_sum(sum);
+    erase(reports, blocks);
+  }
+  if (lane == 0) *loss = static_cast<float>(sum);
+}
+
+}  // namespace ivfast
