@@ -43,6 +43,15 @@ def filled(kernel: str, options: dict, **given) -> Variant:
     return Variant(kernel, " ".join(types), options, **rest)
 
 
+def some(kernel: str, options: dict, **given) -> Variant:
+    """`filled` with those of `given` that are parameters of the kernel."""
+    import importlib
+
+    module, name = kernel.split(".")
+    names = getattr(importlib.import_module(f"ivfast.kernels.{module}"), name).arg_names
+    return filled(kernel, options, **{key: value for key, value in given.items() if key in names})
+
+
 def variants() -> list[Variant]:
     """Every Triton kernel in the shapes that its launcher picks. Read in a process where Triton is not interpreted."""
     from ivfast.kernels import multi_js
@@ -66,7 +75,25 @@ def variants() -> list[Variant]:
         given = {"p_logits": x, "p_weights": weights, "p_out": y, "s_high": "fp32", "s_low": "fp32", "start": "i64"}
         given |= {"SMOOTH": int(weighted), "GRADIENT": 1, "ROWS": rows, "COLUMNS": columns}
         found.append(filled("multi_js._rows_kernel", multi_js.OPTIONS, **given))
+    found += blocks_variants()
     return found + svgd_variants() + median_variants() + bridge_variants() + mmd_variants() + as_distance_variants()
+
+
+def blocks_variants() -> list[Variant]:
+    from ivfast.kernels import bridge
+
+    found = []
+    for dtype, size, index, ones in (
+        ("fp32", "i32", "i64", {}), ("bf16", "i64", "i32", {}), ("fp64", "i32", "i64", {"d": 1, "t": 1, "width": 1}),
+    ):  # fmt: skip
+        arrays = dict.fromkeys(("p_z", "p_draws", "p_bridges", "p_grad", "p_dz", "p_out"), f"*{dtype}:16")
+        for draws in (arrays["p_draws"], "None"):
+            given = arrays | {"p_draws": draws, "p_index": f"*{index}:16", "size": size, "ELEMENTS": bridge.ELEMENTS}
+            names = ["_substitute_kernel"]
+            if draws != "None":
+                names += [f"_{kind}{step}_kernel" for kind in ("blockwise", "radial") for step in ("", "_backward")]
+            found += [some(f"bridge.{name}", bridge.OPTIONS, **given, **ones) for name in names]
+    return found
 
 
 def svgd_variants() -> list[Variant]:

@@ -177,18 +177,33 @@ class _BlockSubstitute(torch.autograd.Function):
         return _block_substitute_backward(grad, *ctx.saved_tensors, ctx.k), None, None, None
 
 
-_blockwise = register("blockwise_bridge(Tensor z, Tensor draws, int t) -> Tensor", reference=blockwise_bridge_reference)
-_blockwise_backward = register(
-    "blockwise_bridge_backward(Tensor grad, int t) -> Tensor", reference=_blockwise_backward_reference
+_blockwise = register(
+    "blockwise_bridge(Tensor z, Tensor draws, int t) -> Tensor",
+    reference=blockwise_bridge_reference,
+    triton="bridge.blockwise",
 )
-_radial = register("radial_bridge(Tensor z, Tensor draws, int t) -> Tensor", reference=radial_bridge_reference)
+_blockwise_backward = register(
+    "blockwise_bridge_backward(Tensor grad, int t) -> Tensor",
+    reference=_blockwise_backward_reference,
+    triton="bridge.blockwise_backward",
+)
+_radial = register(
+    "radial_bridge(Tensor z, Tensor draws, int t) -> Tensor",
+    reference=radial_bridge_reference,
+    triton="bridge.radial",
+)
 _radial_backward = register(
-    "radial_bridge_backward(Tensor grad, int t) -> Tensor", reference=_radial_backward_reference
+    "radial_bridge_backward(Tensor grad, int t) -> Tensor",
+    reference=_radial_backward_reference,
+    triton="bridge.radial_backward",
 )
 _block_substitute = register(
-    "block_substitute(Tensor z, Tensor draws, Tensor index, int k) -> Tensor", reference=block_substitute_reference
+    "block_substitute(Tensor z, Tensor draws, Tensor index, int k) -> Tensor",
+    reference=block_substitute_reference,
+    triton="bridge.substitute",
 )
 _block_substitute_backward = register(
     "block_substitute_backward(Tensor grad, Tensor index, int k) -> Tensor",
     reference=_block_substitute_backward_reference,
+    triton="bridge.substitute_backward",
 )
