@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from .._registry import register
 from . import multi_js
-from ._pairwise import arithmetic
+from ._pairwise import arithmetic, few_in_cuda
 from .multi_js import check_smoothing, check_weights
 
 # Logits of a chunk: on the CPU 2 MB of float32, which a core's second-level cache holds; a GPU needs more to be busy.
@@ -163,6 +163,8 @@ _rows = register(
     "multi_js_rows_(Tensor(a!) logits, Tensor? weights, float label_smoothing, int first, int n, bool gradient)"
     " -> Tensor",
     reference=multi_js_rows_reference,
+    cuda=True,
+    prefer=lambda logits, *_: few_in_cuda(logits),
     triton="multi_js.rows",
 )
 _forward = register(
