@@ -93,6 +93,22 @@ def blocks_variants() -> list[Variant]:
             if draws != "None":
                 names += [f"_{kind}{step}_kernel" for kind in ("blockwise", "radial") for step in ("", "_backward")]
             found += [some(f"bridge.{name}", bridge.OPTIONS, **given, **ones) for name in names]
+    return found + gaussian_variants()
+
+
+def gaussian_variants() -> list[Variant]:
+    from ivfast.kernels import gaussian
+
+    found = []
+    for dtype, n, d in (("fp32", 128, 128), ("bf16", 4096, 2), ("fp64", 4096, 1), ("fp64", 8, 65536)):
+        rows, columns = gaussian._tile(n, d)
+        x, y = f"*{dtype}:16", "*fp64:16" if dtype == "fp64" else "*fp32:16"
+        names = ("p_mu", "p_logvar", "p_draws", "p_z", "p_kl", "p_dz", "p_dkl", "p_dmu", "p_dlogvar")
+        given = dict.fromkeys(names, x) | {"p_kl": y, "p_dkl": y, "ROWS": rows, "COLUMNS": columns}
+        for left_out in ((), ("p_draws", "p_z", "p_dz"), ("p_mu", "p_dkl")):
+            kernels = ("_backward_kernel",) if "p_mu" in left_out else ("_forward_kernel", "_backward_kernel")
+            rest = given | dict.fromkeys(left_out, "None")
+            found += [some(f"gaussian.{kernel}", gaussian.OPTIONS, **rest) for kernel in kernels]
     return found
 
 

@@ -137,17 +137,22 @@ class _Reparameterize(torch.autograd.Function):
         return *_reparameterize_backward(dz, dkl, *ctx.saved_tensors), None
 
 
-_forward = register("gaussian_kl(Tensor mu, Tensor logvar) -> Tensor", reference=gaussian_kl_reference)
+_forward = register(
+    "gaussian_kl(Tensor mu, Tensor logvar) -> Tensor", reference=gaussian_kl_reference, triton="gaussian.kl"
+)
 _backward = register(
     "gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar) -> (Tensor dmu, Tensor dlogvar)",
     reference=_backward_reference,
+    triton="gaussian.kl_backward",
 )
 _reparameterize = register(
     "reparameterize(Tensor mu, Tensor logvar, Tensor draws) -> (Tensor z, Tensor kl)",
     reference=reparameterize_reference,
+    triton="gaussian.reparameterize",
 )
 _reparameterize_backward = register(
     "reparameterize_backward(Tensor? dz, Tensor? dkl, Tensor mu, Tensor logvar, Tensor draws)"
     " -> (Tensor dmu, Tensor dlogvar)",
     reference=_reparameterize_backward_reference,
+    triton="gaussian.reparameterize_backward",
 )
