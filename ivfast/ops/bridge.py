@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from .._registry import register
 from ._draws import prior_draws
-from ._pairwise import arithmetic
+from ._pairwise import arithmetic, few_in_cuda
 
 
 def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=None) -> Tensor:
@@ -181,29 +181,41 @@ _blockwise = register(
     "blockwise_bridge(Tensor z, Tensor draws, int t) -> Tensor",
     reference=blockwise_bridge_reference,
     triton="bridge.blockwise",
+    cuda=True,
+    prefer=lambda z, *_: few_in_cuda(z),
 )
 _blockwise_backward = register(
     "blockwise_bridge_backward(Tensor grad, int t) -> Tensor",
     reference=_blockwise_backward_reference,
     triton="bridge.blockwise_backward",
+    cuda=True,
+    prefer=lambda grad, *_: few_in_cuda(grad),
 )
 _radial = register(
     "radial_bridge(Tensor z, Tensor draws, int t) -> Tensor",
     reference=radial_bridge_reference,
     triton="bridge.radial",
+    cuda=True,
+    prefer=lambda z, *_: few_in_cuda(z),
 )
 _radial_backward = register(
     "radial_bridge_backward(Tensor grad, int t) -> Tensor",
     reference=_radial_backward_reference,
     triton="bridge.radial_backward",
+    cuda=True,
+    prefer=lambda grad, *_: few_in_cuda(grad),
 )
 _block_substitute = register(
     "block_substitute(Tensor z, Tensor draws, Tensor index, int k) -> Tensor",
     reference=block_substitute_reference,
     triton="bridge.substitute",
+    cuda=True,
+    prefer=lambda z, *_: few_in_cuda(z),
 )
 _block_substitute_backward = register(
     "block_substitute_backward(Tensor grad, Tensor index, int k) -> Tensor",
     reference=_block_substitute_backward_reference,
     triton="bridge.substitute_backward",
+    cuda=True,
+    prefer=lambda grad, *_: few_in_cuda(grad),
 )

@@ -43,6 +43,8 @@ using std::min;
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
+inline float cospif(float x) { return static_cast<float>(std::cos(M_PI * x)); }
+inline float sinpif(float x) { return static_cast<float>(std::sin(M_PI * x)); }
 inline float __fdividef(float x, float y) { return x / y; }
 template <class T>
 T __ldg(const T* p) {
