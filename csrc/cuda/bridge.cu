@@ -11,14 +11,6 @@ namespace ivfast {
 constexpr int kBridgeThreads = 256;
 constexpr int kMostAngles = 64;  // steps whose cosines and sines travel with the launch
 
-template <class T, int Width>
-struct alignas(Width * sizeof(T)) Elements {
-  T v[Width];
-
-  static __device__ __forceinline__ Elements from(const T* x) { return *reinterpret_cast<const Elements*>(x); }
-  __device__ __forceinline__ void to(T* x) const { *reinterpret_cast<Elements*>(x) = *this; }
-};
-
 // Rows of d = blocks · width elements
 struct Blocks {
   int64_t elements;
@@ -159,24 +151,6 @@ __global__ void __launch_bounds__(kBridgeThreads) substitute_kernel(
   kept.to(out + at);
 }
 
-// f(T{}, Width) where Width elements of T at a time divide `elements`, and all of the pointers are aligned to them
-template <class F>
-void by_width(const char* op, const Tensor& x, int64_t elements, std::initializer_list<const void*> pointers, F f) {
-  by_dtype(op, x, [&](auto zero) {
-    using T = decltype(zero);
-    bool whole = elements % kPack<T> == 0;
-    for (const void* p : pointers) whole = whole && past_boundary(static_cast<const char*>(p)) == 0;
-    if (elements == 0) return;
-    if (whole) f(zero, std::integral_constant<int, kPack<T>>{});
-    else f(zero, std::integral_constant<int, 1>{});
-  });
-}
-
-int as_int(const char* op, const char* what, int64_t value) {
-  STD_TORCH_CHECK(value >= 1 && value < INT32_MAX, op, " takes 1 <= ", what, " < 2^31 - 1, got ", value);
-  return static_cast<int>(value);
-}
-
 // z of one bridge, and the blocks of its rows
 Blocks blocks_of(const char* op, int64_t elements, int64_t d, int64_t count) {
   STD_TORCH_CHECK(count >= 1 && d % count == 0, op, " takes blocks that divide d = ", d, ", got ", count);
@@ -184,9 +158,10 @@ Blocks blocks_of(const char* op, int64_t elements, int64_t d, int64_t count) {
   return {elements, columns, elements ? columns / static_cast<int>(count) : 1};
 }
 
-std::vector<int64_t> sizes_of(const Tensor& x, size_t from = 0) {
-  const auto sizes = x.sizes();
-  return {sizes.begin() + from, sizes.end()};
+// One of the bridges' sizes
+std::vector<int64_t> one_of(const Tensor& bridges) {
+  const auto sizes = bridges.sizes();
+  return {sizes.begin() + 1, sizes.end()};
 }
 
 Tensor new_bridges(const Tensor& z, int64_t t) {
@@ -202,7 +177,7 @@ Tensor blockwise_bridge(Tensor z, Tensor draws, int64_t t) {
   const Blocks blocks = blocks_of(op, z.numel(), z.size(-1), t);
   z = as_contiguous(z), draws = as_contiguous(draws);
   Tensor bridges = new_bridges(z, t);
-  by_width(op, z, blocks.elements, {z.data_ptr(), draws.data_ptr()}, [&](auto zero, auto width) {
+  by_width(op, z, blocks.elements, blocks.elements, {z.data_ptr(), draws.data_ptr()}, [&](auto zero, auto width) {
     using T = decltype(zero);
     launch(
         z, blockwise_kernel<width, T>, grid_of(blocks.elements, width), kBridgeThreads, 0, z.const_data_ptr<T>(),
@@ -215,8 +190,8 @@ Tensor blockwise_bridge_backward(Tensor grad, int64_t t) {
   const char* const op = "blockwise_bridge_backward";
   const Blocks blocks = blocks_of(op, grad.numel() / (t + 1), grad.size(-1), t);
   grad = as_contiguous(grad);
-  Tensor dz = empty(grad, sizes_of(grad, 1), grad.scalar_type());
-  by_width(op, grad, blocks.elements, {grad.data_ptr()}, [&](auto zero, auto width) {
+  Tensor dz = empty(grad, one_of(grad), grad.scalar_type());
+  by_width(op, grad, blocks.elements, blocks.elements, {grad.data_ptr()}, [&](auto zero, auto width) {
     using T = decltype(zero);
     launch(
         grad, blockwise_backward_kernel<width, T>, grid_of(blocks.elements, width), kBridgeThreads, 0,
@@ -231,7 +206,7 @@ Tensor radial_bridge(Tensor z, Tensor draws, int64_t t) {
   const int64_t elements = z.numel();
   z = as_contiguous(z), draws = as_contiguous(draws);
   Tensor bridges = new_bridges(z, t);
-  by_width(op, z, elements, {z.data_ptr(), draws.data_ptr()}, [&](auto zero, auto width) {
+  by_width(op, z, elements, elements, {z.data_ptr(), draws.data_ptr()}, [&](auto zero, auto width) {
     using T = decltype(zero);
     launch(
         z, radial_kernel<width, T>, grid_of(elements, width), kBridgeThreads, 0, z.const_data_ptr<T>(),
@@ -245,8 +220,8 @@ Tensor radial_bridge_backward(Tensor grad, int64_t t) {
   const Angles angles(as_int(op, "t", t));
   const int64_t elements = grad.numel() / (t + 1);
   grad = as_contiguous(grad);
-  Tensor dz = empty(grad, sizes_of(grad, 1), grad.scalar_type());
-  by_width(op, grad, elements, {grad.data_ptr()}, [&](auto zero, auto width) {
+  Tensor dz = empty(grad, one_of(grad), grad.scalar_type());
+  by_width(op, grad, elements, elements, {grad.data_ptr()}, [&](auto zero, auto width) {
     using T = decltype(zero);
     launch(
         grad, radial_backward_kernel<width, T>, grid_of(elements, width), kBridgeThreads, 0, grad.const_data_ptr<T>(),
@@ -260,7 +235,7 @@ Tensor substituted(const char* op, Tensor z, const Tensor* draws, Tensor index, 
   z = as_contiguous(z), index = as_contiguous(index);
   Tensor out = empty(z, sizes_of(z), z.scalar_type());
   const void* const drawn = draws ? draws->data_ptr() : nullptr;
-  by_width(op, z, blocks.elements, {z.data_ptr(), drawn}, [&](auto zero, auto width) {
+  by_width(op, z, blocks.elements, blocks.elements, {z.data_ptr(), drawn}, [&](auto zero, auto width) {
     using T = decltype(zero);
     const auto start = [&](auto kernel, const auto* of_rows) {
       launch(

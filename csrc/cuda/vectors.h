@@ -4,15 +4,25 @@
 #include "../common.h"
 #include "launch.h"
 
+#include <initializer_list>
+#include <type_traits>
+#include <vector>
+
 namespace ivfast {
 
 template <class T>
 constexpr int kPack = 16 / sizeof(T);
 
-template <class T>
-struct alignas(16) Pack {
-  T v[kPack<T>];
+template <class T, int Width>
+struct alignas(Width * sizeof(T)) Elements {
+  T v[Width];
+
+  static __device__ __forceinline__ Elements from(const T* x) { return *reinterpret_cast<const Elements*>(x); }
+  __device__ __forceinline__ void to(T* x) const { *reinterpret_cast<Elements*>(x) = *this; }
 };
+
+template <class T>
+using Pack = Elements<T, kPack<T>>;
 
 // How many elements x lies past a boundary
 template <class T>
@@ -29,7 +39,7 @@ __device__ __forceinline__ bool is_pack(const T* x, int at, int count) {
 template <class T>
 __device__ __forceinline__ void load_pack(float (&v)[kPack<T>], const T* x, int at, int count, float outside) {
   if (is_pack(x, at, count)) {
-    const Pack<T> pack = *reinterpret_cast<const Pack<T>*>(x + at);
+    const auto pack = Pack<T>::from(x + at);
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) v[i] = static_cast<float>(pack.v[i]);
   } else {
@@ -44,7 +54,7 @@ __device__ __forceinline__ void store_pack(T* x, const float (&v)[kPack<T>], int
     Pack<T> pack;
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) pack.v[i] = static_cast<T>(v[i]);
-    *reinterpret_cast<Pack<T>*>(x + at) = pack;
+    pack.to(x + at);
   } else {
 #pragma unroll
     for (int i = 0; i < kPack<T>; ++i) {
@@ -59,5 +69,30 @@ __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// f(T{}, Width) for packs where they divide runs of `run` elements and all of the arrays start on a boundary, for one
+// element at a time elsewhere, and for nothing at all where there is no work
+template <class F>
+void by_width(
+    const char* op, const Tensor& x, int64_t work, int64_t run, std::initializer_list<const void*> arrays, F f) {
+  by_dtype(op, x, [&](auto zero) {
+    constexpr int pack = kPack<decltype(zero)>;
+    bool whole = run % pack == 0;
+    for (const void* array : arrays) whole = whole && past_boundary(static_cast<const char*>(array)) == 0;
+    if (work == 0) return;
+    if (whole) f(zero, std::integral_constant<int, pack>{});
+    else f(zero, std::integral_constant<int, 1>{});
+  });
+}
+
+inline int as_int(const char* op, const char* what, int64_t value) {
+  STD_TORCH_CHECK(value >= 0 && value < INT32_MAX, op, " takes ", what, " < 2^31 - 1, got ", value);
+  return static_cast<int>(value);
+}
+
+inline std::vector<int64_t> sizes_of(const Tensor& x) {
+  const auto sizes = x.sizes();
+  return {sizes.begin(), sizes.end()};
+}
 
 }  // namespace ivfast

@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from .._registry import register
 from ._draws import prior_draws
-from ._pairwise import arithmetic
+from ._pairwise import arithmetic, few_in_cuda
 
 
 def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
@@ -138,21 +138,31 @@ class _Reparameterize(torch.autograd.Function):
 
 
 _forward = register(
-    "gaussian_kl(Tensor mu, Tensor logvar) -> Tensor", reference=gaussian_kl_reference, triton="gaussian.kl"
+    "gaussian_kl(Tensor mu, Tensor logvar) -> Tensor",
+    reference=gaussian_kl_reference,
+    triton="gaussian.kl",
+    cuda=True,
+    prefer=lambda mu, *_: few_in_cuda(mu),
 )
 _backward = register(
     "gaussian_kl_backward(Tensor grad, Tensor mu, Tensor logvar) -> (Tensor dmu, Tensor dlogvar)",
     reference=_backward_reference,
     triton="gaussian.kl_backward",
+    cuda=True,
+    prefer=lambda grad, mu, *_: few_in_cuda(mu),
 )
 _reparameterize = register(
     "reparameterize(Tensor mu, Tensor logvar, Tensor draws) -> (Tensor z, Tensor kl)",
     reference=reparameterize_reference,
     triton="gaussian.reparameterize",
+    cuda=True,
+    prefer=lambda mu, *_: few_in_cuda(mu),
 )
 _reparameterize_backward = register(
     "reparameterize_backward(Tensor? dz, Tensor? dkl, Tensor mu, Tensor logvar, Tensor draws)"
     " -> (Tensor dmu, Tensor dlogvar)",
     reference=_reparameterize_backward_reference,
     triton="gaussian.reparameterize_backward",
+    cuda=True,
+    prefer=lambda dz, dkl, mu, *_: few_in_cuda(mu),
 )
