@@ -124,6 +124,22 @@ IVFAST_MATH V exp_moderate(V x, T) {
   return bit_cast<V>(bit_cast<I>(exp2_fraction(f, T())) + (bit_cast<I>(shifted) << L::mantissa));
 }
 
+// e^x for any x: 0 and inf beyond what T holds, NaN for NaN; the error of `exp_moderate` where the result is normal.
+// 2^n as the product of two powers, since n itself may be beyond the exponents.
+template <class V, class I, class T>
+IVFAST_MATH V exp_any(V x, T) {
+  using L = Layout<T>;
+  const V most = V{} + T(L::bias + 2) * T(0.6931471805599453), least = V{} - T(L::bias + L::mantissa + 2) * T(0.6931471805599453);
+  x = x > most ? most : x;
+  x = x < least ? least : x;
+  const V shifted = x * T(1.4426950408889634) + L::shift, n = shifted - L::shift;
+  const V f = ((x - n * L::ln2_high) - n * L::ln2_low) * T(1.4426950408889634);
+  const I exponent = bit_cast<I>(shifted) - bit_cast<I>(V{} + L::shift), half = exponent >> 1;
+  const V first = bit_cast<V>((half + L::bias) << L::mantissa);
+  const V second = bit_cast<V>((exponent - half + L::bias) << L::mantissa);
+  return exp2_fraction(f, T()) * first * second;
+}
+
 // log2 x of a positive normal number, as e + log2 m with √½ <= m < √2: absolute error below 1.2e-7 (float) and 2e-16
 // (double) besides one rounding of the result. log m = 2 artanh z, z = (m − 1)/(m + 1), |z| < 0.172.
 template <class V, class I, class T>

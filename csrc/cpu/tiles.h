@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "../math.h"
+#include "convert.h"
 
 #define IVFAST_INLINE static inline __attribute__((always_inline))
 
@@ -80,11 +81,11 @@ IVFAST_INLINE Vec<T> load_lanes(const S* from, int64_t count, int64_t available)
     for (int64_t l = 0; l < count; ++l) value[l] = load(from[l]);
     return at(value);
   }
-  for (int l = 0; l < L; ++l) value[l] = load(from[l]);
-  if (count >= L) return at(value);
+  const Vec<T> whole = load_vector(from);
+  if (count >= L) return whole;
   typename Simd<T>::Bits lane;
   for (int l = 0; l < L; ++l) lane[l] = l;
-  return lane < typename Simd<T>::Bits{} + typename Simd<T>::Scalar(count) ? at(value) : Vec<T>{};
+  return lane < typename Simd<T>::Bits{} + typename Simd<T>::Scalar(count) ? whole : Vec<T>{};
 }
 
 // Rows of lanes × lanes into a panel [d, lanes] at its columns [k, k + count).

@@ -10,10 +10,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
+from ._once import once_differentiable
 from ._pairwise import arithmetic, small_in_cuda
 
 KERNELS = ("product", "additive")

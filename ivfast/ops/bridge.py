@@ -5,11 +5,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
 from ._draws import prior_draws
+from ._once import once_differentiable
 from ._pairwise import arithmetic, few_in_cuda
 
 

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
+from ._once import once_differentiable
 from ._pairwise import arithmetic
 
 
@@ -86,9 +86,11 @@ class _ExpElbo(torch.autograd.Function):
 _forward = register(
     "exp_elbo_loss(Tensor reconstruction, Tensor kl, float a, float b, float alpha) -> Tensor",
     reference=exp_elbo_loss_reference,
+    triton="exp_elbo.forward",
 )
 _backward = register(
     "exp_elbo_loss_backward(Tensor grad, Tensor reconstruction, Tensor kl, float a, float b, float alpha)"
     " -> (Tensor dreconstruction, Tensor dkl)",
     reference=_backward_reference,
+    triton="exp_elbo.backward",
 )

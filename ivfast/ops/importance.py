@@ -3,10 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
+from ._once import once_differentiable
 from ._pairwise import arithmetic
 
 
@@ -57,7 +57,13 @@ class _ImportanceWeighted(torch.autograd.Function):
         return _backward(grad, *ctx.saved_tensors)
 
 
-_forward = register("importance_weighted_loss(Tensor logits) -> Tensor", reference=importance_weighted_loss_reference)
+_forward = register(
+    "importance_weighted_loss(Tensor logits) -> Tensor",
+    reference=importance_weighted_loss_reference,
+    triton="importance.forward",
+)
 _backward = register(
-    "importance_weighted_loss_backward(Tensor grad, Tensor logits) -> Tensor", reference=_backward_reference
+    "importance_weighted_loss_backward(Tensor grad, Tensor logits) -> Tensor",
+    reference=_backward_reference,
+    triton="importance.backward",
 )

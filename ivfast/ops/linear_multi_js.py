@@ -6,11 +6,11 @@ gradient, and two products take that to the features and the weight. What remain
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
 from . import multi_js
+from ._once import once_differentiable
 from ._pairwise import arithmetic, few_in_cuda
 from .multi_js import check_smoothing, check_weights
 

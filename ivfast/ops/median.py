@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
+from ._once import once_differentiable
 from ._pairwise import arithmetic, squared_distances
 
 

@@ -7,11 +7,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
 from . import median
+from ._once import once_differentiable
 from ._pairwise import arithmetic, small_in_cuda, squared_distances
 
 KERNELS = ("imq", "rbf")

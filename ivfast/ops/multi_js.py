@@ -7,10 +7,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
+from ._once import once_differentiable
 from ._pairwise import arithmetic, few_in_cuda
 
 
@@ -145,14 +145,14 @@ class _MultiJs(torch.autograd.Function):
 _forward = register(
     "multi_js_loss(Tensor logits, Tensor? weights, float label_smoothing) -> (Tensor loss, Tensor lse)",
     reference=multi_js_loss_reference,
+    triton="multi_js.forward",
     cuda=True,
     prefer=lambda logits, *_: few_in_cuda(logits),
-    triton="multi_js.forward",
 )
 _backward = register(
     "multi_js_loss_backward(Tensor grad, Tensor logits, Tensor? weights, Tensor lse, float label_smoothing) -> Tensor",
     reference=backward_reference,
+    triton="multi_js.backward",
     cuda=True,
     prefer=lambda grad, logits, *_: few_in_cuda(logits),
-    triton="multi_js.backward",
 )

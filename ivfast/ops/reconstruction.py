@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
+from ._once import once_differentiable
 from ._pairwise import arithmetic
 
 KINDS = ("l2", "l1", "bce")
@@ -85,10 +85,13 @@ class _Reconstruction(torch.autograd.Function):
 
 
 _forward = register(
-    "reconstruction_loss(Tensor output, Tensor target, int kind) -> Tensor", reference=reconstruction_loss_reference
+    "reconstruction_loss(Tensor output, Tensor target, int kind) -> Tensor",
+    reference=reconstruction_loss_reference,
+    triton="reconstruction.forward",
 )
 _backward = register(
     "reconstruction_loss_backward(Tensor grad, Tensor output, Tensor target, int kind, bool target_gradient)"
     " -> (Tensor doutput, Tensor dtarget)",
     reference=_backward_reference,
+    triton="reconstruction.backward",
 )

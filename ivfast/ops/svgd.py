@@ -7,10 +7,10 @@ It is attention without the softmax: with V = S − (2/h) X and r = K 1,  φ = (
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
+from ._once import once_differentiable
 from ._pairwise import arithmetic, squared_distances
 from .median import CONVENTIONS, median_bandwidth
 

@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import register
 from . import median, svgd
 from ._draws import prior_draws
+from ._once import once_differentiable
 from ._pairwise import arithmetic
 from .bridge import check_codes
 
