@@ -109,6 +109,31 @@ def gaussian_variants() -> list[Variant]:
             kernels = ("_backward_kernel",) if "p_mu" in left_out else ("_forward_kernel", "_backward_kernel")
             rest = given | dict.fromkeys(left_out, "None")
             found += [some(f"gaussian.{kernel}", gaussian.OPTIONS, **rest) for kernel in kernels]
+    return found + sample_loss_variants()
+
+
+def sample_loss_variants() -> list[Variant]:
+    from ivfast.kernels import exp_elbo, importance, reconstruction
+
+    found = [
+        filled("reconstruction._sum_kernel", reconstruction.OPTIONS, p_parts=y, p_loss=y, BLOCK=reconstruction.PARTS)
+        for y in ("*fp32:16", "*fp64:16")
+    ]
+    for dtype, n, m, kinds in (("fp32", 16, 784, (0, 1, 2)), ("bf16", 4096, 2, (0, 1, 2)), ("fp64", 4096, 1, (2,))):
+        x, y = f"*{dtype}:16", "*fp64:16" if dtype == "fp64" else "*fp32:16"
+        arrays = ("p_logits", "p_dlogits", "p_reconstruction", "p_kl", "p_dreconstruction", "p_dkl")
+        given = dict.fromkeys((*arrays, "p_output", "p_target", "p_doutput", "p_dtarget"), x)
+        given |= {"p_grad": y, "p_loss": y, "A": 1, "B": 1}
+        given |= dict.fromkeys(("a_high", "a_low", "b_high", "b_low", "alpha_high", "alpha_low"), "fp32")
+        rows, columns = reconstruction._tile(n, m)
+        for step in ("_forward_kernel", "_backward_kernel"):
+            found += [
+                some(f"importance.{step}", importance.OPTIONS, **given, BLOCK=importance.BLOCK),
+                some(f"exp_elbo.{step}", exp_elbo.OPTIONS, **given, BLOCK=exp_elbo.BLOCK),
+            ]
+            for kind in kinds:
+                tile = {"KIND": kind, "ROWS": rows, "COLUMNS": columns}
+                found.append(some(f"reconstruction.{step}", reconstruction.OPTIONS, **given, **tile))
     return found
 
 

@@ -373,3 +373,194 @@ class TestGaussian:
                 gradients = torch.autograd.grad([o.sum() for o in out], (mu, logvar))
             assert all(g.shape == mu.shape for g in gradients)
             assert all((o == 0).all() for o in out)
+
+
+def losses_and_gradients(function, tensors, implementation, dtype=None):
+    """The losses, and the gradients of their sum weighted by an expanded number, of leaves with the strides of
+    `tensors`."""
+    leaves = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in tensors]
+    with ivfast.use(implementation):
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.tensor(0.7).to(out).expand(out.shape))]
+
+
+def assert_strides_are_read(function, tensors):
+    assert not any(x.is_contiguous() for x in tensors)
+    ours = losses_and_gradients(function, tensors, "triton")
+    theirs = losses_and_gradients(function, tensors, "reference", torch.float64)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
+
+
+def assert_as_reference(function, *tensors, rtol=1e-5):
+    """Number by number, NaN and infinity too."""
+    ours, theirs = (losses_and_gradients(function, tensors, use) for use in ("triton", "reference"))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-30, equal_nan=True)
+    return ours
+
+
+wide = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+
+
+class TestImportance:
+    @dtypes
+    @cases("importance_weighted_loss")
+    def test_cases(self, case, dtype):
+        check(case, dtype)
+
+    @dtypes
+    @pytest.mark.parametrize("n", [1, 2, 37, 1024, 2500])
+    def test_sizes(self, n, dtype):
+        shape = (*batch(), n)
+        check(Case("importance", str(shape), ivfast.importance_weighted_loss, normal(shape, scale=4)), dtype)
+
+    def test_strides(self):
+        assert_strides_are_read(ivfast.importance_weighted_loss, [torch.randn(2, 9, 5, device=device).mT])
+
+    @wide
+    def test_equal_logits_keep_their_digits(self, dtype):
+        # log σ(20) is −2e-9, beside 1 nothing
+        for logit in (-1e4, -50.0, -1.0, 0.0, 1.0, 20.0, 80.0):
+            logits = torch.full((5,), logit, dtype=dtype, device=device)
+            # e^−80 is right to 80 eps
+            assert_as_reference(ivfast.importance_weighted_loss, logits, rtol=200 * torch.finfo(dtype).eps)
+
+    @wide
+    def test_extremes(self, dtype):
+        for values in ((1e4, -1e4, 0.0), (-1e4, -1e4), (float("-inf"), 0.0), (float("inf"), 0.0), (float("-inf"),)):
+            assert_as_reference(ivfast.importance_weighted_loss, torch.tensor(values, dtype=dtype, device=device))
+
+    def test_nan_stays_in_its_set(self):
+        x = torch.randn(2, 5, device=device)
+        x[1, 3] = float("nan")
+        loss, gradient = assert_as_reference(ivfast.importance_weighted_loss, x)
+        assert loss.isnan().tolist() == [False, True]
+        assert gradient.isnan().sum(-1).tolist() == [0, 5]
+
+    def test_no_sets(self):
+        loss, gradient = assert_as_reference(ivfast.importance_weighted_loss, torch.empty(0, 4, device=device))
+        assert loss.shape == (0,)
+        assert gradient.shape == (0, 4)
+
+
+class TestExpElbo:
+    @dtypes
+    @cases("exp_elbo_loss")
+    def test_cases(self, case, dtype):
+        check(case, dtype)
+
+    @dtypes
+    @pytest.mark.parametrize("n", [1, 2, 37, 1024, 2500])
+    @pytest.mark.parametrize("left_out", [None, "beta_reconstruction", "beta_kl"])
+    def test_sizes(self, n, left_out, dtype):
+        shape = (*batch(), n)
+        factors = {"scale": 0.3, "beta_reconstruction": 0.7, "beta_kl": 1.1, "alpha": 1.7}
+        factors |= {} if left_out is None else {left_out: 0.0}
+
+        def loss(reconstruction, kl):
+            return ivfast.exp_elbo_loss(reconstruction, kl, **factors)
+
+        check(Case("exp_elbo_loss", str(shape), loss, testing._positive(shape, shape, scale=3)), dtype)
+
+    def test_strides(self):
+        assert_strides_are_read(ivfast.exp_elbo_loss, [torch.rand(2, 9, 5, device=device).mT for _ in range(2)])
+
+    @wide
+    def test_extremes(self, dtype):
+        inf, nan = float("inf"), float("nan")
+        values = torch.tensor([0.0, 1e4, -1e4, -20.0, -20.1, -19.9, inf, -inf, nan], dtype=dtype, device=device)
+        reconstruction, kl = (x.reshape(-1, 1) for x in torch.meshgrid(values, values, indexing="ij"))
+        for factors in ({}, {"beta_kl": 0.0}, {"beta_reconstruction": 0.0}, {"scale": 0.0}):
+
+            def loss(reconstruction, kl, factors=factors):
+                return ivfast.exp_elbo_loss(reconstruction, kl, **factors)
+
+            # e^80 is right to 80 eps
+            value, _, _ = assert_as_reference(loss, reconstruction, kl, rtol=1e-4 if dtype == torch.float32 else 1e-10)
+            assert value.isnan().any() == (factors.get("scale") != 0)
+
+    def test_no_sets(self):
+        empty = torch.empty(2, 0, 4, device=device)
+        value, *gradients = assert_as_reference(ivfast.exp_elbo_loss, empty, empty)
+        assert value.shape == (2, 0)
+        assert all(g.shape == empty.shape for g in gradients)
+
+
+def reconstruction(kind: str):
+    return lambda x, t: ivfast.reconstruction_loss(x, t, kind=kind)
+
+
+pixels = pytest.mark.parametrize("kind", ["l2", "l1", "bce"])
+
+
+class TestReconstruction:
+    @dtypes
+    @cases("reconstruction_loss")
+    def test_cases(self, case, dtype):
+        check(case, dtype)
+
+    @pixels
+    @dtypes
+    def test_random_sizes(self, kind, dtype):
+        for shape in ((size(1, 40),), (1, 1), (size(2, 40), size(1, 50)), (size(1, 3), 3, size(5, 40), size(5, 40))):
+            check(Case(kind, str(shape), reconstruction(kind), testing._logits_and_pixels(*shape)), dtype)
+            # the gradient of the output alone
+            check(Case(kind, str(shape), reconstruction(kind), testing._logits_and_pixels(*shape), constants=1), dtype)
+
+    @pixels
+    @dtypes
+    def test_rows_in_parts(self, monkeypatch, kind, dtype):
+        from ivfast.kernels import reconstruction as kernels
+
+        monkeypatch.setattr(kernels, "TILE", 16)
+        monkeypatch.setattr(kernels, "ONE_PROGRAM", 2)
+        monkeypatch.setattr(kernels, "PARTS", 8)
+        for shape in ((3, 200), (1, 47), (50, 7, 7)):
+            check(Case(kind, str(shape), reconstruction(kind), testing._logits_and_pixels(*shape)), dtype)
+
+    @pixels
+    def test_strides(self, kind):
+        tensors = [torch.rand(3, 5, 7, device=device).mT for _ in range(2)]
+        assert_strides_are_read(reconstruction(kind), tensors)
+        x = torch.rand(1, device=device).expand(6, 1)
+        assert_close(*(losses_and_gradients(reconstruction(kind), (x, x), use)[0] for use in ("triton", "reference")))
+
+    @pixels
+    @wide
+    def test_extremes(self, kind, dtype):
+        inf, nan = float("inf"), float("nan")
+        values = torch.tensor([0.0, -0.0, 1e4, -1e4, 30.0, -30.0, inf, -inf, nan], dtype=dtype, device=device)
+        targets = torch.tensor([0.0, 0.5, 1.0, nan], dtype=dtype, device=device)
+        x, t = (x.reshape(-1, 1) for x in torch.meshgrid(values, targets, indexing="ij"))
+        loss, _, _ = assert_as_reference(reconstruction(kind), x, t)
+        loss = loss.view(9, 4)
+        assert loss[8].isnan().all()
+        assert loss[:, 3].isnan().all()
+        assert not loss[:8, :3].isnan().any()
+        if kind == "bce":  # right and certain
+            assert loss[6, 2] == loss[7, 0] == 0
+
+    @pixels
+    def test_nan_stays_in_its_row(self, kind):
+        x, t = torch.rand(2, 5, 300, device=device)
+        x[2, 7] = float("nan")
+        loss, *_ = losses_and_gradients(reconstruction(kind), (x, t), "triton")
+        assert loss.isnan().tolist() == [False, False, True, False, False]
+
+    @pixels
+    def test_bits(self, monkeypatch, kind):
+        from ivfast.kernels import reconstruction as kernels
+
+        monkeypatch.setattr(kernels, "ONE_PROGRAM", 1)
+        x, t = torch.rand(2, 3, 5000, device=device)
+        first, second = (losses_and_gradients(reconstruction(kind), (x, t), "triton") for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+    @pixels
+    def test_no_samples_and_no_pixels(self, kind):
+        for shape in ((0,), (0, 3, 4), (3, 0)):
+            x = torch.empty(shape, device=device)
+            loss, *gradients = losses_and_gradients(reconstruction(kind), (x, x), "triton")
+            assert torch.equal(loss, torch.zeros(shape[0], device=device))
+            assert all(g.shape == x.shape for g in gradients)
