@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kBridgeThreads) blockwise_kernel(
 
 // ∂z = Σ ∂T_k z over the k <= block; the others are not read
 template <int Width, class T>
-__global__ void __launch_bounds__(kBridgeThreads) blockwise_backward_kernel(
+__global__ void __launch_bounds__(kBridgeThreads, 4) blockwise_backward_kernel(
     const T* __restrict__ grad, T* __restrict__ dz, Blocks blocks) {
   const int64_t at = own_place<Width>();
   if (at >= blocks.elements) return;

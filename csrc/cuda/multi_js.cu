@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kMostRows, 1) staged_kernel(
 
 // Each block: kThreads / Team rows at a time. Where there is a gradient it is x itself.
 template <int Team, class T>
-__global__ void __launch_bounds__(kThreads) team_kernel(
+__global__ void __launch_bounds__(kThreads, 3) team_kernel(
     const T* x, T* gradient, const float* __restrict__ weights, float* __restrict__ lse, float* __restrict__ loss,
     volatile Report<1>* reports, Rows rows) {
   constexpr int teams = kThreads / Team;
