@@ -436,35 +436,6 @@ def test_gaussian_statistics_stream_to_the_same_moments():
         assert error(stats.covariance, torch.cov(x.mT)) < 1e-8
 
 
-# VAE and IWGAN
-
-
-def test_gaussian_kl_agrees_with_torch_distributions():
-    mu, logvar = normal(8, 5), normal(8, 5)
-    q, p = torch.distributions.Normal(mu, (0.5 * logvar).exp()), torch.distributions.Normal(0.0, 1.0)
-    assert error(ivfast.gaussian_kl(mu, logvar), torch.distributions.kl_divergence(q, p).sum(-1)) < 1e-12
-    assert float(ivfast.gaussian_kl(torch.zeros(4), torch.zeros(4))) == 0.0
-
-
-def test_importance_weights_are_the_softmax_of_the_logits():
-    """w = D/(1 − D) = exp(logit), normalised; held constant in the gradient (S3 Eq. 22)."""
-    l = normal(11).requires_grad_()
-    d = torch.sigmoid(l)
-    w = (d / (1 - d)).detach()
-    expected = -(w / w.sum() * torch.log(d)).sum()
-    loss = ivfast.importance_weighted_loss(l)
-    assert error(loss, expected) < 1e-12
-    assert error(torch.autograd.grad(loss, l)[0], torch.autograd.grad(expected, l)[0]) < 1e-12
-
-
-def test_importance_weighted_loss_of_equal_logits_is_the_non_saturating_one():
-    l = torch.full((13,), float(torch.randn(())), dtype=DOUBLE, requires_grad=True)
-    plain = torch.nn.functional.softplus(-l).mean()
-    loss = ivfast.importance_weighted_loss(l)
-    assert error(loss, plain) < 1e-12
-    assert error(torch.autograd.grad(loss, l)[0], torch.autograd.grad(plain, l)[0]) < 1e-12
-
-
 # Modules
 
 

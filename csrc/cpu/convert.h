@@ -19,7 +19,9 @@ IVFAST_MATH V copied(const S* from) {
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }
-IVFAST_MATH Words words(const void* from) { return __builtin_convertvector(copied<Halves>(static_cast<const uint16_t*>(from)), Words); }
+IVFAST_MATH Words words(const void* from) {
+  return __builtin_convertvector(copied<Halves>(static_cast<const uint16_t*>(from)), Words);
+}
 
 IVFAST_MATH Floats load_vector(const float* from) { return copied<Floats>(from); }
 IVFAST_MATH Doubles load_vector(const double* from) { return copied<Doubles>(from); }

@@ -78,13 +78,15 @@ def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> int:
 def linear_multi_js_loss_reference(
     features, weight, bias, weights, label_smoothing, features_gradient, weight_gradient, bias_gradient
 ):
+    """The loss and, where asked for (others are empty), the gradients of C·n times the loss: of a size that half
+    precision holds."""
     x, w = features.reshape(-1, features.shape[-1]), weight
     logits = torch.nn.functional.linear(arithmetic(x), arithmetic(w), None if bias is None else arithmetic(bias))
     loss, lse = multi_js.multi_js_loss_reference(logits, weights, label_smoothing)
-    G = multi_js.backward_reference(torch.ones_like(loss), logits, weights, lse, label_smoothing)
+    G = multi_js.backward_reference(torch.full_like(loss, len(x)), logits, weights, lse, label_smoothing)
     dx = (G @ arithmetic(w)).to(x.dtype).view(features.shape) if features_gradient else x.new_empty(0)
-    dw = (G.mT @ arithmetic(x)).to(w.dtype) if weight_gradient else w.new_empty(0)
-    db = G.sum(0).to(w.dtype) if bias_gradient else w.new_empty(0)
+    dw = G.mT @ arithmetic(x) if weight_gradient else G.new_empty(0)
+    db = G.sum(0) if bias_gradient else G.new_empty(0)
     return loss, dx, dw, db
 
 
@@ -99,19 +101,21 @@ def linear_multi_js_loss_chunked(
     dw = w.new_zeros(w.shape if weight_gradient else 0, dtype=wide)
     db = w.new_zeros(classes if bias_gradient else 0, dtype=wide)
     loss = x.new_zeros((), dtype=wide)
+    n = rows // classes
+    weights = w.new_full((classes,), n, dtype=wide) if weights is None else weights * rows  # of C·n times the loss
     chunk = max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // classes)
     gradient = features_gradient or weight_gradient or bias_gradient
     for first in range(0, rows, chunk):
         part = x[first : first + chunk]
         logits = part @ w.mT if bias is None else torch.addmm(bias, part, w.mT)
-        loss += _rows(logits, weights, label_smoothing, first, rows // classes, gradient)
+        loss += _rows(logits, weights, label_smoothing, first, n, gradient)
         if features_gradient:
             torch.mm(logits, w, out=dx[first : first + chunk])
         if weight_gradient:
             dw = dw.addmm_(logits.mT, part) if wide == x.dtype else dw.add_(logits.mT @ part)
         if bias_gradient:
             db += logits.sum(0, dtype=wide)
-    return loss, dx.view(features.shape) if features_gradient else dx, dw.to(w.dtype), db.to(w.dtype)
+    return loss / rows, dx.view(features.shape) if features_gradient else dx, dw, db
 
 
 def multi_js_rows_reference(logits, weights, label_smoothing, first, n, gradient):
@@ -134,12 +138,11 @@ def multi_js_rows_reference(logits, weights, label_smoothing, first, n, gradient
 class _LinearMultiJs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, features, weight, bias, weights, label_smoothing):
-        arguments = features, weight, bias, weights, label_smoothing, *ctx.needs_input_grad[:3]
-        loss, *gradients = _forward(*arguments)
         ctx.needed = ctx.needs_input_grad[:3]
-        if torch.compiler.is_compiling():
-            ctx.kept = None
-            ctx.save_for_backward(*gradients)
+        loss, *gradients = _forward(features, weight, bias, weights, label_smoothing, *ctx.needed)
+        ctx.compiled = torch.compiler.is_compiling()
+        if ctx.compiled:
+            ctx.save_for_backward(features, *gradients)
         else:
             ctx.kept = gradients  # the first backward pass scales and returns them; any other computes its own
             ctx.save_for_backward(features, weight, bias, weights)
@@ -149,14 +152,17 @@ class _LinearMultiJs(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        if torch.compiler.is_compiling():
-            gradients = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
+        features, *saved = ctx.saved_tensors
+        scale = grad / features.shape[:-1].numel()
+        if ctx.compiled:
+            gradients = [g * scale for g in saved]
         else:
             gradients, ctx.kept = ctx.kept, None
             if gradients is None:
-                _, *gradients = _forward(*ctx.saved_tensors, ctx.label_smoothing, *ctx.needed)
-            gradients = [g.mul_(grad) for g in gradients]
-        return *(g if needed else None for g, needed in zip(gradients, ctx.needed, strict=True)), None, None
+                _, *gradients = _forward(features, *saved, ctx.label_smoothing, *ctx.needed)
+            gradients = [g.mul_(scale) for g in gradients]
+        dtype = features.dtype
+        return *(g.to(dtype) if n else None for g, n in zip(gradients, ctx.needed, strict=True)), None, None
 
 
 _rows = register(
