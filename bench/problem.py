@@ -25,17 +25,42 @@ def label(size: Size) -> str:
     return "x".join(map(str, size))
 
 
-def bind_torch(function: Callable, tensors: Sequence[Tensor], cotangent: Tensor | None) -> Call:
+Cotangent = Tensor | tuple[Tensor, ...]  # of one output, or of several
+
+
+def several(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def bind_torch(function: Callable, tensors: Sequence[Tensor], cotangent: Cotangent | None) -> Call:
     """One call of `function`, with its gradients where there is a cotangent."""
     if cotangent is None:
-        return lambda: (function(*tensors),)
+        return lambda: several(function(*tensors))
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
 
     def call():
-        out = function(*leaves)
-        return (out.detach(), *torch.autograd.grad(out, leaves, cotangent))
+        out = several(function(*leaves))
+        return (*(o.detach() for o in out), *torch.autograd.grad(out, leaves, cotangent))
 
     return call
+
+
+class _Empty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, like):
+        ctx.save_for_backward(x)
+        return torch.empty_like(like)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(*ctx.saved_tensors), None
+
+
+def bind_empty(function: Callable, tensors: Sequence[Tensor], cotangent: Cotangent | None) -> Call:
+    """An autograd Function that saves a tensor and computes nothing, for the first output and input."""
+    like = several(cotangent)[0]
+    leaf = tensors[0].detach().clone().requires_grad_()
+    return lambda: torch.autograd.grad(_Empty.apply(leaf, like), leaf, like)
 
 
 @dataclass(frozen=True)
@@ -48,11 +73,11 @@ class Provider:
 
     name: str
     function: Callable
-    kind: str = "peer"  # "ivfast", "implementation" (one of ivfast's, forced) or "peer"
+    kind: str = "peer"  # "ivfast", "implementation" (one of ivfast's, forced), "peer", or "floor": it computes nothing
     implementation: str | None = None
     packages: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cpu", "cuda")
-    bind: Callable[[Callable, Sequence[Tensor], Tensor | None], Call] = bind_torch
+    bind: Callable[[Callable, Sequence[Tensor], Cotangent | None], Call] = bind_torch
     squares: tuple[float, float] = (0, 0)
     cubes: tuple[float, float] = (0, 0)
     compiles: bool = False
@@ -74,15 +99,18 @@ class Provider:
         return pairs * dtype.itemsize * (self.squares[back] + self.cubes[back] * size[-1])
 
 
+FLOOR = Provider("empty Function", lambda *tensors: None, "floor", bind=bind_empty)
+
+
 @dataclass(frozen=True)
 class Problem:
     """An op on given sizes."""
 
-    op: str  # its name in ivfast, and in the registry
+    op: str  # its name in ivfast and in the registry; behind a space, a second form of it
     axes: str  # of a size, such as "n×d"
     sizes: tuple[Size, ...]
     draw: Callable[[Size], tuple[Tensor, ...]]  # float32, all differentiable
-    output: Callable[[Size], Size]  # its shape
+    output: Callable[[Size], Size | tuple[Size, ...]]  # its shape, or those of several outputs
     function: Callable  # the op on what was drawn
     peers: tuple[Provider, ...]
     work: Callable[[Size, str], float] = lambda size, what: 0  # the least flop of a call, by size and pass
@@ -114,7 +142,8 @@ class Problem:
 
     def unserved(self, implementation: str | None, device: str) -> str | None:
         """Why one of ivfast's implementations does not serve the op or its backward pass on this device."""
-        names = [self.op, f"{self.op}_backward"][: len(self.passes)]
+        op = self.op.split()[0]
+        names = [op, f"{op}_backward"] if BACKWARD in self.passes else [op]
         reasons = (OPS[name].missing(implementation, device) for name in names if implementation and name in OPS)
         return next(filter(None, reasons), None)
 
@@ -125,6 +154,10 @@ class Problem:
         return self.squares if implementation == "reference" else (0, 0)
 
 
+def _nested(shapes) -> bool:
+    return bool(shapes) and isinstance(shapes[0], tuple)
+
+
 class Instance:
     """A problem of one size, drawn, and what is right about it."""
 
@@ -132,7 +165,9 @@ class Instance:
         self.problem, self.size, self.dtype, self.device = problem, size, dtype, device
         self.tensors = [x.to(device, dtype) for x in problem.draw(size)]
         self.constants = {name: x.to(device, dtype) for name, x in problem.constants(size).items()}
-        self.cotangent = torch.randn(problem.output(size)).to(device, dtype)
+        shapes = problem.output(size)
+        draws = [torch.randn(shape).to(device, dtype) for shape in (shapes if _nested(shapes) else (shapes,))]
+        self.cotangent = tuple(draws) if _nested(shapes) else draws[0]
 
     def bind(self, provider: Provider, what: str, *, constants: bool = False) -> Call:
         function = functools.partial(provider.function, **self.constants) if constants else provider.function
@@ -142,7 +177,10 @@ class Instance:
     def exact(self) -> Exact:
         tensors = [x.double() for x in self.tensors]
         constants = {name: x.double() for name, x in self.constants.items()}
-        cotangent = self.cotangent.double() if BACKWARD in self.problem.passes else None
+        cotangent = None
+        if BACKWARD in self.problem.passes:
+            drawn = self.cotangent
+            cotangent = drawn.double() if isinstance(drawn, Tensor) else tuple(x.double() for x in drawn)
         part = self.problem.exact(tensors, cotangent)
         if part is not None:
             return part
@@ -163,5 +201,5 @@ class Instance:
 
     def bytes(self, what: str) -> float:
         """The least traffic: inputs read and output written once; with gradients, these and the cotangent too."""
-        inputs, output = sum(x.nbytes for x in self.tensors), self.cotangent.nbytes
+        inputs, output = sum(x.nbytes for x in self.tensors), sum(x.nbytes for x in several(self.cotangent))
         return inputs + output if what == FORWARD else 3 * inputs + 2 * output
