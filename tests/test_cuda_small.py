@@ -295,6 +295,7 @@ class TestBridges:
     def test_many_angles(self, t):
         matches(bridge_case("radial", (3, 4), t))
         z, draws = torch.randn(3, 4), torch.randn(3, 4)
+        draws[0] = 0  # beside which whatever is left of z shows
         bridges = torch.ops.ivfast.radial_bridge.cuda(z, draws, t)
         assert torch.equal(bridges[0], z)
         assert torch.equal(bridges[t], draws)
@@ -397,8 +398,8 @@ class TestGaussians:
             mu = torch.zeros_like(logvar)
             ours = torch.ops.ivfast.gaussian_kl.cuda(mu, logvar).double()
             theirs = gaussian_kl_reference(mu.double(), logvar.double())
-            # at 0.03, where the series ends, e^x − 1 is 67 times what remains of it, and as exact as its rounding
-            assert ((ours - theirs) / theirs).abs().max() < 1e-5
+            # a few roundings of the series; beyond it e^x − 1 loses up to 67 times its own to the difference
+            assert ((ours - theirs) / theirs).abs().max() < (1e-6 if x < 0.03 else 1e-5)
 
     def test_extremes(self):
         logvar = torch.tensor([[80.0, -1e4], [-200.0, 60.0]])
@@ -424,6 +425,8 @@ class TestGaussians:
         backward = torch.ops.ivfast.reparameterize_backward.cuda
         assert all(g.isfinite().all() for g in backward(None, torch.ones(3), x, x, nan))
         assert all(g.isfinite().all() for g in backward(x, None, nan, x, x))
+        wide = torch.full_like(x, 100)  # e^logvar is infinite in float32, and no part of ∂z
+        assert all(g.isfinite().all() for g in backward(x, None, x, wide, x))
 
     @dtypes
     def test_strides_and_places_off_a_boundary(self, dtype):

@@ -4,6 +4,7 @@
 #include "../common.h"
 #include "launch.h"
 
+#include <cstring>
 #include <initializer_list>
 #include <type_traits>
 #include <vector>
@@ -18,7 +19,15 @@ struct alignas(Width * sizeof(T)) Elements {
   T v[Width];
 
   static __device__ __forceinline__ Elements from(const T* x) { return *reinterpret_cast<const Elements*>(x); }
-  __device__ __forceinline__ void to(T* x) const { *reinterpret_cast<Elements*>(x) = *this; }
+  __device__ __forceinline__ void to(T* x) const {
+    if constexpr (sizeof(Elements) == sizeof(uint4)) {
+      uint4 bits;  // an instruction of its own: nvcc may store a struct that it selected from two others in pieces
+      memcpy(&bits, v, sizeof(bits));
+      __stcg(reinterpret_cast<uint4*>(x), bits);
+    } else {
+      *reinterpret_cast<Elements*>(x) = *this;
+    }
+  }
 };
 
 template <class T>

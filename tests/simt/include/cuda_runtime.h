@@ -50,6 +50,10 @@ template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+template <class T>
+void __stcg(T* p, T value) {
+  std::memcpy(static_cast<void*>(p), &value, sizeof(T));
+}
 
 namespace simt {
 
