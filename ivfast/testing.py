@@ -10,6 +10,8 @@ from torch import Tensor
 
 import ivfast
 
+from .ops import linear_multi_js
+
 # Largest error over the largest value of the float64 reference on the same (rounded) inputs.
 # float32: n·eps of a sum of a few hundred terms; half precision: one rounding of the result.
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -247,10 +249,10 @@ CASES: list[Case] = [
     ),
     Case("multi_js_loss", "smoothed", lambda x: ivfast.multi_js_loss(x, label_smoothing=0.3), _normal((4, 5, 4), scale=3)),
     Case("multi_js_loss", "uniform", lambda x: ivfast.multi_js_loss(x, label_smoothing=1.0), _normal((35, 5), scale=3)),
-    Case("linear_multi_js_loss", "paper", lambda *p: ivfast.linear_multi_js_loss(*p), _linear(5, 64, 32)),
-    Case("linear_multi_js_loss", "small", lambda *p: ivfast.linear_multi_js_loss(*p, label_smoothing=0.2), _linear(3, 2, 4)),
-    Case("linear_multi_js_loss", "no-bias", lambda f, w: ivfast.linear_multi_js_loss(f, w), _linear(7, 3, 5, bias=False)),
-    Case("linear_multi_js_loss", "chunks", lambda *p: ivfast.linear_multi_js_loss(*p), _linear(40, 29, 3)),
+    Case("linear_multi_js_loss", "paper", lambda *p: linear_multi_js.fused(*p), _linear(5, 64, 32)),
+    Case("linear_multi_js_loss", "small", lambda *p: linear_multi_js.fused(*p, label_smoothing=0.2), _linear(3, 2, 4)),
+    Case("linear_multi_js_loss", "no-bias", lambda f, w: linear_multi_js.fused(f, w, None), _linear(7, 3, 5, bias=False)),
+    Case("linear_multi_js_loss", "one-chunk", lambda *p: ivfast.linear_multi_js_loss(*p), _linear(40, 29, 3)),
     Case("multi_js_divergence", "paper", lambda x: ivfast.multi_js_divergence(x), _normal((320, 5))),
     Case("blockwise_bridge", "paper", lambda z, e: ivfast.blockwise_bridge(z, 4, draws=e), _normal((64, 16), (64, 16)), constants=1),
     Case("blockwise_bridge", "batch", lambda z, e: ivfast.blockwise_bridge(z, 3, draws=e), _normal((2, 3, 6), (2, 3, 6)), constants=1),

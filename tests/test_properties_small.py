@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import ivfast
+from ivfast.ops import linear_multi_js
 from ivfast.testing import error
 
 DOUBLE = torch.float64
@@ -54,11 +55,17 @@ def test_a_block_of_weight_zero_counts_for_nothing():
     assert (gradient[0] != 0).all()
 
 
+@pytest.fixture
+def chunks(monkeypatch):
+    """A few rows at a time, as if the classes were many."""
+    monkeypatch.setitem(linear_multi_js.CHUNK, "cpu", 50)
+
+
 def layer(classes, n, width, dtype=DOUBLE):
     return [x.to(dtype).requires_grad_() for x in (normal(classes * n, width), normal(classes, width), normal(classes))]
 
 
-def test_linear_multi_js_is_the_loss_of_the_layer():
+def test_linear_multi_js_is_the_loss_of_the_layer(chunks):
     features, weight, bias = tensors = layer(6, 5, 4)
     weights = torch.rand(6, dtype=DOUBLE)
     for form in ({}, {"weights": weights, "label_smoothing": 0.3}):
@@ -69,7 +76,7 @@ def test_linear_multi_js_is_the_loss_of_the_layer():
         assert all(error(a, b) < 1e-12 for a, b in zip(*gradients, strict=True))
 
 
-def test_linear_multi_js_backward_twice_and_in_part():
+def test_linear_multi_js_backward_twice_and_in_part(chunks):
     tensors = layer(5, 3, 4)
     loss = ivfast.linear_multi_js_loss(*tensors)
     first = torch.autograd.grad(loss, tensors, retain_graph=True)
@@ -81,8 +88,9 @@ def test_linear_multi_js_backward_twice_and_in_part():
     assert error(alone, kept[1]) < 1e-12
 
 
-def test_linear_multi_js_keeps_small_gradients_in_half_precision():
+def test_linear_multi_js_keeps_small_gradients_in_half_precision(monkeypatch):
     """Over 20,000 rows each gradient is below float16's smallest number until the loss is scaled."""
+    monkeypatch.setitem(linear_multi_js.CHUNK, "cpu", 5000)
     features, weight, bias = layer(5, 4000, 8, torch.float16)
     loss = ivfast.linear_multi_js_loss(features, weight, bias)
     (gradient,) = torch.autograd.grad(loss, features, torch.tensor(2.0**14))
@@ -187,3 +195,22 @@ def test_certain_and_right_logits_cost_nothing():
     assert loss[1] > 1e38
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     assert torch.equal(gradient, torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
+
+
+def test_linear_multi_js_is_checked():
+    features, weight, bias = layer(5, 3, 4)
+    wrong = [
+        ((features[:14], weight, bias), r"features must hold n rows for each of weight's C = 5 classes, got \(14, 4\)"),
+        ((features[:, :3], weight, bias), r"features must be .* with f = 4 as in weight, got \(15, 3\)"),
+        ((features, weight, bias[:4]), r"bias must have shape \(5,\) as weight's rows, got \(4,\)"),
+        ((features, weight[0], bias), r"weight must be \[C, f\] with C >= 2, got \(4,\)"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            ivfast.linear_multi_js_loss(*arguments)
+    with pytest.raises(ValueError, match=r"label_smoothing must lie in \[0, 1\], got 1.5"):
+        ivfast.multi_js_loss(normal(6, 3), label_smoothing=1.5)
+    with pytest.raises(ValueError, match="kind must be one of 'l2', 'l1', 'bce', got 'huber'"):
+        ivfast.reconstruction_loss(features, features, kind="huber")
+    with pytest.raises(ValueError, match="alpha must be finite and positive, got 0"):
+        ivfast.exp_elbo_loss(features, features, alpha=0)

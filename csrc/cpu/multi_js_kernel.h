@@ -60,7 +60,8 @@ IVFAST_INLINE void lanes_of_rows(
     }
     factor = T(1) / sum;
     lse = most + log2_normal<Vec<T>, typename Simd<T>::Bits>(sum, T()) * T(0.6931471805599453);
-    lse = sum == sum ? lse : sum;
+    const Vec<T> infinite = Vec<T>{} + T(INFINITY);
+    lse = sum == sum ? lse : most < infinite ? sum : most;  // inf − inf is no number, its log-sum-exp inf
     if (lse_at) store_part<T>(lse_at, lse, 0, count);
     loss += first_lanes<T>(lse - aim, count);
   } else {
@@ -117,7 +118,7 @@ IVFAST_INLINE double row_of_classes(const MultiJsRows& rows, const Target<T>& ta
     double sum = 0;
     for (const Vec<T>& part : sums)
       for (int l = 0; l < L; ++l) sum += double(part[l]);
-    const double exact = double(most) + std::log(sum);
+    const double exact = most == T(INFINITY) ? double(most) : double(most) + std::log(sum);
     lse = T(exact);
     if (rows.lse) static_cast<T*>(rows.lse)[row] = lse;
     double aim = target.own != 0 ? double(target.own) * double(own) : 0;

@@ -26,7 +26,8 @@ def small_in_cuda(x: Tensor, y: Tensor) -> tuple[str, ...]:
 
 
 def few_in_cuda(x: Tensor) -> tuple[str, ...]:
-    """For what reads its input once: CUDA C++ up to a million elements, Triton above; by count, not by a clock."""
+    """For what reads its input once: CUDA C++ up to a million elements, Triton above and in float64; by count, not by
+    a clock."""
     if x.dtype == torch.float64:
-        return ()
+        return ("triton",)
     return ("cuda", "triton") if x.numel() <= 1 << 20 else ("triton", "cuda")

@@ -5,6 +5,7 @@ gradient, and two products take that to the features and the weight. What remain
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
@@ -46,10 +47,24 @@ def linear_multi_js_loss(
     classes = _check_layer(features, weight, bias)
     weights = None if weights is None else check_weights(weights, classes, features)
     check_smoothing(label_smoothing)
+    if features.shape[:-1].numel() * classes <= chunk_of(features):  # a single chunk leaves nothing to save
+        logits = F.linear(features.reshape(-1, features.shape[-1]), weight, bias)
+        return multi_js.multi_js_loss(logits, weights=weights, label_smoothing=label_smoothing)
+    return fused(features, weight, bias, weights, label_smoothing)
+
+
+def fused(
+    features: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> Tensor:
+    """The loss by chunks, however few; arguments as checked."""
     needed = [x is not None and x.requires_grad for x in (features, weight, bias)]
     if torch.is_grad_enabled() and any(needed):
         return _LinearMultiJs.apply(features, weight, bias, weights, label_smoothing)
     return _forward(features, weight, bias, weights, label_smoothing, False, False, False)[0]
+
+
+def chunk_of(x: Tensor) -> int:
+    return CHUNK.get(x.device.type, CHUNK["cuda"])
 
 
 def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> int:
@@ -81,7 +96,7 @@ def linear_multi_js_loss_reference(
     """The loss and, where asked for (others are empty), the gradients of C·n times the loss: of a size that half
     precision holds."""
     x, w = features.reshape(-1, features.shape[-1]), weight
-    logits = torch.nn.functional.linear(arithmetic(x), arithmetic(w), None if bias is None else arithmetic(bias))
+    logits = F.linear(arithmetic(x), arithmetic(w), None if bias is None else arithmetic(bias))
     loss, lse = multi_js.multi_js_loss_reference(logits, weights, label_smoothing)
     G = multi_js.backward_reference(torch.full_like(loss, len(x)), logits, weights, lse, label_smoothing)
     dx = (G @ arithmetic(w)).to(x.dtype).view(features.shape) if features_gradient else x.new_empty(0)
@@ -103,7 +118,7 @@ def linear_multi_js_loss_chunked(
     loss = x.new_zeros((), dtype=wide)
     n = rows // classes
     weights = w.new_full((classes,), n, dtype=wide) if weights is None else weights * rows  # of C·n times the loss
-    chunk = max(1, CHUNK.get(x.device.type, CHUNK["cuda"]) // classes)
+    chunk = max(1, chunk_of(x) // classes)
     gradient = features_gradient or weight_gradient or bias_gradient
     for first in range(0, rows, chunk):
         part = x[first : first + chunk]
