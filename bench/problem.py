@@ -59,8 +59,7 @@ class _Empty(torch.autograd.Function):
 def bind_empty(function: Callable, tensors: Sequence[Tensor], cotangent: Cotangent | None) -> Call:
     """An autograd Function that saves a tensor and computes nothing, for the first output and input."""
     like = several(cotangent)[0]
-    leaf = tensors[0].detach().clone().requires_grad_()
-    return lambda: torch.autograd.grad(_Empty.apply(leaf, like), leaf, like)
+    return bind_torch(lambda x: _Empty.apply(x, like), tensors[:1], like)
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,24 @@ IVFAST_INLINE void copy(S* to, const S* from, int64_t count) {
   if (bytes >= 2) __builtin_memcpy(out, in, 2);
 }
 
+// Elements that stay in the first-level cache while the t+1 outputs or gradients pass, one after the other: side by
+// side, at a distance of a power of two, they would evict each other.
+constexpr int64_t piece = 1024;
+
 // T_k z: the first k blocks of d/t dimensions from the draws
 template <class S, class T>
 void blockwise(const SubstitutionRows& b) {
-  const int64_t width = b.d / b.t;
-  for (int64_t k = 0; k <= b.t; ++k)
-    for (int64_t row = b.first; row < b.last; ++row) {
-      S* const out = static_cast<S*>(b.out) + k * b.stride + row * b.d;
-      const int64_t at = row * b.d, replaced = k * width;
-      copy(out, static_cast<const S*>(b.draws) + at, replaced);
-      copy(out + replaced, static_cast<const S*>(b.z) + at + replaced, b.d - replaced);
-    }
+  const int64_t width = b.d / b.t, group = b.d < piece ? piece / b.d : 1;
+  for (int64_t first = b.first; first < b.last; first += group) {
+    const int64_t last = first + group < b.last ? first + group : b.last;
+    for (int64_t k = 0; k <= b.t; ++k)
+      for (int64_t row = first; row < last; ++row) {
+        S* const out = static_cast<S*>(b.out) + k * b.stride + row * b.d;
+        const int64_t at = row * b.d, replaced = k * width;
+        copy(out, static_cast<const S*>(b.draws) + at, replaced);
+        copy(out + replaced, static_cast<const S*>(b.z) + at + replaced, b.d - replaced);
+      }
+  }
 }
 
 // ∂z_j = Σ_{k <= j / width} grad_kj
@@ -51,10 +58,6 @@ void blockwise_backward(const SubstitutionRows& b) {
     });
   }
 }
-
-// Elements that stay in the first-level cache while the t+1 outputs or gradients pass, one after the other: side by
-// side, at a distance of a power of two, they would evict each other.
-constexpr int64_t piece = 1024;
 
 // T_k z = cos z + sin ε; both ends are copies
 template <class S, class T>

@@ -33,7 +33,13 @@ struct Blocks {
 template <class F>
 std::vector<double> each_piece(int64_t sets, int64_t rows, int64_t classes, const F& f) {
   const int64_t size = std::max<int64_t>(16, (1 << 15) / classes / 16 * 16), pieces = (rows + size - 1) / size;
-  std::vector<double> parts(sets * pieces), sums(sets);
+  std::vector<double> sums(sets);
+  if (sets == 1 && pieces == 1) {
+    static thread_local Workspace workspace;
+    sums[0] = f(0, 0, rows, workspace.reserve(classes * int64_t(sizeof(double))));
+    return sums;
+  }
+  std::vector<double> parts(sets * pieces);
   const auto range = [&](int64_t begin, int64_t end) {
     static thread_local Workspace workspace;
     void* const scratch = workspace.reserve(classes * int64_t(sizeof(double)));

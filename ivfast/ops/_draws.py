@@ -14,4 +14,4 @@ def prior_draws(z: Tensor, draws: Tensor | None, generator, leading: tuple[int, 
     _check.alike("draws", draws, "z", z)
     if draws.shape != shape:
         raise ValueError(f"draws must have shape {shape}, got {tuple(draws.shape)}")
-    return draws.detach()
+    return draws.detach() if draws.requires_grad else draws
