@@ -68,7 +68,7 @@ class AutoEncoder(System):
         return Encoded(x, self.encode(x))
 
     def reconstruction(self, shared: Encoded) -> Tensor:
-        return (self.decode(shared.z) - shared.x).square().sum((1, 2, 3)).mean()
+        return ivfast.reconstruction_loss(self.decode(shared.z), shared.x).mean()
 
 
 class WaeMmd(AutoEncoder):
