@@ -29,7 +29,7 @@ Tensor forward(const Tensor& z_, const Tensor& draws_, int64_t t, bool radial) {
   STD_TORCH_CHECK(draws.numel() == z.numel() && draws.scalar_type() == dtype, "draws must match z");
   std::vector<int64_t> sizes{t + 1};
   sizes.insert(sizes.end(), rows.full.begin(), rows.full.end());
-  Tensor out = empty(z, sizes, dtype);
+  Tensor out = empty_large(z, sizes, dtype);
   const SubstitutionStages stages = IVFAST_BY_ISA(substitution_stages, storage(dtype));
   const Angles angles(radial ? t : 0);
   SubstitutionRows all{rows.d, t, 0, 0, rows.count * rows.d, angles.cos.data(), angles.sin.data()};
@@ -48,7 +48,7 @@ Tensor backward(const Tensor& grad_, int64_t t, bool radial) {
   const std::vector<int64_t> full(sizes.begin() + 1, sizes.end());
   const ScalarType dtype = grad.scalar_type();
   STD_TORCH_CHECK(t >= 1 && sizes[0] == t + 1, "grad must hold t+1 = ", t + 1, " gradients, got ", sizes[0]);
-  Tensor dz = empty(grad, full, dtype);
+  Tensor dz = empty_large(grad, full, dtype);
   const Rows rows(dz);
   const SubstitutionStages stages = IVFAST_BY_ISA(substitution_stages, storage(dtype));
   const Angles angles(radial ? t : 0);
@@ -71,7 +71,7 @@ Tensor substituted(const Tensor& x_, const Tensor* block_, const Tensor& index_,
   const bool wide = index.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(int64_t(index.numel()) == rows.count && (wide || index.scalar_type() == ScalarType::Int),
                   "index must hold an int64 or int32 per row");
-  Tensor out = empty(x, rows.full, dtype);
+  Tensor out = empty_large(x, rows.full, dtype);
   const int64_t size = rows.d * Data::element_size(dtype), width = size / k;
   const char* const from = static_cast<const char*>(x.data_ptr());
   const char* const draws = block_ ? static_cast<const char*>(block.data_ptr()) : nullptr;

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& mu_, const Tensor& logvar_, con
   const ScalarType dtype = mu_.scalar_type(), wide = arithmetic(dtype);
   check(logvar_, rows, dtype, "logvar");
   const Tensor mu = as_contiguous(mu_), logvar = as_contiguous(logvar_), draws = draws_ ? as_contiguous(*draws_) : mu;
-  Tensor kl = empty(mu, rows.shape, wide), z = draws_ ? empty(mu, rows.full, dtype) : kl;
+  Tensor kl = empty(mu, rows.shape, wide), z = draws_ ? empty_large(mu, rows.full, dtype) : kl;
   GaussianRows all{rows.d, 0, 0, mu.data_ptr(), logvar.data_ptr()};
   all.kl = kl.data_ptr();
   if (draws_) check(draws, rows, dtype, "draws"), all.draws = draws.data_ptr(), all.z = z.data_ptr();
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> backward(const std::optional<Tensor>& dz_, const std:
   const ScalarType dtype = mu_.scalar_type();
   const Tensor mu = as_contiguous(mu_), logvar = as_contiguous(logvar_), draws = draws_ ? as_contiguous(*draws_) : mu;
   const Tensor dz = dz_ ? as_contiguous(*dz_) : mu, dkl = dkl_ ? as_contiguous(*dkl_) : mu;
-  Tensor dmu = empty(mu, rows.full, dtype), dlogvar = empty(mu, rows.full, dtype);
+  Tensor dmu = empty_large(mu, rows.full, dtype), dlogvar = empty_large(mu, rows.full, dtype);
   GaussianRows all{rows.d, 0, 0, mu.data_ptr(), logvar.data_ptr(), draws.data_ptr()};
   all.dz = dz_ ? dz.data_ptr() : nullptr, all.dkl = dkl_ ? dkl.data_ptr() : nullptr;
   all.dmu = dmu.data_ptr(), all.dlogvar = dlogvar.data_ptr();

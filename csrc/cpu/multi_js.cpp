@@ -6,7 +6,7 @@
 #include <tuple>
 
 #include "isa.h"
-#include "operator.h"
+#include "rows.h"
 
 namespace ivfast {
 namespace {
@@ -95,7 +95,7 @@ Tensor multi_js_loss_backward(const Tensor& grad_, const Tensor& logits_, const 
   const ScalarType dtype = logits_.scalar_type(), wide = arithmetic(dtype);
   const Tensor grad = as_contiguous(grad_), logits = as_contiguous(logits_), lse = as_contiguous(lse_);
   const std::optional<Tensor> weights = contiguous(weights_);
-  Tensor gradient = empty(logits, blocks.full, dtype);
+  Tensor gradient = empty_large(logits, blocks.full, dtype);
 
   const Data x(logits, blocks.classes, dtype), lses(lse, 1, wide), grads(grad, 1, wide);
   const Data gradients(gradient, blocks.classes, dtype);

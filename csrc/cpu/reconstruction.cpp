@@ -46,7 +46,8 @@ std::tuple<Tensor, Tensor> reconstruction_loss_backward(const Tensor& grad_, con
   ReconstructionRows rows = rows_of(output, target);
   const auto sizes = output.sizes();
   const std::vector<int64_t> full(sizes.begin(), sizes.end());
-  Tensor doutput = empty(output, full, dtype), dtarget = empty(output, target_gradient ? full : std::vector<int64_t>{0}, dtype);
+  Tensor doutput = empty_large(output, full, dtype);
+  Tensor dtarget = empty_large(output, target_gradient ? full : std::vector<int64_t>{0}, dtype);
   rows.grad = grad.data_ptr(), rows.doutput = doutput.data_ptr();
   rows.dtarget = target_gradient ? dtarget.data_ptr() : nullptr;
   run(rows, IVFAST_BY_ISA(reconstruction_stages, storage(dtype), Reconstruction(kind)).backward);

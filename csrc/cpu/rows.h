@@ -3,9 +3,27 @@
 
 #include <algorithm>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "operator.h"
 
 namespace ivfast {
+
+// `empty`, where it is large on pages of 2 MB: the system clears a page at its first touch, and with pages of 4 KB
+// that takes longer than to write a result of tens of megabytes.
+inline Tensor empty_large(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor x = empty(like, sizes, dtype);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t end = begin + uintptr_t(x.numel() * Data::element_size(dtype));
+  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (first + page < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
+#endif
+  return x;
+}
 
 // [..., d] as rows [count, d]; the leading dimensions are `shape`.
 struct Rows {
