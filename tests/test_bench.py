@@ -192,6 +192,8 @@ def test_every_peer_is_right(name):
     for provider in problem.providers("cpu"):
         if (provider.compiles and provider.bind is not peers.bind_jax) or problem.missing(provider, "cpu"):
             continue
+        if provider.kind == "floor":  # computes nothing: what a call costs
+            continue
         for what in problem.passes:
             with provider.forced():
                 call = instance.bind(provider, what, constants=bool(instance.constants))
@@ -388,6 +390,6 @@ def test_gpu_py_without_a_gpu(tmp_path):
     report = json.loads(path.read_text())
     assert {c["status"] for c in report["checks"] if c["implementation"] == "triton"} == {"ok"}
     timed = {r["provider"] for r in report["rows"] if r.get("us")}
-    assert timed == {"ivfast", "ivfast:triton", "eager"}
+    assert timed == {"ivfast", "ivfast:triton", "ivfast:cuda", "eager"}
     assert run.stdout.rstrip().endswith(path.with_suffix(".md").read_text().rstrip())
     assert "compute-sanitizer: not run." in run.stdout
