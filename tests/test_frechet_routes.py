@@ -84,3 +84,21 @@ def test_one_singular_covariance_of_a_batch_does_not_spoil_the_others():
     trace = frechet._covariance_trace(sigma1, sigma2, False)[0]
     assert float(trace[0]) == pytest.approx(float(good.diagonal().sum()), rel=1e-9)
     assert float(trace[1]) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "fall"), [(60, 8, 0.0), (60, 8, 1.0), (60, 8, 9.0), (5, 8, 0.0), (2, 3, 0.0), (60, 1, 0.0)]
+)
+def test_gradient_of_fld_is_that_of_the_singular_values(n, d, fall):
+    """Well-conditioned codes by eigenvalues, others (fall 9, n < d) by singular values."""
+    z = (normal(3, n, d) * spectrum(d, fall) + 0.3).requires_grad_()
+    mu = z.mean(-2)
+    c = (z - mu.unsqueeze(-2)) / (n - 1) ** 0.5
+    # of n < d samples one singular value is 0, by the mean: the subgradient of least norm leaves it out
+    singular = torch.linalg.svdvals(c)[..., : min(n - 1, d)]
+    expected = mu.square().sum(-1) + c.square().sum((-2, -1)) + d - 2 * singular.sum(-1)
+    value = ivfast.fld(z)
+    assert error(value, expected) < 1e-8
+    weights = normal(3)
+    (ours,), (theirs,) = (torch.autograd.grad(v, z, weights) for v in (value, expected))
+    assert error(ours, theirs) < 1e-6

@@ -79,9 +79,25 @@ def fld(z: Tensor) -> Tensor:
     Source: S1 (IVAAE) section 4.
     """
     _check.samples("z", z, at_least=2)
+    if torch.is_grad_enabled() and z.requires_grad:
+        return _Fld.apply(z)
+    return _fld(z, False)[0]
+
+
+def _fld(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """The distance and, where asked for (else empty), its gradient 2μ/n + 2 (C − P)/√(n − 1), P = ∂‖C‖_*/∂C.
+
+    P's columns sum to 0 as C's do, so that the mean has no part in the second term.
+    """
     mu, c = _factor(z)
-    distance = _square(mu) + c.square().sum((-2, -1)) + z.shape[-1] - 2 * _nuclear_norm(c, None)
-    return distance.to(torch.promote_types(z.dtype, torch.float32))
+    trace, P, _ = _factor_trace(c, None, gradient)
+    distance = (_square(mu) + c.square().sum((-2, -1)) + z.shape[-1] - 2 * trace).to(
+        torch.promote_types(z.dtype, torch.float32)
+    )
+    if not gradient:
+        return distance, P
+    n = z.shape[-2]
+    return distance, torch.add((2 / n) * mu.unsqueeze(-2), c - P, alpha=2 / (n - 1) ** 0.5)
 
 
 def _nuclear_norm(c1: Tensor, c2: Tensor | None) -> Tensor:
@@ -144,6 +160,10 @@ def frechet_factor_trace(c1: Tensor, c2: Tensor | None, gradients: bool) -> tupl
             return torch.linalg.svdvals(product).sum(-1), empty, empty.clone()
         trace, P = _polar(product)
         return trace, P @ c2, P.mT @ c1
+    if gradients and c2 is None and not few:
+        trace, inverse, exact = _root_sum_and_inverse(c1.mT @ c1)
+        if exact:
+            return trace, c1 @ inverse, empty
     if not gradients:
         if c2 is None:
             gram = c1 @ c1.mT if few else c1.mT @ c1
@@ -192,6 +212,17 @@ def _root_sum(a: Tensor, size: Tensor) -> tuple[Tensor, bool]:
     return roots.sum(-1), bool((errors.norm(dim=-1) <= EXACT * roots.sum(-1)).all())
 
 
+CONDITION = 1e6  # of a Gram matrix whose inverse root is exact to 1e-9
+
+
+def _root_sum_and_inverse(a: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Σ √λ and a^−½ of the symmetric a `[..., d, d]`, and whether its condition leaves them exact."""
+    values, V = torch.linalg.eigh(a)
+    exact = bool((values[..., 0] * CONDITION > values[..., -1]).all())
+    roots = values.clamp_min(torch.finfo(a.dtype).tiny).sqrt()
+    return roots.sum(-1), (V / roots.unsqueeze(-2)) @ V.mT, exact
+
+
 def _symmetric(a: Tensor) -> Tensor:
     return (a + a.mT) / 2
 
@@ -204,6 +235,20 @@ def _root(sigma: Tensor) -> tuple[Tensor, Tensor]:
     roots = torch.where(kept, values, 0).sqrt()
     inverse = torch.where(kept, 1 / torch.where(kept, roots, 1), 0)
     return roots.unsqueeze(-1) * V.mT, V * inverse.unsqueeze(-2)
+
+
+class _Fld(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        distance, gradient = _fld(z, True)
+        ctx.save_for_backward(gradient.to(z.dtype))
+        return distance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return (grad[..., None, None] * gradient).to(gradient.dtype)
 
 
 class _FactorTrace(torch.autograd.Function):
