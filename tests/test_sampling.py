@@ -216,6 +216,15 @@ def test_callback_stops():
     assert len(result.trajectory) == 3
 
 
+@pytest.fixture
+def _sigint():
+    """SIGINT as Python handles it; a shell's background jobs are started with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_sigint")
 @pytest.mark.parametrize("place", ["score", "callback"])
 def test_interrupt_returns_the_particles_so_far(place):
     x0, calls = normal(9, 2), []
