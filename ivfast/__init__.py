@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  loads libtorch, which the extensions link against
 
-from . import nn
+from . import nn, patch
 from ._registry import load_extensions, use
 from .ops.as_distance import as_distance, log_gaussian_kernel_sums
 from .ops.bridge import block_substitute, blockwise_bridge, radial_bridge
@@ -42,6 +42,7 @@ __all__ = [
     "multi_js_divergence",
     "multi_js_loss",
     "nn",
+    "patch",
     "radial_bridge",
     "reconstruction_loss",
     "reparameterize",

@@ -44,7 +44,8 @@ importlib.util.find_spec = lambda name, package=None: None if name in {modules!r
 
 def test_import_is_light():
     """Neither Triton kernels nor the libraries of training, metrics or the command line come with the ops."""
-    heavy = "torchvision", "sklearn", "matplotlib", "tensorboard", "typer", "rich", "torchmetrics", "pytorch_fid"
+    heavy = "torchvision", "sklearn", "matplotlib", "tensorboard", "typer", "rich"
+    heavy += "torchmetrics", "torch_fidelity", "pytorch_fid", "scipy"
     code = f"import sys, ivfast; print([m for m in {(*heavy, 'ivfast.kernels.multi_js')!r} if m in sys.modules])"
     assert passes(code).strip() == "[]"
 

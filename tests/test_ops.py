@@ -89,7 +89,7 @@ def test_every_operator_is_reached_by_a_case(monkeypatch):
     inner = {"frechet_factor_trace", "frechet_covariance_trace"}  # their gradients come with the value
     assert reached >= set(OPS) - inner
     # classes, drivers, and what has no gradient
-    others = {"GaussianStatistics", "nn", "svgd", "use", "multi_js_block_losses"}
+    others = {"GaussianStatistics", "nn", "patch", "svgd", "use", "multi_js_block_losses"}
     public = set(ivfast.__all__) - others
     assert set(NAMES) == public
 
