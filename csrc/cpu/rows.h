@@ -43,7 +43,8 @@ struct Elements {
   void* data;
   Storage storage;
 
-  explicit Elements(const Tensor& x) : data(x.data_ptr()), storage(ivfast::storage(x.scalar_type())) {}
+  explicit Elements(const Tensor& x) : Elements(x.data_ptr(), x.scalar_type()) {}
+  Elements(const void* data, ScalarType dtype) : data(const_cast<void*>(data)), storage(ivfast::storage(dtype)) {}
   double operator[](int64_t i) const {
     switch (storage) {
       case Storage::float64: return static_cast<const double*>(data)[i];

@@ -1,0 +1,39 @@
+// What the driver (inverse_root.cpp) and the kernels (inverse_root_kernel.h, once per instruction set) agree on.
+#pragma once
+
+#include <cstdint>
+
+#include "../math.h"
+
+namespace ivfast {
+
+constexpr int64_t most_rows = 128;  // of a matrix
+
+// task(argument, i) for each i of [0, tasks), in any order and at the same time; null: one after the other.
+using Parallel = void (*)(int64_t tasks, void (*task)(void*, int64_t), void* argument);
+
+// One symmetric matrix [d, d], contiguous, its inverse root, trace of the root and error, as `inverse_root` says.
+struct SymmetricMatrix {
+  const void* a;
+  int64_t d;
+  void* inverse;
+  double trace = 0, error = 0;
+  void* workspace = nullptr;
+};
+
+struct MatrixStages {
+  int64_t (*bytes)(const SymmetricMatrix&);
+  void (*run)(SymmetricMatrix&);
+};
+
+namespace avx512 {
+MatrixStages matrix_stages(Storage);
+}
+namespace avx2 {
+MatrixStages matrix_stages(Storage);
+}
+namespace generic {
+MatrixStages matrix_stages(Storage);
+}
+
+}  // namespace ivfast

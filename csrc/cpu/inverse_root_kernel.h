@@ -1,0 +1,265 @@
+// The Newton–Schulz iteration for a^−½ of a symmetric matrix, included once per instruction set.
+//
+// Matrices are [size, size] padded to whole vectors, rows `ld` apart: a vector more than `size`, since rows of a
+// power of two fall on few sets of the cache. All are polynomials in a, so that only blocks at and right of the
+// diagonal are computed, and mirrored.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "inverse_root.h"
+#include "lanes.h"
+
+namespace ivfast {
+namespace IVFAST_ISA {
+namespace {
+
+template <class T>
+struct Limits;  // ‖E‖ for a last step to E² and to E³, and full steps before it
+template <>
+struct Limits<float> {
+  static constexpr double last = 1e-2, cubic = 4e-2;  // X right to 3e-7 and 7e-7
+  static constexpr int steps = 4;                     // condition up to about 100: products in float serve
+};
+template <>
+struct Limits<double> {
+  static constexpr double last = 1e-4, cubic = 1e-3;  // 3e-13
+  static constexpr int steps = 16;                    // condition up to 10⁸
+};
+
+struct Size {
+  int64_t size, ld;
+  int64_t area() const { return size * ld; }
+};
+template <class T>
+Size padded(int64_t d) {
+  const int64_t size = round_up(d, lanes<T>);
+  return {size, size + lanes<float>};
+}
+
+// f(Σ_k a_ki b_kj, i, j) for the vectors of columns from j on, of rows i: all, or none left of the diagonal's blocks
+template <bool upper, int C, class T, class F>
+IVFAST_INLINE void column_products(const T* a, const T* b, Size s, int64_t count, int64_t j, const F& f) {
+  constexpr int R = group<T>, L = lanes<T>;
+  const int64_t end = upper ? j + C * L : s.size;
+  for (int64_t i = 0; i < end; i += R) {
+    Vec<T> acc[R][C] = {};
+    const T *left = a + i, *right = b + j;
+    for (int64_t k = 0; k < count; ++k, left += s.ld, right += s.ld) {
+      Vec<T> column[C];
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v) column[v] = at(right + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < C; ++v) acc[r][v] += left[r] * column[v];
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < C; ++v)
+      if (!upper || i / L * L <= j + v * L)
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) f(acc[r][v], i + r, j + v * L);
+  }
+}
+
+// The same for all columns; f may be called from several threads.
+template <bool upper, class T, class F>
+IVFAST_INLINE void products(const T* a, const T* b, Size s, int64_t count, Parallel parallel, const F& f) {
+  constexpr int C = IVFAST_TILE_VECTORS, L = lanes<T>;
+  const int64_t vectors = s.size / L, groups = vectors / C;
+  if (parallel && vectors == groups * C && groups % 2 == 0) {
+    auto pair = [&](int64_t task) __attribute__((always_inline)) {  // of groups with the same work together
+      column_products<upper, C>(a, b, s, count, task * C * L, f);
+      column_products<upper, C>(a, b, s, count, (groups - 1 - task) * C * L, f);
+    };
+    using Pair = decltype(pair);
+    return parallel(groups / 2, [](void* argument, int64_t task) { (*static_cast<Pair*>(argument))(task); }, &pair);
+  }
+  columns<T>(vectors, [&](auto width, int64_t j) __attribute__((always_inline)) {
+    column_products<upper, decltype(width)::value>(a, b, s, count, j, f);
+  });
+}
+
+// What is right of the diagonal's blocks, transposed, to the left of them
+template <class T>
+void mirror(T* x, Size s) {
+  constexpr int L = lanes<T>;
+  for (int64_t i = 0; i < s.size; i += L)
+    for (int64_t j = i + L; j < s.size; j += L) {
+      Vec<T> rows[L];
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) rows[r] = at(x + (i + r) * s.ld + j);
+      transpose<T>(rows);
+#pragma GCC unroll 16
+      for (int r = 0; r < L; ++r) at(x + (j + r) * s.ld + i) = rows[r];
+    }
+}
+
+// The row i of the identity at the columns from j on
+template <class T>
+IVFAST_INLINE Vec<T> identity(int64_t i, int64_t j) {
+  const auto diagonal = lane_numbers<T>() == typename Simd<T>::Bits{} + typename Simd<T>::Scalar(i - j);
+  return diagonal ? Vec<T>{} + T(1) : Vec<T>{};
+}
+
+// out = f(aᵀb, i, j) of matrices whose product is symmetric
+template <class T, class F>
+IVFAST_INLINE void symmetric_product(T* out, const T* a, const T* b, Size s, Parallel parallel, const F& f) {
+  products<true>(a, b, s, s.size, parallel, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+    at(out + i * s.ld + j) = f(sum, i, j);
+  });
+  mirror(out, s);
+}
+
+template <class T>
+double norm(const T* x, Size s) {
+  Vec<T> sum[4] = {};
+  for (int64_t i = 0; i < s.size; ++i)
+    for (int64_t j = 0; j < s.size; j += lanes<T>) sum[i % 4] += at(x + i * s.ld + j) * at(x + i * s.ld + j);
+  return std::sqrt(double(sum_lanes<T>(sum[0] + sum[1] + sum[2] + sum[3])));
+}
+
+constexpr int buffers = 5;  // of the iteration
+
+// With E = I − A: X of A^−½ in the returned buffer of the `buffers` ones from `e` on, which begins with E; null after
+// `steps` steps. error: ‖I − XAX‖ but for rounding.
+template <class T>
+const T* iterate(T* e, Size s, Parallel parallel, double& error) {
+  T *t = e + s.area(), *w = t + s.area(), *x = w + s.area(), *y = x + s.area();
+  const auto exchange = [](T*& a, T*& b) { T* const c = a; a = b, b = c; };
+  const auto plain = [&](Vec<T> sum, int64_t, int64_t) __attribute__((always_inline)) { return sum; };
+  const auto half_e = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
+    return identity<T>(i, j) + T(0.5) * at(e + i * s.ld + j);
+  };
+  for (int step = 0;; ++step) {
+    error = norm(e, s);
+    const bool last = error <= Limits<T>::cubic;
+    if (!last && (step == Limits<T>::steps || !std::isfinite(error))) return nullptr;
+    if (last && error > Limits<T>::last) {
+      symmetric_product<T>(w, e, e, s, parallel, plain);
+      symmetric_product<T>(t, w, e, s, parallel, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+        return half_e(i, j) + T(0.375) * at(w + i * s.ld + j) + T(0.3125) * sum;
+      });
+    } else {
+      symmetric_product<T>(t, e, e, s, parallel, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+        return half_e(i, j) + T(0.375) * sum;
+      });
+    }
+    if (step > 0) symmetric_product<T>(y, x, t, s, parallel, plain), exchange(x, y);
+    if (last) {
+      const double cube = error * error * error;
+      error = error > Limits<T>::last ? 35 * error * cube / 128 : 5 * cube / 16;
+      return step > 0 ? x : t;
+    }
+    if (step == 0) {
+      for (int64_t i = 0; i < s.area(); ++i) x[i] = t[i];
+    }
+    symmetric_product<T>(w, t, t, s, parallel, plain);
+    symmetric_product<T>(y, w, e, s, parallel, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+      return identity<T>(i, j) - at(w + i * s.ld + j) + sum;  // I − W (I − E)
+    });
+    exchange(e, y);
+  }
+}
+
+// Memory for `Root`, in elements of 8 bytes
+template <class T>
+int64_t root_size(int64_t d) {
+  return buffers * padded<T>(d).area() + 3 * padded<double>(padded<T>(d).size).area();
+}
+
+// a^−½ of the symmetric g [d, d] in float64, padded as `T` is
+template <class T>
+struct Root {
+  int64_t d;
+  Size s = padded<T>(d), wide = padded<double>(s.size);
+  double* g;        // [wide]
+  double *x, *m;    // X and gX in float64
+  T* iteration;     // `buffers` matrices
+  double trace = 0, error = 0;
+
+  Root(double* memory, int64_t d) : d(d), g(memory), x(g + wide.area()), m(x + wide.area()) {
+    iteration = reinterpret_cast<T*>(m + wide.area());
+  }
+
+  // Whether this arithmetic serves; x, trace and error are set if so, and NaN where g is not finite.
+  bool run(Parallel parallel) {
+    constexpr int L = lanes<double>;
+    double size = 0, bound = 0;
+    Vec<double> squares = {};
+    for (int64_t i = 0; i < d; ++i) {
+      Vec<double> sum = {};
+      for (int64_t j = 0; j < wide.size; j += L) {
+        const Vec<double> v = at(g + i * wide.ld + j);
+        sum += v < 0 ? -v : v, squares += v * v;
+      }
+      size += g[i * wide.ld + i];
+      bound = std::max(bound, sum_lanes<double>(sum));
+    }
+    const double square = sum_lanes<double>(squares);
+    if (!std::isfinite(square)) return fill(std::numeric_limits<double>::quiet_NaN());
+    if (size <= 0) return fill(0);
+    const double scale = std::max(size / double(d), std::min(bound, std::sqrt(square)) / 2.2);
+    T* const e = iteration;
+    for (int64_t i = 0; i < s.size; ++i) {
+      for (int64_t j = 0; j < s.size; ++j) e[i * s.ld + j] = T(-1 / scale * g[i * wide.ld + j]);
+      if (i < d) e[i * s.ld + i] = T(1 - g[i * wide.ld + i] / scale);
+    }
+    const T* const root = iterate<T>(e, s, parallel, error);
+    if (!root) return false;
+    const double factor = 1 / std::sqrt(scale);
+    for (int64_t i = 0; i < s.size; ++i) {
+      for (int64_t j = 0; j < s.size; ++j) x[i * wide.ld + j] = factor * double(root[i * s.ld + j]);
+      if (i >= d) x[i * wide.ld + i] = 0;
+    }
+    // One more step of order 2 on the trace alone, in float64: errors of X count in the second order
+    products<false>(g, x, wide, wide.size, parallel, [&](Vec<double> sum, int64_t i, int64_t j)
+                    __attribute__((always_inline)) { at(m + i * wide.ld + j) = sum; });
+    double* const cubic = reinterpret_cast<double*>(iteration);  // MᵀM ∘ X
+    products<true>(m, m, wide, wide.size, parallel, [&](Vec<double> sum, int64_t i, int64_t j)
+                   __attribute__((always_inline)) { at(cubic + i * wide.ld + j) = sum * at(x + i * wide.ld + j); });
+    trace = 0;
+    for (int64_t i = 0; i < d; ++i) {
+      Vec<double> sum = 0.5 * at(cubic + i * wide.ld + i / L * L);
+      for (int64_t j = i / L * L + L; j < wide.size; j += L) sum += at(cubic + i * wide.ld + j);
+      trace += 1.5 * m[i * wide.ld + i] - sum_lanes<double>(sum);
+    }
+    return true;
+  }
+
+  bool fill(double value) {
+    for (int64_t i = 0; i < wide.area(); ++i) x[i] = value;
+    trace = value, error = value;
+    return true;
+  }
+};
+
+template <class S>
+int64_t matrix_bytes(const SymmetricMatrix& matrix) {
+  return 8 * root_size<double>(matrix.d);
+}
+
+template <class S>
+void run_matrix(SymmetricMatrix& matrix) {
+  const int64_t d = matrix.d;
+  Root<double> root(static_cast<double*>(matrix.workspace), d);
+  const S* const a = static_cast<const S*>(matrix.a);
+  for (int64_t i = 0; i < root.wide.area(); ++i) root.g[i] = 0;
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) root.g[i * root.wide.ld + j] = 0.5 * (double(a[i * d + j]) + double(a[j * d + i]));
+  const bool served = root.run(nullptr);
+  S* const inverse = static_cast<S*>(matrix.inverse);
+  for (int64_t i = 0; i < d; ++i)
+    for (int64_t j = 0; j < d; ++j) inverse[i * d + j] = served ? S(root.x[i * root.wide.ld + j]) : S(NAN);
+  matrix.trace = served ? root.trace : NAN, matrix.error = root.error;
+}
+
+}  // namespace
+
+MatrixStages matrix_stages(Storage storage) {
+  if (storage == Storage::float64) return {matrix_bytes<double>, run_matrix<double>};
+  return {matrix_bytes<float>, run_matrix<float>};
+}
+
+}  // namespace IVFAST_ISA
+}  // namespace ivfast
