@@ -149,6 +149,17 @@ def train(
         Literal["ascent", "confusion"] | None,
         option(panel=_MODEL, help="IVAAE's encoder: the paper's ascent (default), or the bounded confusion."),
     ] = None,
+    fld_weight: Annotated[
+        float | None,
+        option(
+            min=0,
+            metavar="W",
+            panel=_MODEL,
+            help="Add W times the Fréchet latent distance of the batch's codes (S1, section 4) to the encoder's "
+            "objective; default: 0. B codes span B - 1 directions: with B <= D their distance is D - B + 1 at best, "
+            "and its pull shrinks them. Take B several times D.",
+        ),
+    ] = None,
     ema: Annotated[
         float | None, option(min=0, max=1, metavar="DECAY", panel=_MODEL, help="Average the weights, as in 0.999.")
     ] = None,
@@ -179,6 +190,7 @@ def train(
         "system": system, "data": data, "root": root and str(root), "epochs": epochs, "steps": steps,
         "batch_size": batch_size, "latent_dim": latent_dim, "image_size": image_size, "seed": seed, "device": device,
         "precision": precision, "compile": compile_, "ema": ema, "encoder_loss": encoder_loss,
+        "fld_weight": fld_weight,
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs

@@ -92,12 +92,12 @@ def test_options_reach_the_settings_and_training_improves(run):
     assert losses[-1] < 0.7 * losses[0]
     ivfast(
         "train", "aae", "--epochs", 1, "--batch-size", 100, "--latent-dim", 8, "--image-size", 12, "--ema", 0.9,
-        "--precision", "bf16", "--set", 'learning_rates={"default": 0.002}', "--out", "other", *SMALL,
+        "--fld-weight", 0.5, "--precision", "bf16", "--set", 'learning_rates={"default": 0.002}', "--out", "other", *SMALL,
     )  # fmt: skip
     saved = json.loads(Path("other/config.json").read_text())
     expected = {
         "system": "wae-gan", "batch_size": 100, "latent_dim": 8, "image_size": 12, "ema": 0.9, "precision": "bf16",
-        "learning_rates": {"default": 0.002},
+        "fld_weight": 0.5, "learning_rates": {"default": 0.002},
     }  # fmt: skip
     assert {name: saved[name] for name in expected} == expected
     system, _ = load_system("other")
@@ -187,6 +187,7 @@ ERRORS = {
     "setting of a wrong type": (["train", "--set", "lam=much"], r"--set lam takes a JSON value like 1.0, got 'much'"),
     "setting that is no JSON": (["train", "--set", "tensorboard=False"], r"tensorboard takes .*like true, got 'False'"),
     "batch too large": (["train", "--batch-size", "5000"], r"batch_size must be at most .*1497, got 5000"),
+    "one code": (["train", "--fld-weight", "1", "--batch-size", "1"], r"fld_weight needs a batch_size of at least 2"),
     "no such device": (["train", "--device", "gpu"], r"--device must be cpu, cuda or cuda:N, got 'gpu'"),
     "absent device": (["train", "--device", "cuda:99"], r"--device cuda:99 is not there: torch .* use --device cpu"),
     "resume what": (["train", "--resume"], r"--resume needs the run's folder by --out"),

@@ -166,6 +166,40 @@ def test_wae_mmd_is_its_equations():
     assert_same(*found, expected, parameters_of(reference, "encoder", "decoder"))
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_fld_weight_adds_the_weighted_distance_of_the_codes(name):
+    system, plain = (build(small(name, fld_weight=w, seed=1), SHAPE) for w in (0.3, 0.0))
+    x = torch.rand(32, *SHAPE) * 2 - 1
+    state = torch.get_rng_state()
+    shared, phase = system.share(x), system.phases[-1]
+    terms, gradients = losses_and_gradients(system, phase, shared)
+    torch.set_rng_state(state)
+    without, before = losses_and_gradients(plain, plain.phases[-1], plain.share(x))
+    assert terms.keys() - without.keys() == {"fld"}
+    assert all(torch.equal(terms[name], value) for name, value in without.items())
+
+    reference = doubled(system)
+    z = reference["encoder"](x.double())
+    sigma = torch.cov(z.mT)  # ‖μ‖² + Tr(Σ + I) − 2 Tr √Σ
+    expected = 0.3 * (z.mean(0).square().sum() + sigma.trace() + 8 - 2 * torch.linalg.eigvalsh(sigma).sqrt().sum())
+    assert error(terms["fld"], expected) < 2e-5
+    parameters = parameters_of(reference, "encoder")
+    for ours, theirs, g in zip(gradients, before, torch.autograd.grad(expected, parameters), strict=False):
+        assert error(ours - theirs, g) < 2e-3  # a difference of float32 gradients
+    assert all(map(torch.equal, gradients[len(parameters) :], before[len(parameters) :]))  # the decoder's
+
+
+def test_fld_weight_brings_the_codes_to_the_prior(digits, tmp_path):
+    def trained(w):
+        system = build(small("wae-mmd", fld_weight=w, batch_size=64, steps=60, seed=1), SHAPE)
+        history = fit(system, digits, system.settings, tmp_path / str(w))
+        return float(ivfast.fld(system.encode(as_images(digits)).detach())), history
+
+    (without, _), (distance, history) = trained(0.0), trained(10.0)
+    assert distance < 0.5 * without
+    assert any("fld" in name for record in history for name in record.get("losses", {}))
+
+
 @pytest.mark.parametrize("name", IVAAE)
 def test_one_bridge_is_the_two_class_form_of_aae(name):
     system = build(small(name, t=1), SHAPE)

@@ -36,6 +36,8 @@ class Settings:
         t: number of bridges after the code itself; the discriminator names t + 1 distributions.
         lam, mu1, mu2: λ of S1 on the reconstruction (for the WAE systems on the penalty), μ₁ and μ₂ on the
             cross-entropy of discriminator and encoder; None is S1's 4/(t+1) and 2/(t+1).
+        fld_weight: weight, in the encoder's objective, of the batch's Fréchet latent distance; wants batch_size well
+            above latent_dim.
         encoder_loss: "ascent" on the cross-entropy, S1's, or "confusion", descent towards the uniform label.
         log_every: steps per line of the log, and per look at the losses.
         evaluate_every, save_every: epochs between metrics and pictures, and between checkpoints.
@@ -70,6 +72,7 @@ class Settings:
     lam: float = 1.0
     mu1: float | None = None
     mu2: float | None = None
+    fld_weight: float = 0.0
     encoder_loss: str = "ascent"
     log_every: int = 50
     evaluate_every: int = 10
@@ -86,9 +89,11 @@ class Settings:
                 _check.count(name, getattr(self, name))
         for name in ("depth", "discriminator_depth"):
             _check.count(name, getattr(self, name), at_least=0)
-        for name in ("lam", "mu1", "mu2"):
+        for name in ("lam", "mu1", "mu2", "fld_weight"):
             if getattr(self, name) is not None:
                 _check.number(name, getattr(self, name), non_negative=True)
+        if self.fld_weight and self.batch_size < 2:
+            raise ValueError("fld_weight needs a batch_size of at least 2, for the covariance of the codes")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema must be 0 (off) or a decay below 1, got {self.ema}")
         _check.choice("precision", self.precision, PRECISIONS)
