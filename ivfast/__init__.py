@@ -14,7 +14,9 @@ from .ops.linear_multi_js import linear_multi_js_loss
 from .ops.median import median_bandwidth
 from .ops.mmd import mmd
 from .ops.multi_js import multi_js_block_losses, multi_js_divergence, multi_js_loss
+from .ops.polar import polar
 from .ops.reconstruction import reconstruction_loss
+from .ops.sqrtm_spd import sqrtm_spd
 from .ops.svgd import svgd_direction
 from .ops.svgd_bridge import svgd_bridge
 from .sampling import svgd
@@ -43,9 +45,11 @@ __all__ = [
     "multi_js_loss",
     "nn",
     "patch",
+    "polar",
     "radial_bridge",
     "reconstruction_loss",
     "reparameterize",
+    "sqrtm_spd",
     "svgd",
     "svgd_bridge",
     "svgd_direction",

@@ -25,6 +25,13 @@ def samples(name: str, x: Tensor, *, at_least: int = 1) -> None:
         raise ValueError(f"{name} must hold n >= {at_least} samples of d >= 1 dimensions, got {tuple(shape)}")
 
 
+def square(name: str, x: Tensor) -> None:
+    """`x` holds matrices `[..., d, d]`, d >= 1, of a floating dtype."""
+    floating(name, x)
+    if x.dim() < 2 or x.shape[-1] != x.shape[-2] or not x.shape[-1]:
+        raise ValueError(f"{name} must have shape [..., d, d] with d >= 1, got {tuple(x.shape)}")
+
+
 def same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """`x` has the shape, dtype and device of `other`."""
     alike(name, x, other_name, other)

@@ -1,0 +1,71 @@
+"""Polar factors of matrices, with their gradient."""
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from .._registry import register
+from ._once import once_differentiable
+
+
+def polar(m: Tensor) -> Tensor:
+    """The polar factor U Vᵀ of m = U S Vᵀ over its numerical rank: the nearest matrix with orthonormal columns or rows.
+
+    It is also the gradient of the nuclear norm ‖m‖_*, of least norm where that has many.
+
+    Args:
+        m: matrices `[..., p, q]`.
+
+    Returns:
+        factor `[..., p, q]` in the dtype of m, computed in float64. Differentiable once, with 0 along directions
+        outside the numerical rank.
+
+    Raises:
+        TypeError, ValueError: a dtype or shape that does not fit.
+
+    Source: Higham, Functions of Matrices (2008), chapter 8.
+    """
+    _check.floating("m", m)
+    if m.dim() < 2 or 0 in m.shape[-2:]:
+        raise ValueError(f"m must have shape [..., p, q] with p, q >= 1, got {tuple(m.shape)}")
+    return _Polar.apply(m) if torch.is_grad_enabled() and m.requires_grad else _polar(m)[0]
+
+
+def polar_reference(m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The factor, and U `[..., p, k]`, 1/S `[..., k]` (0 outside the rank) and Vᵀ `[..., k, q]` in float64."""
+    U, S, Vh = torch.linalg.svd(m.double(), full_matrices=False)
+    floor = S[..., :1] * max(m.shape[-2:]) * torch.finfo(S.dtype).eps
+    kept = floor < S
+    inverse = torch.where(kept, 1 / torch.where(kept, S, 1), 0)
+    return ((U * kept.unsqueeze(-2)) @ Vh).to(m.dtype), U, inverse, Vh
+
+
+class _Polar(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, m):
+        factor, U, inverse, Vh = _polar(m)
+        ctx.save_for_backward(U, inverse, Vh)
+        return factor
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """Skew part within the rank over s_i + s_j; what is outside U's columns and V's rows over s."""
+        U, inverse, Vh = ctx.saved_tensors
+        G = grad.double()
+        kept = inverse > 0
+        s = torch.where(kept, 1 / torch.where(kept, inverse, 1), 0)
+        both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
+        sums = torch.where(both, s.unsqueeze(-1) + s.unsqueeze(-2), 1)
+        U, Vh = U * kept.unsqueeze(-2), Vh * kept.unsqueeze(-1)
+        inner = U.mT @ G @ Vh.mT
+        gradient = U @ ((inner - inner.mT) / sums) @ Vh
+        left, right = G @ Vh.mT * inverse.unsqueeze(-2), U.mT @ G * inverse.unsqueeze(-1)
+        gradient = gradient + (left - U @ (U.mT @ left)) @ Vh + U @ (right - (right @ Vh.mT) @ Vh)
+        return gradient.to(grad.dtype)
+
+
+_polar = register(
+    "polar(Tensor m) -> (Tensor factor, Tensor u, Tensor inverse, Tensor vh)",
+    reference=polar_reference,
+)
