@@ -75,7 +75,7 @@ def variants() -> list[Variant]:
         given = {"p_logits": x, "p_weights": weights, "p_out": y, "s_high": "fp32", "s_low": "fp32", "start": "i64"}
         given |= {"SMOOTH": int(weighted), "GRADIENT": 1, "ROWS": rows, "COLUMNS": columns}
         found.append(filled("multi_js._rows_kernel", multi_js.OPTIONS, **given))
-    found += blocks_variants()
+    found += blocks_variants() + statistics_variants()
     return found + svgd_variants() + median_variants() + bridge_variants() + mmd_variants() + as_distance_variants()
 
 
@@ -134,6 +134,17 @@ def sample_loss_variants() -> list[Variant]:
             for kind in kinds:
                 tile = {"KIND": kind, "ROWS": rows, "COLUMNS": columns}
                 found.append(some(f"reconstruction.{step}", reconstruction.OPTIONS, **given, **tile))
+    return found
+
+
+def statistics_variants() -> list[Variant]:
+    from ivfast.kernels import statistics
+
+    found = []
+    for d, dtype, ones in ((64, "fp32", {}), (256, "bf16", {}), (1, "fp16", {"n": 1, "d": 1})):
+        given = {"p_x": f"*{dtype}:16", "p_means": "*fp64:16", "p_parts": "*fp64:16", "share": "i32:16", **ones}
+        given |= {"BLOCKS": -(-d // statistics.BLOCK), "ROWS": statistics.ROWS, "BLOCK": statistics.BLOCK}
+        found.append(filled("statistics._scatter_kernel", statistics.OPTIONS, **given))
     return found
 
 

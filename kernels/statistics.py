@@ -1,0 +1,99 @@
+"""Means and centred products of chunks of a batch in Triton, in one pass over it.
+
+A program takes the rows of a chunk tile by tile and sums, about the mean c of the first tile, s = Σ (x − c) and
+P = Σ (x − c)(x − c)ᵀ. The chunk's own mean is c + s/n and its scatter P − s sᵀ/n, of which c, by then a good guess,
+leaves little to cancel: |s/n|² is 1/ROWS of the variance where rows come in no order. Chunks are merged as Chan's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+ROWS = 32  # of a tile: with twice as many, the code for sm_80 spills
+BLOCK = 64  # dimensions of a tile; a program has the products of one pair of such blocks
+PROGRAMS = 264  # that occupy a GPU: two for each processor of an H100
+CHUNK = 4096  # rows of a chunk at most: a float32 sum of so many squares strays by 1e-6
+# fusion stated, since its default differs between versions of Triton
+OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
+
+ACCEPTED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _tile(p_x, first, last, column, d, ROWS: tl.constexpr):
+    """Rows [first, first + ROWS) in float32, which of their elements exist, and the rest 0."""
+    row = first + tl.arange(0, ROWS)
+    mask = (row < last)[:, None] & (column < d)[None, :]
+    return tl.load(p_x + row[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float32), mask
+
+
+@triton.jit
+def _origin(p_x, first, last, column, d, ROWS: tl.constexpr):
+    """The mean c of the first tile, and a power of two λ: λ(x − c) is about 1, so that its squares are no 0 or ∞ unless
+    later rows are 1e18 times as far from c or as near."""
+    b_first = tl.load(p_x + first * d + column, mask=column < d, other=0.0).to(tl.float32)
+    b_x, mask = _tile(p_x, first, last, column, d, ROWS)
+    count = tl.minimum(last - first, ROWS).to(tl.float32)
+    # x − x₀ is exact where x is far from 0
+    c = b_first + tl.sum(tl.where(mask, (b_x - b_first[None, :]) / count, 0.0), 0)
+    largest = tl.max(tl.where(mask, tl.abs(b_x - c[None, :]), 0.0), 0)
+    exponent = tl.minimum(largest.to(tl.int32, bitcast=True) >> 23, 253)
+    return c, tl.where(largest > 0, (254 - exponent) << 23, 127 << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _scatter_kernel(p_x, p_means, p_parts, n, d, share, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    i_part = tl.program_id(0).to(tl.int64)
+    # the pair i <= j of blocks of dimensions
+    i, j = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
+    if i > j:
+        return
+    first = i_part * share
+    last = tl.minimum(first + share, n)
+    column_i, column_j = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK)
+
+    c_i, scale_i = _origin(p_x, first, last, column_i, d, ROWS)
+    c_j, scale_j = _origin(p_x, first, last, column_j, d, ROWS)
+
+    P = tl.zeros([BLOCK, BLOCK], tl.float32)
+    s_i, s_j = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(first, last, ROWS):
+        b_i, mask_i = _tile(p_x, start, last, column_i, d, ROWS)
+        b_i = tl.where(mask_i, b_i - c_i[None, :], 0.0) * scale_i[None, :]
+        b_j = b_i
+        if BLOCKS > 1:
+            b_j, mask_j = _tile(p_x, start, last, column_j, d, ROWS)
+            b_j = tl.where(mask_j, b_j - c_j[None, :], 0.0) * scale_j[None, :]
+        s_i += tl.sum(b_i, 0)
+        s_j += tl.sum(b_j, 0)
+        P = tl.dot(tl.trans(b_i), b_j, P, input_precision="ieee")
+
+    # in float64, whose range holds the squares of float32's
+    count = (last - first).to(tl.float64)
+    shift_i, shift_j = s_i.to(tl.float64) / count, s_j.to(tl.float64)
+    S = P.to(tl.float64) - shift_i[:, None] * shift_j[None, :]
+    S = S / scale_i.to(tl.float64)[:, None] / scale_j.to(tl.float64)[None, :]
+    inside = (column_i < d)[:, None] & (column_j < d)[None, :]
+    tl.store(p_parts + (i_part * d + column_i[:, None]) * d + column_j[None, :], S, mask=inside)
+    if i == j:
+        mean = c_i.to(tl.float64) + shift_i / scale_i.to(tl.float64)
+        tl.store(p_means + i_part * d + column_i, mean, mask=column_i < d)
+
+
+def forward(x):
+    """Rows of a chunk (the last may have less), the means `[k, d]` of chunks of x `[n, d]`, and the sum `[d, d]` of
+    their scatters, its upper triangle alone; in float64."""
+    if x.dtype not in ACCEPTED:
+        raise TypeError(f"x in Triton must be float32, bfloat16 or float16, got {x.dtype}")
+    n, d = x.shape
+    blocks = triton.cdiv(d, BLOCK)
+    tiles = triton.cdiv(n, ROWS)
+    share = min(CHUNK, ROWS * max(1, triton.cdiv(tiles * blocks, PROGRAMS)))
+    chunks = triton.cdiv(n, share)
+    means, parts = (torch.empty(chunks, *shape, dtype=torch.float64, device=x.device) for shape in ((d,), (d, d)))
+    if chunks:
+        with torch.cuda.device_of(x):
+            _scatter_kernel[chunks, blocks * blocks](
+                *(x.contiguous(), means, parts, n, d, share, blocks, ROWS, BLOCK), **OPTIONS
+            )
+    return share, means, parts.triu().sum(0)
