@@ -2,6 +2,9 @@
 
 Images come as uint8 `[n, C, H, W]`; systems take and return floats in [-1, 1]. A system is what
 `ivfast.models.build` returns; those without an encoder have no `encode`.
+
+`FrechetInceptionDistance` and `FrechetLatentDistance` are these distances as metrics of torchmetrics; asking for them
+raises ImportError where it is not installed.
 """
 
 import contextlib
@@ -10,14 +13,25 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _check
 from .classifier import Classifier
-from .ops.frechet import fld, frechet_distance
 from .statistics import GaussianStatistics
 
 BATCH = 500
+
+
+def __getattr__(name: str):
+    if name not in ("FrechetInceptionDistance", "FrechetLatentDistance"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from . import _torchmetrics
+    except ModuleNotFoundError as error:
+        if error.name != "torchmetrics":
+            raise
+        raise ImportError(f"{__name__}.{name} needs torchmetrics: pip install torchmetrics", name=error.name) from error
+    return getattr(_torchmetrics, name)
 
 
 class Reconstruction(NamedTuple):
@@ -79,7 +93,27 @@ def latent_frechet_distance(z: Tensor) -> float:
     """
     if not bool(z.isfinite().all()):
         raise ValueError("codes must be finite; the encoder has diverged")
-    return float(fld(z.double()))
+    return float(distance_to_prior(GaussianStatistics(z.shape[1]).update(z.double())))
+
+
+def distance_to_prior(codes: GaussianStatistics) -> Tensor:
+    """Fréchet distance of codes to N(0, I), a float64 scalar; errors as `distance_between`'s."""
+    prior = GaussianStatistics(len(codes.mean), device=codes.mean.device)
+    eye = torch.eye(len(codes.mean), dtype=torch.float64, device=codes.mean.device)
+    prior.load_state_dict({"mean": torch.zeros_like(codes.mean), "covariance": eye})
+    return distance_between(codes, prior)
+
+
+def distance_between(first: GaussianStatistics, second: GaussianStatistics) -> Tensor:
+    """Fréchet distance of two sets of features, a float64 scalar.
+
+    Raises:
+        ValueError: a feature that is not finite, or fewer than two samples.
+    """
+    for statistics in (first, second):
+        if not bool(statistics.mean.isfinite().all()):
+            raise ValueError("features must be finite, got NaN or infinity")
+    return first.frechet_distance(second)
 
 
 def reconstruction(system, images: Tensor) -> Reconstruction:
@@ -109,7 +143,7 @@ def feature_distance(features: Callable[[Tensor], Tensor], real: Tensor, fake: T
     `features` gets uint8 batches on `device`. Source: Heusel et al. 2017.
     """
     first, second = (feature_statistics(features, images, device) for images in (real, fake))
-    return float(frechet_distance(first.mean, first.covariance, second.mean, second.covariance))
+    return float(distance_between(first, second))
 
 
 @torch.no_grad()
@@ -137,16 +171,32 @@ def frechet_inception_distance(
     Arguments and errors as `ivfast.inception.inception`'s. Below 2,048 images a side the covariances are rank
     deficient: exact, but biased upwards.
     """
-    from .inception import inception
-
-    network = inception(weights, download=download, features=features).to(device)
-
-    def extract(x):
-        # Inception works at 299 x 299: batches of 50, as in pytorch-fid
-        maps = [network(part.expand(-1, 3, -1, -1).float() / 255)[0].mean((2, 3)) for part in x.split(50)]
-        return torch.cat(maps)
-
+    extract = InceptionFeatures(weights, download=download, features=features).to(device)
     return feature_distance(extract, real, fake, device)
+
+
+class InceptionFeatures(nn.Module):
+    """Inception's features `[n, d]` of uint8 images `[n, C, H, W]` of 1 or 3 channels, never in training mode.
+
+    Arguments and errors as `ivfast.inception.inception`'s.
+    """
+
+    def __init__(self, weights: str | Path | None = None, *, download: bool = False, features: int = 2048):
+        from .inception import inception
+
+        super().__init__()
+        self.network = inception(weights, download=download, features=features)
+        self.num_features = features
+
+    def train(self, mode: bool = True) -> "InceptionFeatures":
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"images must have 1 or 3 channels, got {images.shape[1]}")
+        # Inception works at 299 x 299: batches of 50, as in pytorch-fid
+        parts = (x.expand(-1, 3, -1, -1).float() / 255 for x in images.split(50))
+        return torch.cat([self.network(x)[0].mean((2, 3)) for x in parts])
 
 
 def frechet_classifier_distance(classifier: Classifier, real: Tensor, fake: Tensor, device="cpu") -> float:

@@ -234,6 +234,25 @@ def test_fid_is_frechets_in_pytorch_fids_features(weights):
     )
 
 
+def test_the_metric_of_torchmetrics_is_the_same_fid(weights):
+    pytest.importorskip("torchmetrics")
+    real = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
+    fake = torch.randint(0, 120, (7, 1, 16, 16), dtype=torch.uint8)
+    expected = metrics.frechet_inception_distance(real, fake, weights=weights, features=64)
+    metric = metrics.FrechetInceptionDistance(64, weights=weights).train()  # batch normalisation must not notice
+    for part in real.split(5):
+        metric.update(part, real=True)
+    metric.update(fake, real=False)
+    # the features are float32 sums, in an order that depends on the batch
+    assert metric.compute().item() == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="images must have 1 or 3 channels, got 2"):
+        metric.update(real[:, :2], real=True)
+    scaled = metrics.FrechetInceptionDistance(64, weights=weights, normalize=True)
+    scaled.update((real + 0.5) / 255, real=True)  # as torchmetrics: whole 255ths, rounded down
+    scaled.update((fake + 0.5) / 255, real=False)
+    assert scaled.compute().item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_fid_without_weights_downloads_nothing_unless_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("downloaded"))
