@@ -3,6 +3,7 @@
 import functools
 import math
 import os
+import types
 from collections.abc import Callable
 
 import torch
@@ -217,3 +218,31 @@ def as_distance_additive(mu_r: Tensor, logvar_r: Tensor, mu_g: Tensor, logvar_g:
 
     within = log_mean(mu_r, logvar_r, mu_r, logvar_r) + log_mean(mu_g, logvar_g, mu_g, logvar_g)
     return within - 2 * log_mean(mu_r, logvar_r, mu_g, logvar_g)
+
+
+def pytorch_fid(*statistics: Tensor) -> Tensor:
+    """pytorch-fid's, by SciPy's square root; SciPy 1.18 took away an argument that it passes."""
+    import scipy.linalg
+    from pytorch_fid import fid_score
+
+    linalg = fid_score.linalg
+    fid_score.linalg = types.SimpleNamespace(sqrtm=lambda a, disp: (scipy.linalg.sqrtm(a), None))
+    try:
+        return torch.tensor(fid_score.calculate_frechet_distance(*(x.numpy() for x in statistics)))
+    finally:
+        fid_score.linalg = linalg
+
+
+def torchmetrics_fid(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
+    """torchmetrics', by the eigenvalues of Σ₁Σ₂."""
+    from torchmetrics.image.fid import _compute_fid
+
+    return _compute_fid(mu1, sigma1, mu2, sigma2)
+
+
+def torch_fidelity_fid(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
+    """torch-fidelity's, in NumPy."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+
+    both = ({"mu": mu.numpy(), "sigma": sigma.numpy()} for mu, sigma in ((mu1, sigma1), (mu2, sigma2)))
+    return torch.tensor(fid_statistics_to_metric(*both, False)[KEY_METRIC_FID])

@@ -188,7 +188,7 @@ def test_nothing_is_started_after_the_deadline(monkeypatch):
 def test_every_peer_is_right(name):
     """KeOps and torch.compile take a compiler's time here; `pytest bench` and the command check them as well."""
     problem = bench.problem_of(name)
-    instance = Instance(problem, problem.sizes[0], torch.float32, "cpu")
+    instance = Instance(problem, problem.sizes[0], problem.dtypes[0], "cpu")
     for provider in problem.providers("cpu"):
         if (provider.compiles and provider.bind is not peers.bind_jax) or problem.missing(provider, "cpu"):
             continue
