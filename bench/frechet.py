@@ -13,7 +13,7 @@ from .problem import FORWARD, Problem, Provider
 
 def draw(size):
     n, d = size
-    samples = (torch.randn(n, d) @ (torch.randn(d, d) / d**0.5) + shift for shift in (0.0, 0.3))
+    samples = (torch.randn(n, d) @ (torch.eye(d) + 0.5 * torch.randn(d, d) / d**0.5) + shift for shift in (0.0, 0.3))
     return tuple(x for z in samples for x in (z.mean(0), torch.cov(z.mT)))
 
 
