@@ -245,4 +245,4 @@ def torch_fidelity_fid(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor)
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     both = ({"mu": mu.numpy(), "sigma": sigma.numpy()} for mu, sigma in ((mu1, sigma1), (mu2, sigma2)))
-    return torch.tensor(fid_statistics_to_metric(*both, False)[KEY_METRIC_FID])
+    return torch.tensor(fid_statistics_to_metric(*both, False)[KEY_METRIC_FID], dtype=torch.float64)
