@@ -86,25 +86,36 @@ class GaussianStatistics:
             self._upper += scatter
             return rows, means
         single = x.is_cpu and x.dtype != torch.float64 and len(x) >= FEW and _exact_products()
-        rows, means = math.ceil(len(x) / math.ceil(len(x) / CHUNK)), []
-        for chunk in x.split(rows):
-            mean = self._add_single(chunk) if single else None
-            if mean is None:
-                centred, mean = _centred(chunk.double())
-                self._add_products(centred)
-            means.append(mean)
-        return rows, torch.stack(means)
+        rows = math.ceil(len(x) / math.ceil(len(x) / CHUNK))
+        whole = len(x) // rows
+        together = torch.get_num_threads() if x.shape[1] <= BLOCK else 1  # small products are worth a thread each
+        groups = [*x[: whole * rows].unflatten(0, (whole, rows)).split(together), x[whole * rows :].unsqueeze(0)]
+        means = []
+        for group in filter(Tensor.numel, groups):
+            found = self._add_single(group) if single else None
+            if found is None:
+                found = torch.stack([self._add_double(chunk) for chunk in group])
+            means.append(found)
+        return rows, torch.cat(means)
 
     def _add_single(self, x: Tensor) -> Tensor | None:
-        """Add the scatter of x, in float32; its mean. None, and nothing is added, where float32 has not the range."""
-        x, mean = _centred(x.float())
-        products = [x[:, i : i + BLOCK].mT @ x[:, i:] for i in range(0, x.shape[1], BLOCK)]
-        squares = torch.cat([product.diagonal() for product in products])
-        outside = ~((squares >= LEAST) & (squares <= MOST))
-        if outside.any() and x[:, outside].any():  # those of a constant dimension are 0 and right
-            return None
+        """Add the scatter of each x[k] in float32; means. None, and nothing added, where float32 has not the range."""
+        x, means = _centred(x.float())
+        products = [torch.bmm(x[..., i : i + BLOCK].mT, x[..., i:]) for i in range(0, x.shape[-1], BLOCK)]
+        squares = torch.cat([product.diagonal(dim1=-2, dim2=-1) for product in products], -1)
+        if not (squares.min() >= LEAST and squares.max() <= MOST):
+            outside = ~((squares >= LEAST) & (squares <= MOST))
+            if (outside.unsqueeze(1) & (x != 0)).any():  # those of a constant dimension are 0 and right
+                return None
         for i, product in enumerate(products):
-            self._upper[i * BLOCK : (i + 1) * BLOCK, i * BLOCK :] += product
+            for part in product:
+                self._upper[i * BLOCK : (i + 1) * BLOCK, i * BLOCK :] += part
+        return means
+
+    def _add_double(self, x: Tensor) -> Tensor:
+        """Add the scatter of x in float64; its mean."""
+        x, mean = _centred(x.double())
+        self._add_products(x)
         return mean
 
     def _add_products(self, x: Tensor) -> None:
@@ -295,9 +306,10 @@ class GaussianStatistics:
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
     """x about its mean, exact to ε max|x − x₀| however far from 0 the mean, x₀ + mean(x − x₀); and that, in float64."""
-    rows = x - x[0]
-    shift = rows.mean(0)
-    return rows.sub_(shift), x[0].double() + shift
+    first = x[..., :1, :]
+    rows = x - first
+    shift = rows.mean(-2, keepdim=True)
+    return rows.sub_(shift), (first.double() + shift).squeeze(-2)
 
 
 def _symmetric(upper: Tensor) -> Tensor:
