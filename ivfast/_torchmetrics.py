@@ -1,7 +1,8 @@
 """Fréchet distances as metrics of torchmetrics, which `ivfast.metrics` hands out where it is installed.
 
-A state holds all that a side has seen, in float64: [[n, μᵀ], [μ, S]], `[d+1, d+1]`, with S = Σ (x − μ)(x − μ)ᵀ. States
-of batches and of ranks are reduced by `GaussianStatistics`' exact merge, in O(ranks · d²) memory.
+A state holds all that a side has seen, in float64: [[n, μᵀ], [μ, S]], `[d+1, d+1]`, with the upper triangle of
+S = Σ (x − μ)(x − μ)ᵀ. States of batches and of ranks are reduced by `GaussianStatistics`' exact merge, in
+O(ranks · d²) memory.
 """
 
 import math
@@ -28,7 +29,8 @@ class GaussianMetric(Metric):
         self.add_state(name, torch.zeros(d + 1, d + 1, dtype=torch.float64), dist_reduce_fx=_merged)
 
     def take_in(self, name: str, x: Tensor) -> None:
-        setattr(self, name, _packed(_unpacked(getattr(self, name)).update(x)))
+        state = getattr(self, name)
+        _write(state, _view(state).update(x))
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "GaussianMetric":
         """Changes nothing: the statistics are float64, and the network is as it came."""
@@ -92,7 +94,7 @@ class FrechetInceptionDistance(GaussianMetric):
         for name, state in (("real", self.real), ("fake", self.fake)):
             if state[0, 0] < 2:
                 raise RuntimeError(f"{name} images must be at least 2, got {int(state[0, 0])}")
-        return metrics.distance_between(_unpacked(self.real), _unpacked(self.fake))
+        return metrics.distance_between(_view(self.real), _view(self.fake))
 
     def forward(self, images: Tensor, real: bool) -> Tensor:
         self.update(images, real=real)
@@ -135,27 +137,28 @@ class FrechetLatentDistance(GaussianMetric):
     def compute(self) -> Tensor:
         if self.codes[0, 0] < 2:
             raise RuntimeError(f"codes must be at least 2, got {int(self.codes[0, 0])}")
-        return metrics.distance_to_prior(_unpacked(self.codes))
+        return metrics.distance_to_prior(_view(self.codes))
 
 
-def _packed(statistics: GaussianStatistics) -> Tensor:
-    state = statistics.state_dict()
-    packed = state["mean"].new_empty(len(statistics.mean) + 1, len(statistics.mean) + 1)
-    packed[0, 0] = statistics.count
-    packed[0, 1:] = packed[1:, 0] = state["mean"]
-    packed[1:, 1:] = state["scatter"]
-    return packed
-
-
-def _unpacked(state: Tensor) -> GaussianStatistics:
+def _view(state: Tensor) -> GaussianStatistics:
+    """The statistics of a state, whose scatter is the state's own memory: a copy of d² costs more than an update."""
     statistics = GaussianStatistics(len(state) - 1, device=state.device)
-    statistics.load_state_dict({"count": state[0, 0], "mean": state[0, 1:], "scatter": state[1:, 1:]})
+    statistics.count, statistics.mean, statistics._upper = int(state[0, 0]), state[0, 1:].clone(), state[1:, 1:]
     return statistics
+
+
+def _write(state: Tensor, statistics: GaussianStatistics) -> None:
+    """What `_view` leaves outside the state's memory."""
+    with torch.no_grad():
+        state[0, 0] = statistics.count
+        state[0, 1:] = state[1:, 0] = statistics.mean
 
 
 def _merged(states: Tensor) -> Tensor:
     """States `[parts, d+1, d+1]` -> the state of all, `[d+1, d+1]`."""
-    merged = _unpacked(states[0])
+    merged = states[0].clone()
+    statistics = _view(merged)
     for state in states[1:]:
-        merged.merge(_unpacked(state))
-    return _packed(merged)
+        statistics.merge(_view(state))
+    _write(merged, statistics)
+    return merged
