@@ -326,8 +326,9 @@ BENCH_HELP = """
 Measure the ops against the best other ways to compute them, on this machine.
 
 \b[bold]Ops[/bold]
-  as_distance, as_distance_additive, bridge, bridge_blockwise, gaussian,
-  linear_multi_js, median, mmd, multi_js, svgd, svgd_bridge
+  as_distance, as_distance_additive, bridge, bridge_blockwise, frechet, frechet_fld,
+  frechet_samples, gaussian, gaussian_statistics, linear_multi_js, median, mmd, multi_js, svgd,
+  svgd_bridge
 
 \b[bold]Providers[/bold]
   ivfast as it comes and each of its implementations, eager PyTorch,
