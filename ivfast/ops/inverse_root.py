@@ -88,11 +88,22 @@ def _symmetric(a: Tensor) -> Tensor:
     return (a + a.mT) / 2
 
 
+def _small_in_cuda(rows: int) -> tuple[str, ...]:
+    """Which kernels take matrices of so many rows; the order by count of operations, not by a clock."""
+    return ("cuda", "triton") if 1 <= rows <= MOST else ()
+
+
 inverse_root = register(
     "inverse_root(Tensor a) -> (Tensor inverse, Tensor trace, Tensor error)",
     reference=inverse_root_reference,
+    triton="inverse_root.forward",
+    cuda=True,
+    prefer=lambda a: _small_in_cuda(a.shape[-1]),
 )
 fld_gram = register(
     "fld_gram(Tensor z, bool gradient) -> (Tensor distance, Tensor gradient, Tensor error)",
     reference=fld_gram_reference,
+    triton="fld.forward",
+    cuda=True,
+    prefer=lambda z, _: _small_in_cuda(min(z.shape[-2:])),
 )
