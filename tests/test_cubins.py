@@ -49,6 +49,7 @@ def some(kernel: str, options: dict, **given) -> Variant:
 
     module, name = kernel.split(".")
     names = getattr(importlib.import_module(f"ivfast.kernels.{module}"), name).arg_names
+    names = {*names, "targets", "products"}
     return filled(kernel, options, **{key: value for key, value in given.items() if key in names})
 
 
@@ -75,7 +76,7 @@ def variants() -> list[Variant]:
         given = {"p_logits": x, "p_weights": weights, "p_out": y, "s_high": "fp32", "s_low": "fp32", "start": "i64"}
         given |= {"SMOOTH": int(weighted), "GRADIENT": 1, "ROWS": rows, "COLUMNS": columns}
         found.append(filled("multi_js._rows_kernel", multi_js.OPTIONS, **given))
-    found += blocks_variants() + statistics_variants()
+    found += blocks_variants() + statistics_variants() + frechet_variants()
     return found + svgd_variants() + median_variants() + bridge_variants() + mmd_variants() + as_distance_variants()
 
 
@@ -145,6 +146,25 @@ def statistics_variants() -> list[Variant]:
         given = {"p_x": f"*{dtype}:16", "p_means": "*fp64:16", "p_parts": "*fp64:16", "share": "i32:16", **ones}
         given |= {"BLOCKS": -(-d // statistics.BLOCK), "ROWS": statistics.ROWS, "BLOCK": statistics.BLOCK}
         found.append(filled("statistics._scatter_kernel", statistics.OPTIONS, **given))
+    return found
+
+
+def frechet_variants() -> list[Variant]:
+    from ivfast.kernels import fld, inverse_root
+
+    found = []
+    for m, dtype, wide, ones in ((128, "fp32", 0, {}), (64, "bf16", 1, {}), (1, "fp64", 0, {"m": 1, "d": 1})):
+        (N, block), options = inverse_root.shape_of("fld_gram", torch.float64, m)
+        given = dict.fromkeys(("p_z", "p_gradient", "p_a", "p_inverse", "p_trace"), f"*{dtype}:16")
+        given |= dict.fromkeys(("p_parts", "p_means", "p_mu", "p_work"), "*fp64:16")
+        given |= {"p_distance": "*fp64:16" if dtype == "fp64" else "*fp32:16", **ones}
+        given |= {"WIDE": wide, "N": N, "BLOCK": block, "ROWS": fld.ROWS, "products": True}
+        names = [
+            "fld._scatter_kernel",
+            "fld._gradient_kernel",
+            "fld._root_kernel" if wide else "inverse_root._root_kernel",
+        ]
+        found += [some(name, options, **given) for name in names]
     return found
 
 
@@ -325,7 +345,7 @@ def resources(cubin: bytes) -> dict[str, int]:
             for flag in ("-res-usage", "-sass")
         )
     (line,) = re.findall(r"REG:.*", usage)
-    products = len(re.findall(r"\b(?:HMMA|HGMMA|UTC[A-Z]*MMA)\b", code))
+    products = len(re.findall(r"\b(?:HMMA|DMMA|HGMMA|UTC[A-Z]*MMA)\b", code))
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", line)} | {"MMA": products}
 
 
