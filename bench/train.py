@@ -1,0 +1,442 @@
+"""A training step of S1's systems beside eager PyTorch scripts: `python -m ivfast.bench.train`.
+
+The scripts are written as authors of such papers write theirs. A Dataset hands out float images, a DataLoader stacks
+them (shuffled, in the process itself). Each network has its own `torch.optim.Adam` as it comes. D is called for one
+bridge after the other, its loss is a sum of cross-entropies; SVGD is cdist, median and exp, MMD a loop over scales.
+Where a gradient is not needed the codes are computed under no_grad, and `.item()` is called once per log line.
+
+`eager` is Algorithm 1 line by line: an update of D, one of E, one of G, each with a forward and a backward pass of its
+own. `eager-joint` is the shorter way: E and G from one backward pass. Both are ours in numbers, so noise is drawn once
+per step, E meets D as its update left it, and E and G move from the same weights: E's optimizer waits for G's
+gradients. Before anything is timed `check` compares every loss and all weights over some steps. What differs are the
+running statistics of batch normalisation, which each forward pass moves: no loss of the training reads them.
+"""
+
+import argparse
+import copy
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from ivfast import models, runs
+from ivfast.data import load
+from ivfast.train.batches import Batches
+from ivfast.train.phase import System
+from ivfast.train.run import Run
+from ivfast.train.settings import Settings
+
+from . import command, machine, memory, peers
+from .results import Results, Row, groups
+
+STEPS = 50  # of each provider, at the least
+BLOCK = 0.02  # seconds of steps in a row, so that a short step finds its own caches warm
+# Float32 sums in another order. Losses are compared over max(1, |loss|): the unbiased MMD is a difference of sums of
+# order 1. Weights are compared by how far they moved: Adam's first steps are lr times a gradient's sign, and a
+# gradient that is zero but for rounding has the sign of its rounding.
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 5e-3
+
+
+class Images(Dataset):
+    """Images as torchvision's ToTensor and Normalize(.5, .5) leave them, one by one."""
+
+    def __init__(self, images: Tensor):
+        self.images = images  # uint8 [N, C, H, W]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.images[i].float().div(127.5).sub(1)
+
+
+class Script:
+    """An eager training script; it starts from a copy of a system's weights."""
+
+    def __init__(self, system: System, images: Tensor, joint: bool = False):
+        self.settings = s = system.settings
+        self.joint = joint
+        self.networks = copy.deepcopy(system.modules)
+        self.E, self.G, self.D = (self.networks.get(name) for name in ("encoder", "decoder", "discriminator"))
+        self.optimizers = {
+            name: torch.optim.Adam(network.parameters(), lr=s.learning_rate(name), betas=tuple(s.betas))
+            for name, network in self.networks.items()
+        }
+        self.loader = DataLoader(Images(images), s.batch_size, shuffle=True, drop_last=True)
+        self.batches = self.epochs()
+        self.steps, self.log = 0, []
+
+    def epochs(self) -> Iterator[Tensor]:
+        while True:
+            yield from self.loader
+
+    def advance(self) -> None:
+        losses = self.step(next(self.batches))
+        self.steps += 1
+        if self.steps % self.settings.log_every == 0:
+            self.log.append([loss.item() for phase in losses.values() for loss in phase.values()])
+
+    def step(self, x: Tensor) -> dict[str, dict[str, Tensor]]:
+        noise = self.noise(len(x))
+        losses = {}
+        if self.D is not None:
+            losses["discriminator"] = self.update_discriminator(x, noise)
+        losses["autoencoder"] = self.encoder_gradients(x, noise)
+        if not self.joint:
+            self.decoder_gradients(x)
+        self.optimizers["encoder"].step()
+        self.optimizers["decoder"].step()
+        return losses
+
+    def update_discriminator(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad():
+            z = self.E(x)
+        losses = self.discriminator_losses(z, noise)
+        self.optimizers["discriminator"].zero_grad()
+        sum(losses.values()).backward()
+        self.optimizers["discriminator"].step()
+        return losses
+
+    def encoder_gradients(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """G's as well, which `joint` keeps."""
+        z = self.E(x)
+        losses = {"recon": self.recon_weight() * self.reconstruction(z, x), **self.penalty(z, noise)}
+        self.optimizers["encoder"].zero_grad()
+        self.optimizers["decoder"].zero_grad()
+        sum(losses.values()).backward()
+        return losses
+
+    def decoder_gradients(self, x: Tensor) -> None:
+        with torch.no_grad():
+            z = self.E(x)
+        loss = self.recon_weight() * self.reconstruction(z, x)
+        self.optimizers["decoder"].zero_grad()
+        loss.backward()
+
+    def reconstruction(self, z: Tensor, x: Tensor) -> Tensor:
+        return F.mse_loss(self.G(z), x, reduction="sum") / len(x)
+
+    def recon_weight(self) -> float:
+        return 1.0
+
+    def noise(self, n: int) -> Tensor:
+        return torch.randn(n, self.settings.latent_dim)
+
+    def discriminator_losses(self, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def penalty(self, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class WaeMmd(Script):
+    def penalty(self, z, noise):
+        return {"mmd": self.settings.lam * peers.mmd(z, noise)}
+
+
+class WaeGan(Script):
+    def discriminator_losses(self, z, noise):
+        prior, code = self.D(noise), self.D(z)
+        return {
+            "prior": F.binary_cross_entropy_with_logits(prior, torch.ones_like(prior)),
+            "code": F.binary_cross_entropy_with_logits(code, torch.zeros_like(code)),
+        }
+
+    def penalty(self, z, noise):
+        code = self.D(z)
+        return {"adversarial": self.settings.lam * F.binary_cross_entropy_with_logits(code, torch.ones_like(code))}
+
+
+class Ivaae(Script):
+    def recon_weight(self):
+        return self.settings.lam
+
+    def cross_entropy(self, z, noise):
+        """S1 Eq. 1: −mean over k and j of log D_k(T_k z_j)."""
+        total = 0
+        for k, block in enumerate(self.bridge(z, noise)):
+            logits = self.D(block)
+            total = total + F.cross_entropy(logits, torch.full((len(z),), k))
+        return total / (self.settings.t + 1)
+
+    def discriminator_losses(self, z, noise):
+        return {"intervention": 4 / (self.settings.t + 1) * self.cross_entropy(z, noise)}
+
+    def penalty(self, z, noise):
+        return {"intervention": -2 / (self.settings.t + 1) * self.cross_entropy(z, noise)}
+
+    def bridge(self, z, noise):
+        raise NotImplementedError
+
+
+class IvaaeBlockwise(Ivaae):
+    def bridge(self, z, noise):
+        t, width = self.settings.t, z.shape[1] // self.settings.t
+        return [torch.cat([noise[:, : k * width], z[:, k * width :]], 1) for k in range(t + 1)]
+
+
+class IvaaeRadial(Ivaae):
+    def bridge(self, z, noise):
+        angles = [k * math.pi / 2 / self.settings.t for k in range(self.settings.t + 1)]
+        return [math.cos(a) * z + math.sin(a) * noise for a in angles]
+
+
+class IvaaeSvgd(Ivaae):
+    def noise(self, n):
+        return torch.randn(2 * (self.settings.t - 1) + 1, n, self.settings.latent_dim)
+
+    def bridge(self, z, noise):
+        return peers.svgd_bridge(z, self.settings.t, noise)
+
+
+SCRIPTS = {
+    "wae-mmd": WaeMmd,
+    "wae-gan": WaeGan,
+    "ivaae-bw": IvaaeBlockwise,
+    "ivaae-rad": IvaaeRadial,
+    "ivaae-svgd": IvaaeSvgd,
+}
+
+
+class Setting(NamedTuple):
+    about: str
+    shape: tuple[int, int, int]
+    batch_size: int | None = None
+
+    def images(self, n: int = 4096) -> Tensor:
+        return load("digits").train if self.shape[-1] == 8 else torch.randint(256, (n, *self.shape), dtype=torch.uint8)
+
+
+SETTINGS = {
+    "mnist": Setting("S1's MNIST: perceptrons; synthetic images", (1, 64, 64)),
+    "digits": Setting("the preset: perceptrons; scikit-learn's digits", (1, 8, 8)),
+    "cifar10": Setting("S1's CIFAR-10: convolutions; synthetic images", (3, 64, 64), 32),
+}
+
+
+def settings_of(system: str, setting: str) -> Settings:
+    settings = replace(models.preset(system, setting), device="cpu")
+    return replace(settings, batch_size=SETTINGS[setting].batch_size or settings.batch_size)
+
+
+def run_of(settings: Settings, images: Tensor) -> Run:
+    system = models.build(settings, tuple(images.shape[1:]))
+    system.train()
+    return Run(system, images, settings, Path(), None)
+
+
+def check(settings: Settings, images: Tensor, joint: bool, steps: int = 3) -> tuple[float, float]:
+    """The largest error of a loss in any step, and of a network's way through all steps, of script against ours.
+
+    Two images fewer than a batch: then the number of distances is odd, and torch.median, which takes the lower of two
+    middles, finds the middle.
+    """
+    first, *seeds = torch.randint(1 << 31, (1 + steps,)).tolist()
+    settings = replace(settings, batch_size=settings.batch_size - 2, seed=first)
+    run = run_of(settings, images)
+    script = SCRIPTS[settings.system](run.system, images, joint)
+    start = copy.deepcopy(run.system.modules)
+    batches = Batches(images, settings.batch_size, settings.stream("order"))  # those of the run
+    of_losses = of_weights = 0.0
+    for seed in seeds:
+        torch.manual_seed(seed)
+        run.advance()
+        torch.manual_seed(seed)
+        losses = script.step(*batches.next())
+        ours = run.record.values[run.record.rows - 1].tolist()
+        for (phase, name), value in zip(run.record.names, ours, strict=True):
+            of_losses = max(of_losses, abs(losses[phase][name].item() - value) / max(1.0, abs(value)))
+    for name, network in start.items():
+        before, ours, theirs = (
+            torch.nn.utils.parameters_to_vector(n.parameters()).detach()
+            for n in (network, run.system.modules[name], script.networks[name])
+        )
+        of_weights = max(of_weights, float((theirs - ours).norm() / (ours - before).norm()))
+    return of_losses, of_weights
+
+
+def ours(run: Run) -> Callable[[], None]:
+    """A step of `ivfast train`: losses are read, and checked, once per line of the log."""
+
+    def advance():
+        run.advance()
+        if run.step % run.settings.log_every == 0:
+            run.record.read(run.step)
+            run.record.clear()
+
+    return advance
+
+
+def in_turns(calls: dict[str, Callable], steps: int, deadline: float) -> dict[str, list[float]]:
+    """Seconds of single steps, the providers in turns and in a rotating order."""
+    blocks = {}
+    for name, call in calls.items():
+        call()
+        blocks[name] = max(1, math.ceil(BLOCK / timed(call)))
+    samples = {name: [] for name in calls}
+    names = list(calls)
+    gc.collect()
+    gc.disable()
+    try:
+        while min(map(len, samples.values())) < steps and time.monotonic() < deadline:
+            for name in names:
+                samples[name] += [timed(calls[name]) for _ in range(blocks[name])]
+            names.append(names.pop(0))
+    finally:
+        gc.enable()
+    return samples
+
+
+def timed(call: Callable) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+class Parts:
+    """Where a run's steps spend their time: its own functions, each behind a clock."""
+
+    def __init__(self, run: Run):
+        self.samples: dict[str, list[float]] = {}
+        self.run = run
+        phases = run.system.phases
+        run.batches.next = self.clocked("batch", run.batches.next)
+        run.share = self.clocked("share", run.share)
+        names = {loss: phase.name for phase, loss in zip(phases, run.losses, strict=True)}
+        run.losses = [self.clocked(f"{names[loss]} loss", loss) for loss in run.losses]
+        for phase in phases:
+            phase.optimizer.step = self.clocked(f"{phase.name} optimizer", phase.optimizer.step)
+        update = run.update
+        run.update = lambda phase, loss, shared: self.clocked(f"{phase.name} update", update)(phase, loss, shared)
+        run.record.write = self.clocked("record", run.record.write)
+        if run.average is not None:
+            run.average.update = self.clocked("average", run.average.update)
+
+    def clocked(self, name: str, function: Callable) -> Callable:
+        def call(*arguments):
+            start = time.perf_counter()
+            result = function(*arguments)
+            self.samples.setdefault(name, []).append(time.perf_counter() - start)
+            return result
+
+        return call
+
+    def milliseconds(self) -> dict[str, float]:
+        """Medians by part, in the order of a step; what an update is beside loss and optimizer is its backward pass."""
+        medians = {name: statistics.median(values) * 1e3 for name, values in self.samples.items()}
+        found = {name: medians[name] for name in ("batch", "share")}
+        for phase in self.run.system.phases:
+            loss, optimizer, update = (medians[f"{phase.name} {part}"] for part in ("loss", "optimizer", "update"))
+            found |= {f"{phase.name} loss": loss, f"{phase.name} backward": update - loss - optimizer}
+            found[f"{phase.name} optimizer"] = optimizer
+        return found | {name: medians[name] for name in ("record", "average") if name in medians}
+
+
+def measure(system: str, setting: str, steps: int, deadline: float) -> list[Row]:
+    settings, images = settings_of(system, setting), SETTINGS[setting].images()
+    rows = {}
+    for name, joint in (("ivfast", None), ("eager", False), ("eager-joint", True)):
+        row = {"op": system, "size": [settings.batch_size, *images.shape[1:]], "dtype": "float32", "pass": setting}
+        rows[name] = row | {"provider": name, "kind": "ivfast" if joint is None else "peer"}
+        rows[name] |= {"threads": torch.get_num_threads()}
+        if joint is not None:
+            of_losses, of_weights = check(settings, images, joint)
+            rows[name] |= {"error": of_losses, "weight_error": of_weights}
+            if not (of_losses <= LOSS_TOLERANCE and of_weights <= WEIGHT_TOLERANCE):
+                raise ArithmeticError(f"{name} is not {system}: losses {of_losses:.1e}, weights {of_weights:.1e}")
+    run = run_of(settings, images)
+    scripts = {name: SCRIPTS[system](run.system, images, name == "eager-joint") for name in ("eager", "eager-joint")}
+    calls = {"ivfast": ours(run), **{name: script.advance for name, script in scripts.items()}}
+    for name, samples in in_turns(calls, steps, deadline).items():
+        rows[name] |= {"steps": len(samples)}
+        if samples:
+            rows[name] |= {"us": statistics.median(samples) * 1e6, "least_us": min(samples) * 1e6}
+        if memory.supported():
+            rows[name]["peak_bytes"] = memory.growth(calls[name])
+    parts = Parts(run)
+    for _ in range(min(steps, 20)):
+        calls["ivfast"]()
+    rows["ivfast"]["parts_ms"] = parts.milliseconds()
+    return list(rows.values())
+
+
+def markdown(report: dict) -> str:
+    about = ", ".join(f"{k} {v}" for k, v in report["machine"].items() if k != "name")
+    lines = [f"# A training step: {report['machine']['name']}", "", about, ""]
+    for session in report["sessions"]:
+        versions = ", ".join(f"{k} {v}" for k, v in session["versions"].items())
+        late = f" The time was up before: {'; '.join(session['not_started'])}." if session["not_started"] else ""
+        lines += [f"Session {session['id']}, {session['date']}: {versions}.{late}", ""]
+    lines += [
+        "Median ms of a step with its data, providers in turns in one process, each script checked against ivfast's",
+        "losses and weights first. `eager`: Algorithm 1, an update of D, of E and of G, each with its own passes;",
+        "`eager-joint`: E and G from one backward pass (`bench/train.py`). Peak: memory above what was there before",
+        "the step, MB. `ivfast` averages its weights (EMA) where the preset says so; the scripts don't.",
+        "",
+        *(f"- {name}: {setting.about}" for name, setting in SETTINGS.items()),
+        "",
+        "| system | setting | batch | threads | steps | ivfast | eager | eager-joint | eager / ivfast "
+        "| eager-joint / ivfast | peak ivfast | peak eager |",
+        "|---|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    split = []
+    for (system, size, _, setting), rows in groups(report["rows"]).items():
+        by_name = {row["provider"]: row for row in rows if row.get("us")}
+        if len(by_name) < 3:
+            continue
+        mine, eager, joint = (by_name[name] for name in ("ivfast", "eager", "eager-joint"))
+        cells = [f"{row['us'] / 1e3:.2f}" for row in (mine, eager, joint)]
+        cells += [f"{row['us'] / mine['us']:.2f}" for row in (eager, joint)]
+        cells += [f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "–" for row in (mine, eager)]
+        steps = min(row["steps"] for row in (mine, eager, joint))
+        batch = " × ".join(map(str, size))
+        lines.append(f"| {system} | {setting} | {batch} | {mine['threads']} | {steps} | {' | '.join(cells)} |")
+        parts = mine["parts_ms"]
+        told = ", ".join(f"{name} {ms:.2f} ({ms / sum(parts.values()):.0%})" for name, ms in parts.items())
+        split.append(f"- {system}, {setting}: {told}")
+    return "\n".join([*lines, "", "Where ivfast's step goes, ms:", "", *split, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("jobs", nargs="*", metavar="SYSTEM[:SETTING]", help="such as ivaae-svgd:mnist; default: all")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after so long")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each provider; fewer are written only with --out")
+    parser.add_argument("--threads", type=int, help="default: what `ivfast train` takes, 1 for small networks")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
+    options = parser.parse_args()
+    jobs = [(system, setting) for setting in SETTINGS for system in SCRIPTS]
+    jobs = [job for job in jobs if not options.jobs or {job[0], ":".join(job)} & set(options.jobs)]
+    if not jobs:
+        parser.error(f"jobs are SYSTEM or SYSTEM:SETTING of {', '.join(SCRIPTS)} and {', '.join(SETTINGS)}")
+    deadline = time.monotonic() + 60 * options.minutes
+    described = machine.describe("cpu")
+    session = {"date": machine.today(), "versions": machine.versions(), "not_started": []}
+    here = command.folder(options.out, options.steps < STEPS)
+    results = Results(described, session, here and here / f"train-{described['name']}.json")
+    for system, setting in track(jobs, "training"):
+        if time.monotonic() > deadline:
+            session["not_started"].append(f"{system} {setting}")
+            continue
+        torch.set_num_threads(described["threads"])
+        runs.use_threads(options.threads, settings_of(system, setting))
+        results.add(measure(system, setting, options.steps, deadline))
+    results.write()
+    text = markdown(results.report())
+    if results.path:
+        results.path.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
