@@ -100,7 +100,7 @@ def has_gpu_kernel(case) -> bool:
     from ivfast._registry import OPS
 
     op = OPS.get(case.op)
-    return op is not None and bool(op.triton or op.cuda)
+    return op is not None and any(part.triton or part.cuda for part in (op, *op.parts))
 
 
 def correctness(device: str, only: str, deadline: float) -> list[dict]:
