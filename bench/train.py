@@ -1,15 +1,7 @@
 """A training step of S1's systems beside eager PyTorch scripts: `python -m ivfast.bench.train`.
 
-The scripts are written as authors of such papers write theirs. A Dataset hands out float images, a DataLoader stacks
-them (shuffled, in the process itself). Each network has its own `torch.optim.Adam` as it comes. D is called for one
-bridge after the other, its loss is a sum of cross-entropies; SVGD is cdist, median and exp, MMD a loop over scales.
-Where a gradient is not needed the codes are computed under no_grad, and `.item()` is called once per log line.
-
-`eager` is Algorithm 1 line by line: an update of D, one of E, one of G, each with a forward and a backward pass of its
-own. `eager-joint` is the shorter way: E and G from one backward pass. Both are ours in numbers, so noise is drawn once
-per step, E meets D as its update left it, and E and G move from the same weights: E's optimizer waits for G's
-gradients. Before anything is timed `check` compares every loss and all weights over some steps. What differs are the
-running statistics of batch normalisation, which each forward pass moves: no loss of the training reads them.
+The scripts are those of `eager.py`: `eager` updates D, E and G one after the other, `eager-joint` E and G by one
+backward pass. `check` compares every loss and all weights over some steps before anything is timed.
 """
 
 import argparse
@@ -18,7 +10,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,17 +18,15 @@ from typing import NamedTuple
 import torch
 from rich.progress import track
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from ivfast import models, runs
 from ivfast.data import load
 from ivfast.train.batches import Batches
-from ivfast.train.phase import System
 from ivfast.train.run import Run
 from ivfast.train.settings import Settings
 
-from . import command, machine, memory, peers
+from . import command, machine, memory
+from .eager import SCRIPTS
 from .results import Results, Row, groups
 
 STEPS = 50  # of each provider, at the least
@@ -45,167 +35,6 @@ BLOCK = 0.02  # seconds of steps in a row, so that a short step finds its own ca
 # order 1. Weights are compared by how far they moved: Adam's first steps are lr times a gradient's sign, and a
 # gradient that is zero but for rounding has the sign of its rounding.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 5e-3
-
-
-class Images(Dataset):
-    """Images as torchvision's ToTensor and Normalize(.5, .5) leave them, one by one."""
-
-    def __init__(self, images: Tensor):
-        self.images = images  # uint8 [N, C, H, W]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, i: int) -> Tensor:
-        return self.images[i].float().div(127.5).sub(1)
-
-
-class Script:
-    """An eager training script; it starts from a copy of a system's weights."""
-
-    def __init__(self, system: System, images: Tensor, joint: bool = False):
-        self.settings = s = system.settings
-        self.joint = joint
-        self.networks = copy.deepcopy(system.modules)
-        self.E, self.G, self.D = (self.networks.get(name) for name in ("encoder", "decoder", "discriminator"))
-        self.optimizers = {
-            name: torch.optim.Adam(network.parameters(), lr=s.learning_rate(name), betas=tuple(s.betas))
-            for name, network in self.networks.items()
-        }
-        self.loader = DataLoader(Images(images), s.batch_size, shuffle=True, drop_last=True)
-        self.batches = self.epochs()
-        self.steps, self.log = 0, []
-
-    def epochs(self) -> Iterator[Tensor]:
-        while True:
-            yield from self.loader
-
-    def advance(self) -> None:
-        losses = self.step(next(self.batches))
-        self.steps += 1
-        if self.steps % self.settings.log_every == 0:
-            self.log.append([loss.item() for phase in losses.values() for loss in phase.values()])
-
-    def step(self, x: Tensor) -> dict[str, dict[str, Tensor]]:
-        noise = self.noise(len(x))
-        losses = {}
-        if self.D is not None:
-            losses["discriminator"] = self.update_discriminator(x, noise)
-        losses["autoencoder"] = self.encoder_gradients(x, noise)
-        if not self.joint:
-            self.decoder_gradients(x)
-        self.optimizers["encoder"].step()
-        self.optimizers["decoder"].step()
-        return losses
-
-    def update_discriminator(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            z = self.E(x)
-        losses = self.discriminator_losses(z, noise)
-        self.optimizers["discriminator"].zero_grad()
-        sum(losses.values()).backward()
-        self.optimizers["discriminator"].step()
-        return losses
-
-    def encoder_gradients(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """G's as well, which `joint` keeps."""
-        z = self.E(x)
-        losses = {"recon": self.recon_weight() * self.reconstruction(z, x), **self.penalty(z, noise)}
-        self.optimizers["encoder"].zero_grad()
-        self.optimizers["decoder"].zero_grad()
-        sum(losses.values()).backward()
-        return losses
-
-    def decoder_gradients(self, x: Tensor) -> None:
-        with torch.no_grad():
-            z = self.E(x)
-        loss = self.recon_weight() * self.reconstruction(z, x)
-        self.optimizers["decoder"].zero_grad()
-        loss.backward()
-
-    def reconstruction(self, z: Tensor, x: Tensor) -> Tensor:
-        return F.mse_loss(self.G(z), x, reduction="sum") / len(x)
-
-    def recon_weight(self) -> float:
-        return 1.0
-
-    def noise(self, n: int) -> Tensor:
-        return torch.randn(n, self.settings.latent_dim)
-
-    def discriminator_losses(self, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-    def penalty(self, z: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        raise NotImplementedError
-
-
-class WaeMmd(Script):
-    def penalty(self, z, noise):
-        return {"mmd": self.settings.lam * peers.mmd(z, noise)}
-
-
-class WaeGan(Script):
-    def discriminator_losses(self, z, noise):
-        prior, code = self.D(noise), self.D(z)
-        return {
-            "prior": F.binary_cross_entropy_with_logits(prior, torch.ones_like(prior)),
-            "code": F.binary_cross_entropy_with_logits(code, torch.zeros_like(code)),
-        }
-
-    def penalty(self, z, noise):
-        code = self.D(z)
-        return {"adversarial": self.settings.lam * F.binary_cross_entropy_with_logits(code, torch.ones_like(code))}
-
-
-class Ivaae(Script):
-    def recon_weight(self):
-        return self.settings.lam
-
-    def cross_entropy(self, z, noise):
-        """S1 Eq. 1: −mean over k and j of log D_k(T_k z_j)."""
-        total = 0
-        for k, block in enumerate(self.bridge(z, noise)):
-            logits = self.D(block)
-            total = total + F.cross_entropy(logits, torch.full((len(z),), k))
-        return total / (self.settings.t + 1)
-
-    def discriminator_losses(self, z, noise):
-        return {"intervention": 4 / (self.settings.t + 1) * self.cross_entropy(z, noise)}
-
-    def penalty(self, z, noise):
-        return {"intervention": -2 / (self.settings.t + 1) * self.cross_entropy(z, noise)}
-
-    def bridge(self, z, noise):
-        raise NotImplementedError
-
-
-class IvaaeBlockwise(Ivaae):
-    def bridge(self, z, noise):
-        t, width = self.settings.t, z.shape[1] // self.settings.t
-        return [torch.cat([noise[:, : k * width], z[:, k * width :]], 1) for k in range(t + 1)]
-
-
-class IvaaeRadial(Ivaae):
-    def bridge(self, z, noise):
-        angles = [k * math.pi / 2 / self.settings.t for k in range(self.settings.t + 1)]
-        return [math.cos(a) * z + math.sin(a) * noise for a in angles]
-
-
-class IvaaeSvgd(Ivaae):
-    def noise(self, n):
-        return torch.randn(2 * (self.settings.t - 1) + 1, n, self.settings.latent_dim)
-
-    def bridge(self, z, noise):
-        return peers.svgd_bridge(z, self.settings.t, noise)
-
-
-SCRIPTS = {
-    "wae-mmd": WaeMmd,
-    "wae-gan": WaeGan,
-    "ivaae-bw": IvaaeBlockwise,
-    "ivaae-rad": IvaaeRadial,
-    "ivaae-svgd": IvaaeSvgd,
-}
 
 
 class Setting(NamedTuple):
@@ -288,13 +117,14 @@ def in_turns(calls: dict[str, Callable], steps: int, deadline: float) -> dict[st
     gc.collect()
     gc.disable()
     try:
-        while min(map(len, samples.values())) < steps and time.monotonic() < deadline:
+        while True:
             for name in names:
                 samples[name] += [timed(calls[name]) for _ in range(blocks[name])]
             names.append(names.pop(0))
+            if min(map(len, samples.values())) >= steps or time.monotonic() > deadline:
+                return samples
     finally:
         gc.enable()
-    return samples
 
 
 def timed(call: Callable) -> float:
@@ -358,9 +188,7 @@ def measure(system: str, setting: str, steps: int, deadline: float) -> list[Row]
     scripts = {name: SCRIPTS[system](run.system, images, name == "eager-joint") for name in ("eager", "eager-joint")}
     calls = {"ivfast": ours(run), **{name: script.advance for name, script in scripts.items()}}
     for name, samples in in_turns(calls, steps, deadline).items():
-        rows[name] |= {"steps": len(samples)}
-        if samples:
-            rows[name] |= {"us": statistics.median(samples) * 1e6, "least_us": min(samples) * 1e6}
+        rows[name] |= {"us": statistics.median(samples) * 1e6, "least_us": min(samples) * 1e6, "steps": len(samples)}
         if memory.supported():
             rows[name]["peak_bytes"] = memory.growth(calls[name])
     parts = Parts(run)
@@ -380,7 +208,7 @@ def markdown(report: dict) -> str:
     lines += [
         "Median ms of a step with its data, providers in turns in one process, each script checked against ivfast's",
         "losses and weights first. `eager`: Algorithm 1, an update of D, of E and of G, each with its own passes;",
-        "`eager-joint`: E and G from one backward pass (`bench/train.py`). Peak: memory above what was there before",
+        "`eager-joint`: E and G from one backward pass (`bench/eager.py`). Peak: memory above what was there before",
         "the step, MB. `ivfast` averages its weights (EMA) where the preset says so; the scripts don't.",
         "",
         *(f"- {name}: {setting.about}" for name, setting in SETTINGS.items()),
@@ -391,9 +219,7 @@ def markdown(report: dict) -> str:
     ]
     split = []
     for (system, size, _, setting), rows in groups(report["rows"]).items():
-        by_name = {row["provider"]: row for row in rows if row.get("us")}
-        if len(by_name) < 3:
-            continue
+        by_name = {row["provider"]: row for row in rows}
         mine, eager, joint = (by_name[name] for name in ("ivfast", "eager", "eager-joint"))
         cells = [f"{row['us'] / 1e3:.2f}" for row in (mine, eager, joint)]
         cells += [f"{row['us'] / mine['us']:.2f}" for row in (eager, joint)]
@@ -407,18 +233,20 @@ def markdown(report: dict) -> str:
     return "\n".join([*lines, "", "Where ivfast's step goes, ms:", "", *split, ""])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("jobs", nargs="*", metavar="SYSTEM[:SETTING]", help="such as ivaae-svgd:mnist; default: all")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start nothing new after so long")
+    parser.add_argument("jobs", nargs="*", metavar="SYSTEM[:SETTING]", help="such as ivaae-svgd:mnist (default: all)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after so long a turn ends and no job begins")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each provider; fewer are written only with --out")
     parser.add_argument("--threads", type=int, help="default: what `ivfast train` takes, 1 for small networks")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
-    options = parser.parse_args()
-    jobs = [(system, setting) for setting in SETTINGS for system in SCRIPTS]
-    jobs = [job for job in jobs if not options.jobs or {job[0], ":".join(job)} & set(options.jobs)]
-    if not jobs:
-        parser.error(f"jobs are SYSTEM or SYSTEM:SETTING of {', '.join(SCRIPTS)} and {', '.join(SETTINGS)}")
+    options = parser.parse_args(arguments)
+    every = [(system, setting) for setting in SETTINGS for system in SCRIPTS]
+    unknown = set(options.jobs).difference(SCRIPTS, map(":".join, every))
+    if unknown:
+        known = f"SYSTEM of {', '.join(SCRIPTS)}, SETTING of {', '.join(SETTINGS)}"
+        parser.error(f"jobs are SYSTEM or SYSTEM:SETTING ({known}), got {', '.join(sorted(unknown))}")
+    jobs = [job for job in every if not options.jobs or {job[0], ":".join(job)} & set(options.jobs)]
     deadline = time.monotonic() + 60 * options.minutes
     described = machine.describe("cpu")
     session = {"date": machine.today(), "versions": machine.versions(), "not_started": []}
