@@ -1,7 +1,8 @@
 """A training step of S1's systems beside eager PyTorch scripts: `python -m ivfast.bench.train`.
 
 The scripts are those of `eager.py`: `eager` updates D, E and G one after the other, `eager-joint` E and G by one
-backward pass. `check` compares every loss and all weights over some steps before anything is timed.
+backward pass. `check` compares every loss and all weights over some steps before anything is timed. A system takes half
+a minute with perceptrons and a quarter of an hour with convolutions on two cores.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from ivfast.train.batches import Batches
 from ivfast.train.run import Run
 from ivfast.train.settings import Settings
 
-from . import command, machine, memory
+from . import command, machine, memory, tables
 from .eager import SCRIPTS
 from .results import Results, Row, groups
 
@@ -35,15 +36,13 @@ BLOCK = 0.02  # seconds of steps in a row, so that a short step finds its own ca
 # order 1. Weights are compared by how far they moved: Adam's first steps are lr times a gradient's sign, and a
 # gradient that is zero but for rounding has the sign of its rounding.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 5e-3
+JOINT = {"eager": False, "eager-joint": True}
 
 
 class Setting(NamedTuple):
     about: str
     shape: tuple[int, int, int]
-    batch_size: int | None = None
-
-    def images(self, n: int = 4096) -> Tensor:
-        return load("digits").train if self.shape[-1] == 8 else torch.randint(256, (n, *self.shape), dtype=torch.uint8)
+    batch_size: int | None = None  # in place of the preset's
 
 
 SETTINGS = {
@@ -58,6 +57,12 @@ def settings_of(system: str, setting: str) -> Settings:
     return replace(settings, batch_size=SETTINGS[setting].batch_size or settings.batch_size)
 
 
+def images_of(setting: str) -> Tensor:
+    if setting == "digits":
+        return load("digits").train
+    return torch.randint(256, (4096, *SETTINGS[setting].shape), dtype=torch.uint8)
+
+
 def run_of(settings: Settings, images: Tensor) -> Run:
     system = models.build(settings, tuple(images.shape[1:]))
     system.train()
@@ -65,10 +70,10 @@ def run_of(settings: Settings, images: Tensor) -> Run:
 
 
 def check(settings: Settings, images: Tensor, joint: bool, steps: int = 3) -> tuple[float, float]:
-    """The largest error of a loss in any step, and of a network's way through all steps, of script against ours.
+    """Errors of a script against ivfast: the largest of a loss in any step, and of the way that a network went.
 
-    Two images fewer than a batch: then the number of distances is odd, and torch.median, which takes the lower of two
-    middles, finds the middle.
+    Weights, batches and noise are the same, and drawn anew for each check. Batches are two images short: then the
+    number of distances is odd, and torch.median, which takes the lower of two middles, finds the middle.
     """
     first, *seeds = torch.randint(1 << 31, (1 + steps,)).tolist()
     settings = replace(settings, batch_size=settings.batch_size - 2, seed=first)
@@ -76,7 +81,7 @@ def check(settings: Settings, images: Tensor, joint: bool, steps: int = 3) -> tu
     script = SCRIPTS[settings.system](run.system, images, joint)
     start = copy.deepcopy(run.system.modules)
     batches = Batches(images, settings.batch_size, settings.stream("order"))  # those of the run
-    of_losses = of_weights = 0.0
+    of_losses, of_weights = [], []
     for seed in seeds:
         torch.manual_seed(seed)
         run.advance()
@@ -84,17 +89,21 @@ def check(settings: Settings, images: Tensor, joint: bool, steps: int = 3) -> tu
         losses = script.step(*batches.next())
         ours = run.record.values[run.record.rows - 1].tolist()
         for (phase, name), value in zip(run.record.names, ours, strict=True):
-            of_losses = max(of_losses, abs(losses[phase][name].item() - value) / max(1.0, abs(value)))
+            of_losses.append(abs(losses[phase][name].item() - value) / max(1.0, abs(value)))
     for name, network in start.items():
         before, ours, theirs = (
             torch.nn.utils.parameters_to_vector(n.parameters()).detach()
             for n in (network, run.system.modules[name], script.networks[name])
         )
-        of_weights = max(of_weights, float((theirs - ours).norm() / (ours - before).norm()))
-    return of_losses, of_weights
+        of_weights.append(float((theirs - ours).norm() / (ours - before).norm()))
+    return largest(of_losses), largest(of_weights)
 
 
-def ours(run: Run) -> Callable[[], None]:
+def largest(errors: list[float]) -> float:
+    return float(torch.tensor(errors).max())  # NaN if one is
+
+
+def step_of(run: Run) -> Callable[[], None]:
     """A step of `ivfast train`: losses are read, and checked, once per line of the log."""
 
     def advance():
@@ -172,30 +181,32 @@ class Parts:
         return found | {name: medians[name] for name in ("record", "average") if name in medians}
 
 
+def checked(settings: Settings, images: Tensor, name: str) -> dict[str, float]:
+    of_losses, of_weights = check(settings, images, JOINT[name])
+    if not (of_losses <= LOSS_TOLERANCE and of_weights <= WEIGHT_TOLERANCE):
+        raise ArithmeticError(f"{name} is not {settings.system}: losses {of_losses:.1e}, weights {of_weights:.1e}")
+    return {"error": of_losses, "weight_error": of_weights}
+
+
 def measure(system: str, setting: str, steps: int, deadline: float) -> list[Row]:
-    settings, images = settings_of(system, setting), SETTINGS[setting].images()
-    rows = {}
-    for name, joint in (("ivfast", None), ("eager", False), ("eager-joint", True)):
-        row = {"op": system, "size": [settings.batch_size, *images.shape[1:]], "dtype": "float32", "pass": setting}
-        rows[name] = row | {"provider": name, "kind": "ivfast" if joint is None else "peer"}
-        rows[name] |= {"threads": torch.get_num_threads()}
-        if joint is not None:
-            of_losses, of_weights = check(settings, images, joint)
-            rows[name] |= {"error": of_losses, "weight_error": of_weights}
-            if not (of_losses <= LOSS_TOLERANCE and of_weights <= WEIGHT_TOLERANCE):
-                raise ArithmeticError(f"{name} is not {system}: losses {of_losses:.1e}, weights {of_weights:.1e}")
+    settings, images = settings_of(system, setting), images_of(setting)
+    errors = {name: checked(settings, images, name) for name in JOINT}
     run = run_of(settings, images)
-    scripts = {name: SCRIPTS[system](run.system, images, name == "eager-joint") for name in ("eager", "eager-joint")}
-    calls = {"ivfast": ours(run), **{name: script.advance for name, script in scripts.items()}}
-    for name, samples in in_turns(calls, steps, deadline).items():
-        rows[name] |= {"us": statistics.median(samples) * 1e6, "least_us": min(samples) * 1e6, "steps": len(samples)}
-        if memory.supported():
-            rows[name]["peak_bytes"] = memory.growth(calls[name])
+    scripts = {name: SCRIPTS[system](run.system, images, joint) for name, joint in JOINT.items()}
+    calls = {"ivfast": step_of(run), **{name: script.advance for name, script in scripts.items()}}
+    samples = in_turns(calls, steps, deadline)
+    peaks = {name: memory.growth(call) for name, call in calls.items()} if memory.supported() else {}
     parts = Parts(run)
     for _ in range(min(steps, 20)):
         calls["ivfast"]()
-    rows["ivfast"]["parts_ms"] = parts.milliseconds()
-    return list(rows.values())
+    size, threads = [settings.batch_size, *images.shape[1:]], torch.get_num_threads()
+    about = {"op": system, "size": size, "dtype": "float32", "pass": setting, "threads": threads}
+    rows = []
+    for name, seconds in samples.items():
+        row = about | {"provider": name, "kind": "peer" if name in JOINT else "ivfast", "steps": len(seconds)}
+        row |= {"us": statistics.median(seconds) * 1e6, "least_us": min(seconds) * 1e6, "peak_bytes": peaks.get(name)}
+        rows.append(row | (errors[name] if name in JOINT else {"parts_ms": parts.milliseconds()}))
+    return rows
 
 
 def markdown(report: dict) -> str:
@@ -223,7 +234,7 @@ def markdown(report: dict) -> str:
         mine, eager, joint = (by_name[name] for name in ("ivfast", "eager", "eager-joint"))
         cells = [f"{row['us'] / 1e3:.2f}" for row in (mine, eager, joint)]
         cells += [f"{row['us'] / mine['us']:.2f}" for row in (eager, joint)]
-        cells += [f"{row['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in row else "–" for row in (mine, eager)]
+        cells += [tables.megabytes(row["peak_bytes"]) for row in (mine, eager)]
         steps = min(row["steps"] for row in (mine, eager, joint))
         batch = " × ".join(map(str, size))
         lines.append(f"| {system} | {setting} | {batch} | {mine['threads']} | {steps} | {' | '.join(cells)} |")
@@ -238,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("jobs", nargs="*", metavar="SYSTEM[:SETTING]", help="such as ivaae-svgd:mnist (default: all)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="after so long a turn ends and no job begins")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each provider; fewer are written only with --out")
-    parser.add_argument("--threads", type=int, help="default: what `ivfast train` takes, 1 for small networks")
+    parser.add_argument("--threads", type=int, help="default: as `ivfast train`, 1 for small networks")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     options = parser.parse_args(arguments)
     every = [(system, setting) for setting in SETTINGS for system in SCRIPTS]
@@ -248,6 +259,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"jobs are SYSTEM or SYSTEM:SETTING ({known}), got {', '.join(sorted(unknown))}")
     jobs = [job for job in every if not options.jobs or {job[0], ":".join(job)} & set(options.jobs)]
     deadline = time.monotonic() + 60 * options.minutes
+    if options.threads:
+        torch.set_num_threads(options.threads)
     described = machine.describe("cpu")
     session = {"date": machine.today(), "versions": machine.versions(), "not_started": []}
     here = command.folder(options.out, options.steps < STEPS)

@@ -1,6 +1,7 @@
 """The eager scripts that training is timed against compute what ivfast trains: every loss and weight, step by step."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -51,6 +52,11 @@ def test_a_script_that_moves_the_encoder_too_early_is_found_out(digits, monkeypa
     assert of_weights > 10 * train.WEIGHT_TOLERANCE
     with pytest.raises(ArithmeticError, match="eager is not wae-mmd: losses"):
         train.measure("wae-mmd", "digits", steps=1, deadline=0)
+
+
+def test_a_script_whose_weights_are_lost_is_found_out(digits, monkeypatch):
+    monkeypatch.setattr(eager.Script, "recon_weight", lambda self: float("nan"))
+    assert all(map(math.isnan, train.check(train.settings_of("wae-mmd", "digits"), digits, joint=False)))
 
 
 def test_images_and_log_of_a_script(digits):
