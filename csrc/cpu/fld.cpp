@@ -21,14 +21,9 @@ void each_part(int64_t parts, bool threaded, const F& f) {
     range(0, parts);
 }
 
-void in_parallel(int64_t tasks, void (*task)(void*, int64_t), void* argument) {
-  each_part(tasks, true, [&](int64_t i) { task(argument, i); });
-}
-
 bool run(Codes& codes, const CodesStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   codes.workspace = workspace.reserve(stages.bytes(codes));
-  codes.parallel = threaded && codes.m > 64 ? in_parallel : nullptr;  // a product of 64 columns takes 4 µs
   each_part(codes.parts, threaded, [&](int64_t part) { stages.means(codes, part); });
   stages.center(codes);
   each_part(codes.parts, threaded, [&](int64_t part) { stages.scatter(codes, part); });

@@ -19,7 +19,6 @@ struct Codes {
   int64_t rows = n > d ? n : d, m = n > d ? d : n;
   int64_t parts = rows > 4 * chunk ? 4 : (rows + chunk - 1) / chunk;  // of the chunks; they decide the order of sums
   void* workspace = nullptr;
-  Parallel parallel = nullptr;  // for `root`
   bool wide() const { return n <= d; }
 };
 

@@ -116,7 +116,7 @@ void scatter(const Codes& codes, int64_t part) {
   for (int64_t i = 0; i < wide.area(); ++i) gram[i] = 0;
   at_.each_chunk(part, [&](int64_t first, int64_t count, T* w) {
     at_.fill(w, first, count);
-    products<true>(w, w, s, count, nullptr, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+    products(w, w, s, count, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
       at(product + i * s.ld + j) = sum;
     });
     for (int64_t i = 0; i < s.size; ++i)
@@ -144,7 +144,7 @@ bool root(Codes& codes) {
   const double filled = codes.wide() ? size / double(n - 1) : 0;  // in place of the eigenvalue 0 of 1
   for (int64_t i = 0; codes.wide() && i < m; ++i)
     for (int64_t j = 0; j < m; ++j) root.g[i * root.wide.ld + j] += filled / double(n);
-  const bool served = root.run(codes.parallel);
+  const bool served = root.run();
   codes.error = root.error;
   codes.distance = size + double(codes.d) - 2 * (root.trace - std::sqrt(filled));
   for (int64_t j = 0; j < codes.d; ++j) codes.distance += at.mean[j] * at.mean[j];

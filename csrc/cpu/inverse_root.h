@@ -9,9 +9,6 @@ namespace ivfast {
 
 constexpr int64_t most_rows = 128;  // of a matrix
 
-// task(argument, i) for each i of [0, tasks), in any order and at the same time; null: one after the other.
-using Parallel = void (*)(int64_t tasks, void (*task)(void*, int64_t), void* argument);
-
 // One symmetric matrix [d, d], contiguous, its inverse root, trace of the root and error, as `inverse_root` says.
 struct SymmetricMatrix {
   const void* a;

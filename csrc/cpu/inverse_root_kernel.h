@@ -37,46 +37,30 @@ Size padded(int64_t d) {
   return {size, size + lanes<float>};
 }
 
-// f(Σ_k a_ki b_kj, i, j) for the vectors of columns from j on, of rows i: all, or none left of the diagonal's blocks
-template <bool upper, int C, class T, class F>
-IVFAST_INLINE void column_products(const T* a, const T* b, Size s, int64_t count, int64_t j, const F& f) {
+// f(Σ_k a_ki b_kj, i, j) for the vector of columns j of every row i, but none left of the diagonal's blocks
+template <class T, class F>
+IVFAST_INLINE void products(const T* a, const T* b, Size s, int64_t count, const F& f) {
   constexpr int R = group<T>, L = lanes<T>;
-  const int64_t end = upper ? j + C * L : s.size;
-  for (int64_t i = 0; i < end; i += R) {
-    Vec<T> acc[R][C] = {};
-    const T *left = a + i, *right = b + j;
-    for (int64_t k = 0; k < count; ++k, left += s.ld, right += s.ld) {
-      Vec<T> column[C];
+  columns<T>(s.size / L, [&](auto vectors, int64_t j) __attribute__((always_inline)) {
+    constexpr int C = decltype(vectors)::value;
+    for (int64_t i = 0; i < j + C * L; i += R) {
+      Vec<T> acc[R][C] = {};
+      const T *left = a + i, *right = b + j;
+      for (int64_t k = 0; k < count; ++k, left += s.ld, right += s.ld) {
+        Vec<T> column[C];
 #pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) column[v] = at(right + v * L);
+        for (int v = 0; v < C; ++v) column[v] = at(right + v * L);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r)
+        for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < C; ++v) acc[r][v] += left[r] * column[v];
+          for (int v = 0; v < C; ++v) acc[r][v] += left[r] * column[v];
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < C; ++v)
+        if (i / L * L <= j + v * L)
+#pragma GCC unroll 16
+          for (int r = 0; r < R; ++r) f(acc[r][v], i + r, j + v * L);
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < C; ++v)
-      if (!upper || i / L * L <= j + v * L)
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) f(acc[r][v], i + r, j + v * L);
-  }
-}
-
-// The same for all columns; f may be called from several threads.
-template <bool upper, class T, class F>
-IVFAST_INLINE void products(const T* a, const T* b, Size s, int64_t count, Parallel parallel, const F& f) {
-  constexpr int C = IVFAST_TILE_VECTORS, L = lanes<T>;
-  const int64_t vectors = s.size / L, groups = vectors / C;
-  if (parallel && vectors == groups * C && groups % 2 == 0) {
-    auto pair = [&](int64_t task) __attribute__((always_inline)) {  // of groups with the same work together
-      column_products<upper, C>(a, b, s, count, task * C * L, f);
-      column_products<upper, C>(a, b, s, count, (groups - 1 - task) * C * L, f);
-    };
-    using Pair = decltype(pair);
-    return parallel(groups / 2, [](void* argument, int64_t task) { (*static_cast<Pair*>(argument))(task); }, &pair);
-  }
-  columns<T>(vectors, [&](auto width, int64_t j) __attribute__((always_inline)) {
-    column_products<upper, decltype(width)::value>(a, b, s, count, j, f);
   });
 }
 
@@ -104,8 +88,8 @@ IVFAST_INLINE Vec<T> identity(int64_t i, int64_t j) {
 
 // out = f(aᵀb, i, j) of matrices whose product is symmetric
 template <class T, class F>
-IVFAST_INLINE void symmetric_product(T* out, const T* a, const T* b, Size s, Parallel parallel, const F& f) {
-  products<true>(a, b, s, s.size, parallel, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+IVFAST_INLINE void symmetric_product(T* out, const T* a, const T* b, Size s, const F& f) {
+  products(a, b, s, s.size, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
     at(out + i * s.ld + j) = f(sum, i, j);
   });
   mirror(out, s);
@@ -124,7 +108,7 @@ constexpr int buffers = 5;  // of the iteration
 // With E = I − A: X of A^−½ in the returned buffer of the `buffers` ones from `e` on, which begins with E; null after
 // `steps` steps. error: ‖I − XAX‖ but for rounding.
 template <class T>
-const T* iterate(T* e, Size s, Parallel parallel, double& error) {
+const T* iterate(T* e, Size s, double& error) {
   T *t = e + s.area(), *w = t + s.area(), *x = w + s.area(), *y = x + s.area();
   const auto exchange = [](T*& a, T*& b) { T* const c = a; a = b, b = c; };
   const auto plain = [&](Vec<T> sum, int64_t, int64_t) __attribute__((always_inline)) { return sum; };
@@ -136,16 +120,16 @@ const T* iterate(T* e, Size s, Parallel parallel, double& error) {
     const bool last = error <= Limits<T>::cubic;
     if (!last && (step == Limits<T>::steps || !std::isfinite(error))) return nullptr;
     if (last && error > Limits<T>::last) {
-      symmetric_product<T>(w, e, e, s, parallel, plain);
-      symmetric_product<T>(t, w, e, s, parallel, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+      symmetric_product<T>(w, e, e, s, plain);
+      symmetric_product<T>(t, w, e, s, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
         return half_e(i, j) + T(0.375) * at(w + i * s.ld + j) + T(0.3125) * sum;
       });
     } else {
-      symmetric_product<T>(t, e, e, s, parallel, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+      symmetric_product<T>(t, e, e, s, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
         return half_e(i, j) + T(0.375) * sum;
       });
     }
-    if (step > 0) symmetric_product<T>(y, x, t, s, parallel, plain), exchange(x, y);
+    if (step > 0) symmetric_product<T>(y, x, t, s, plain), exchange(x, y);
     if (last) {
       const double cube = error * error * error;
       error = error > Limits<T>::last ? 35 * error * cube / 128 : 5 * cube / 16;
@@ -154,8 +138,8 @@ const T* iterate(T* e, Size s, Parallel parallel, double& error) {
     if (step == 0) {
       for (int64_t i = 0; i < s.area(); ++i) x[i] = t[i];
     }
-    symmetric_product<T>(w, t, t, s, parallel, plain);
-    symmetric_product<T>(y, w, e, s, parallel, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+    symmetric_product<T>(w, t, t, s, plain);
+    symmetric_product<T>(y, w, e, s, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
       return identity<T>(i, j) - at(w + i * s.ld + j) + sum;  // I − W (I − E)
     });
     exchange(e, y);
@@ -183,7 +167,7 @@ struct Root {
   }
 
   // Whether this arithmetic serves; x, trace and error are set if so, and NaN where g is not finite.
-  bool run(Parallel parallel) {
+  bool run() {
     constexpr int L = lanes<double>;
     double size = 0, bound = 0;
     Vec<double> squares = {};
@@ -205,25 +189,24 @@ struct Root {
       for (int64_t j = 0; j < s.size; ++j) e[i * s.ld + j] = T(-1 / scale * g[i * wide.ld + j]);
       if (i < d) e[i * s.ld + i] = T(1 - g[i * wide.ld + i] / scale);
     }
-    const T* const root = iterate<T>(e, s, parallel, error);
+    const T* const root = iterate<T>(e, s, error);
     if (!root) return false;
     const double factor = 1 / std::sqrt(scale);
     for (int64_t i = 0; i < s.size; ++i) {
       for (int64_t j = 0; j < s.size; ++j) x[i * wide.ld + j] = factor * double(root[i * s.ld + j]);
       if (i >= d) x[i * wide.ld + i] = 0;
     }
-    // One more step of order 2 on the trace alone, in float64: errors of X count in the second order
-    products<false>(g, x, wide, wide.size, parallel, [&](Vec<double> sum, int64_t i, int64_t j)
-                    __attribute__((always_inline)) { at(m + i * wide.ld + j) = sum; });
-    double* const cubic = reinterpret_cast<double*>(iteration);  // MᵀM ∘ X
-    products<true>(m, m, wide, wide.size, parallel, [&](Vec<double> sum, int64_t i, int64_t j)
-                   __attribute__((always_inline)) { at(cubic + i * wide.ld + j) = sum * at(x + i * wide.ld + j); });
-    trace = 0;
-    for (int64_t i = 0; i < d; ++i) {
-      Vec<double> sum = 0.5 * at(cubic + i * wide.ld + i / L * L);
-      for (int64_t j = i / L * L + L; j < wide.size; j += L) sum += at(cubic + i * wide.ld + j);
-      trace += 1.5 * m[i * wide.ld + i] - sum_lanes<double>(sum);
-    }
+    // One more step of order 2 on the trace alone, in float64: errors of X, and those of M by which it is not
+    // symmetric, count in the second order.
+    symmetric_product<double>(m, g, x, wide, [&](Vec<double> sum, int64_t, int64_t) __attribute__((always_inline)) {
+      return sum;
+    });
+    Vec<double> cubic[2] = {};  // of MᵀM ∘ X: in the diagonal's blocks, and right of them
+    products(m, m, wide, wide.size, [&](Vec<double> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+      cubic[i / L * L != j] += sum * at(x + i * wide.ld + j);
+    });
+    trace = -sum_lanes<double>(0.5 * cubic[0] + cubic[1]);
+    for (int64_t i = 0; i < d; ++i) trace += 1.5 * m[i * wide.ld + i];
     return true;
   }
 
@@ -247,7 +230,7 @@ void run_matrix(SymmetricMatrix& matrix) {
   for (int64_t i = 0; i < root.wide.area(); ++i) root.g[i] = 0;
   for (int64_t i = 0; i < d; ++i)
     for (int64_t j = 0; j < d; ++j) root.g[i * root.wide.ld + j] = 0.5 * (double(a[i * d + j]) + double(a[j * d + i]));
-  const bool served = root.run(nullptr);
+  const bool served = root.run();
   S* const inverse = static_cast<S*>(matrix.inverse);
   for (int64_t i = 0; i < d; ++i)
     for (int64_t j = 0; j < d; ++j) inverse[i * d + j] = served ? S(root.x[i * root.wide.ld + j]) : S(NAN);

@@ -215,7 +215,7 @@ def _product_root_sum(sigma1: Tensor, sigma2: Tensor) -> tuple[Tensor, bool]:
     return _root_sum(_lower_congruence(L, sigma2), _norm(sigma1) * _norm(sigma2))
 
 
-BLOCK = 128  # columns of a product
+BLOCK = 256  # columns of a product
 
 
 def _lower_congruence(L: Tensor, sigma: Tensor) -> Tensor:
