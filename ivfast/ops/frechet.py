@@ -263,7 +263,7 @@ def _root_sum_and_inverse(a: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 
 def _symmetric(a: Tensor) -> Tensor:
-    return (a + a.mT) / 2
+    return (a + a.mT).div_(2)  # a second array of 33 MB, as at d = 2048, takes as long again
 
 
 def _root(sigma: Tensor) -> tuple[Tensor, Tensor]:
