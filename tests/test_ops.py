@@ -112,10 +112,10 @@ def test_a_forced_implementation_never_falls_back():
     z = torch.randn(6, 4)
     for name in ("triton", "cpu"):
         with ivfast.use(name), pytest.raises(RuntimeError, match=f"_trace has no '{name}' implementation here"):
-            ivfast.fld(z)
+            ivfast.frechet_distance_from_samples(z, z + 1)
     with pytest.raises(ValueError, match=r"implementation must be one of .*got 'gpu'"), ivfast.use("gpu"):
         pass
-    ivfast.fld(z)  # the choice ends with the block
+    ivfast.frechet_distance_from_samples(z, z + 1)  # the choice ends with the block
 
 
 X = torch.randn(6, 4)
