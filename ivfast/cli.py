@@ -185,7 +185,7 @@ def train(
         option(
             "--capture/--no-capture",
             panel=_MACHINE,
-            help="Each step as a CUDA graph, with the same bits; default: on a GPU, where the system allows it.",
+            help="Each step as one CUDA graph; default: on a GPU, where the system allows it and without --compile.",
         ),
     ] = None,
     out: Annotated[

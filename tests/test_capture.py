@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from ivfast.train.capture import WARM_UP, Captured, CudaGraphs, choose
 from ivfast.train.loop import fit
 from ivfast.train.phase import Phase, System
 from ivfast.train.run import Run
-from ivfast.train.watch import CannotCapture
+from ivfast.train.watch import CannotCapture, Watch
 
 SHAPE = (1, 8, 8)
 PER_EPOCH = 7  # 60 images in batches of 8, four dropped
@@ -142,6 +143,11 @@ def assert_same_bits(one, other):
     assert lines[0] == lines[1]
 
 
+def test_warnings_of_a_watched_step_reach_the_caller():
+    with pytest.warns(UserWarning, match="mind the step"):
+        Watch(lambda: "").step(lambda: warnings.warn("mind the step", stacklevel=1))
+
+
 @pytest.mark.parametrize(
     ("system", "changes"),
     [(name, {}) for name in SYSTEMS]
@@ -208,6 +214,17 @@ def test_phases_of_an_interval_have_a_graph_per_pattern(images, tapes, tmp_path)
     assert_same_bits(tmp_path / "plain", tmp_path / "captured")
 
 
+library = torch.library.Library("ivfast_test", "DEF")
+library.define("waiting(Tensor x) -> Tensor")
+
+
+@torch.library.impl(library, "waiting", "CompositeExplicitAutograd")
+def _waiting(x):
+    """Waits as PyTorch's own operators say it."""
+    warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+    return x.sum()
+
+
 class Faulty(WaeMmd):
     """A term that no graph could hold, or that one would get wrong."""
 
@@ -245,6 +262,9 @@ class Faulty(WaeMmd):
     def svd(self, z, loss):
         return torch.linalg.svd(z.detach())[1].sum()
 
+    def waiting(self, z, loss):
+        return torch.ops.ivfast_test.waiting(z.detach())
+
     def counting(self, z, loss):
         self.number += 1
         return z.square().sum() * self.number
@@ -281,6 +301,7 @@ FAULTS = {
     "mask": (r"aten\.index\.Tensor", "takes a mask"),
     "nonzero": (r"aten\.nonzero\.default", "has a shape that depends on values"),
     "svd": (r"aten\._linalg_svd\.default", "waits for its error code"),
+    "waiting": (r"ivfast_test\.waiting\.default", "waits for the device"),
     "counting": (r"aten\.mul\.Tensor", "got 3, and 2 in the step before: what changes must stand in a tensor"),
     "course": (r"aten\.\w+\.\w+", "is called where the step before called"),
     "longer": (r"aten\.\w+\.\w+", "is called where the step before called|was not called in the step before"),
@@ -296,6 +317,7 @@ def test_every_fault_is_tried():
     assert set(FAULTS) == ours - {"autoencoder_loss"}
 
 
+@pytest.mark.filterwarnings("ignore:called a synchronizing")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_step_that_cannot_be_captured_says_which_op_of_which_phase_and_runs_without(fault, images, tapes, tmp_path):
     op, reason = FAULTS[fault]

@@ -1,7 +1,9 @@
 """What would keep a step of training from being a CUDA graph, found on any device."""
 
+import contextlib
 import gc
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -37,7 +39,8 @@ class Watch(TorchDispatchMode):
 
     `step` runs a step unchanged. `objection` is then None or says what: values read on the host, shapes that depend on
     values, another course of operators or another number than before, a tensor from outside that has moved, a tensor
-    of the step before that is still held. It sees calls of operators, not what they do on another device inside.
+    of the step before that is still held. Inside an operator it sees on CUDA whether PyTorch waits, elsewhere nothing:
+    what an operator does on a CPU is not what it does on a GPU.
     """
 
     def __init__(self, where: Callable[[], str]):
@@ -47,12 +50,13 @@ class Watch(TorchDispatchMode):
         self.before: list[tuple] | None = None
         self.calls: list[tuple] = []
         self.made: list[tuple[StorageWeakRef, str, str]] = []
+        self.heard: list[warnings.WarningMessage] = []
         self.own: dict[int, tuple[StorageWeakRef, int]] = {}  # address -> a storage made in this step, its number
 
     def step(self, body: Callable[[], None]) -> None:
         earlier = self.made
         self.calls, self.made, self.own = [], [], {}
-        with _Host(self), self:
+        with _heard() as self.heard, _Host(self), self:
             body()
         if self.before is not None and len(self.calls) < len(self.before):
             self.object(*self.before[len(self.calls)][:2], "was not called again, as it was in the step before")
@@ -74,10 +78,13 @@ class Watch(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         op, place = str(function), self.where()
         reason = _unfit(function, args, leaves) or self._changed(place, op, [self._described(x) for x in leaves])
-        if reason:
-            self.object(place, op, reason)
+        heard = len(self.heard)
         with torch._C.DisableTorchFunction():
             result = function(*args, **kwargs)
+        if any(_SYNCHRONIZES in str(warning.message) for warning in self.heard[heard:]):
+            reason = reason or "waits for the device"
+        if reason:
+            self.object(place, op, reason)
         for x in tree_leaves(result):
             if isinstance(x, Tensor):
                 self._note(x, place, op, leaves)
@@ -118,6 +125,28 @@ class Watch(TorchDispatchMode):
             made = StorageWeakRef(storage)
             self.own[address] = made, len(self.made)
             self.made.append((made, place, op))
+
+
+_SYNCHRONIZES = "called a synchronizing CUDA operation"
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[warnings.WarningMessage]]:
+    """The warnings so far, among them those of PyTorch about waiting for a CUDA device; the others are given again."""
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        before = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else None
+        if before is not None:
+            torch.cuda.set_sync_debug_mode("warn")
+            heard.clear()  # that this is a prototype
+        try:
+            yield heard
+        finally:
+            if before is not None:
+                torch.cuda.set_sync_debug_mode(before)
+    for warning in heard:
+        if not any(text in str(warning.message) for text in (_SYNCHRONIZES, "Synchronization debug mode")):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 class _Host(TorchFunctionMode):
