@@ -39,8 +39,8 @@ class System:
     """What a paper trains: networks and the phases of a step. It saves, logs and moves nothing by itself.
 
     A subclass's constructor takes `(settings, image_shape)` and fills `modules`, moves them to `settings.device`, then
-    fills `phases`. Images are float `[B, C, H, W]` in [-1, 1] throughout. On CUDA a step becomes a graph, unless it reads
-    values on the host, or changes anything but tensors in place from step to step (see `ivfast/train/watch.py`).
+    fills `phases`. Images are float `[B, C, H, W]` in [-1, 1] throughout. On CUDA a step becomes a graph, unless it
+    reads values on the host, or changes anything but tensors in place from step to step (see `ivfast/train/watch.py`).
 
     Attributes:
         settings, image_shape: what it was built from; `(C, H, W)`.
