@@ -149,7 +149,7 @@ class Parts:
         self.samples: dict[str, list[float]] = {}
         self.run = run
         phases = run.system.phases
-        run.batches.next = self.clocked("batch", run.batches.next)
+        run.batches.gather = self.clocked("batch", run.batches.gather)
         run.share = self.clocked("share", run.share)
         names = {loss: phase.name for phase, loss in zip(phases, run.losses, strict=True)}
         run.losses = [self.clocked(f"{names[loss]} loss", loss) for loss in run.losses]

@@ -180,6 +180,14 @@ def train(
     compile_: Annotated[
         bool | None, option("--compile/--no-compile", panel=_MACHINE, help="Compile the losses with torch.compile.")
     ] = None,
+    capture: Annotated[
+        bool | None,
+        option(
+            "--capture/--no-capture",
+            panel=_MACHINE,
+            help="Each step as one CUDA graph; default: on a GPU, where the system allows it and without --compile.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, option(metavar="DIR", panel=_RUN, help="Folder of the run; default: runs/SYSTEM-DATA-N.")
     ] = None,
@@ -189,7 +197,7 @@ def train(
     given = {
         "system": system, "data": data, "root": root and str(root), "epochs": epochs, "steps": steps,
         "batch_size": batch_size, "latent_dim": latent_dim, "image_size": image_size, "seed": seed, "device": device,
-        "precision": precision, "compile": compile_, "ema": ema, "encoder_loss": encoder_loss,
+        "precision": precision, "compile": compile_, "capture": capture, "ema": ema, "encoder_loss": encoder_loss,
         "fld_weight": fld_weight,
     }  # fmt: skip
     from . import data as datasets

@@ -190,6 +190,10 @@ ERRORS = {
     "one code": (["train", "--fld-weight", "1", "--batch-size", "1"], r"fld_weight needs a batch_size of at least 2"),
     "no such device": (["train", "--device", "gpu"], r"--device must be cpu, cuda or cuda:N, got 'gpu'"),
     "absent device": (["train", "--device", "cuda:99"], r"--device cuda:99 is not there: torch .* use --device cpu"),
+    "capture on a CPU": (
+        ["train", "--capture", "--device", "cpu"],
+        r"capture needs a CUDA device, .* take --no-capture",
+    ),
     "resume what": (["train", "--resume"], r"--resume needs the run's folder by --out"),
     "resume nothing": (["train", "--resume", "--out", "nope"], r"nope is not the folder of a run"),
     "sample nothing": (["sample", "nope"], r"nope is not the folder of a run.*ivfast train makes one"),

@@ -20,12 +20,22 @@ class Average:
         self.live = floating_state(system)
         self.values = {name: value.detach().clone() for name, value in self.live.items()}
         self._live, self._values = list(self.live.values()), list(self.values.values())
+        self.beta: float | None = None
+        # 1 − β as a tensor, so that a captured step can follow it
+        self.weights = {value.dtype: value.new_empty(()) for value in self._values}
+        self._weights = [self.weights[value.dtype] for value in self._values]
+
+    def set_decay(self, step: int) -> None:
+        """`step` is the number of steps completed before the next `update`."""
+        beta = min(self.decay, (1 + step) / (10 + step))
+        if beta != self.beta:
+            self.beta = beta
+            for weight in self.weights.values():
+                weight.fill_(1 - beta)
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """`step` is the number of steps completed before this one."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._values, self._live, 1 - decay)
+    def update(self) -> None:
+        torch._foreach_lerp_(self._values, self._live, self._weights)
 
     @contextlib.contextmanager
     def swapped(self) -> Iterator[None]:

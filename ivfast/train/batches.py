@@ -29,17 +29,26 @@ class Batches:
         self.position = self.per_epoch  # batches taken of this epoch
         self.generator = torch.Generator().manual_seed(seed)  # on the CPU: one order on every device
         self.order = torch.empty(0, dtype=torch.int64)
+        self.rows = torch.zeros(batch_size, dtype=torch.int64, device=images.device)  # of the batch; stays in place
 
     def next(self) -> tuple[Tensor, ...]:
-        """`(x,)` or `(x, labels)`, x float `[B, ...]`."""
+        """Turn to the next batch: `(x,)` or `(x, labels)`, x float `[B, ...]`."""
+        self.turn()
+        return self.gather()
+
+    def turn(self) -> None:
+        """Choose the rows of the next batch."""
         if self.position == self.per_epoch:
             self.order = torch.randperm(len(self.images), generator=self.generator).to(self.images.device)
             self.position = 0
         start = self.position * self.batch_size
-        rows = self.order[start : start + self.batch_size]
+        self.rows.copy_(self.order[start : start + self.batch_size])
         self.position += 1
-        x = as_images(self.images.index_select(0, rows))
-        return (x,) if self.labels is None else (x, self.labels.index_select(0, rows))
+
+    def gather(self) -> tuple[Tensor, ...]:
+        """The batch of the chosen rows."""
+        x = as_images(self.images.index_select(0, self.rows))
+        return (x,) if self.labels is None else (x, self.labels.index_select(0, self.rows))
 
     def state(self) -> dict[str, Tensor]:
         return {

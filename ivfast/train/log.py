@@ -15,8 +15,9 @@ FILE = "log.jsonl"
 class Log:
     """Appends lines to `out/log.jsonl` and scalars to `out/tensorboard/`.
 
-    A line is {"kind": "losses", step, epoch, losses, learning_rates, images_per_second, seconds} or {"kind": "metrics",
-    step, epoch, metrics}. "partial" marks the last line of a run that ended between two log intervals.
+    A line is {"kind": "losses", step, epoch, losses, learning_rates, images_per_second, seconds}, {"kind": "metrics",
+    step, epoch, metrics} or, of how steps are taken, {"kind": "capture", step, captured, why}. "partial" marks the last
+    line of a run that ended between two log intervals.
     """
 
     def __init__(self, out: Path, *, tensorboard: bool, resume_at: int | None):
@@ -90,6 +91,10 @@ class Bar:
         if now - self.moved > 0.1 or step == self.total:  # an update costs as much as a few kernel launches
             self.progress.update(self.task, completed=step)
             self.moved = now
+
+    def note(self, text: str) -> None:
+        if not self.progress.disable:
+            self.progress.console.print(text, markup=False)
 
     def report(self, losses: dict[str, float], images_per_second: float) -> None:
         # "discriminator/intervention" as "d/interv": three of them fit into 80 columns

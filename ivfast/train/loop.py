@@ -16,8 +16,9 @@ from .phase import System
 from .record import NonFiniteLoss
 from .run import RESUMABLE, NonFiniteWeights, Run, cuda_devices, same_settings
 from .settings import Settings
+from .watch import CannotCapture
 
-__all__ = ["CheckpointError", "Interrupted", "NonFiniteLoss", "NonFiniteWeights", "fit"]
+__all__ = ["CannotCapture", "CheckpointError", "Interrupted", "NonFiniteLoss", "NonFiniteWeights", "fit"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -63,7 +64,9 @@ def fit(
 
     Raises:
         ValueError: images of another shape or device, fewer than a batch; settings that differ from the system's or
-            the checkpoint's.
+            the checkpoint's; `settings.capture` where there are no CUDA graphs.
+        CannotCapture: `settings.capture` is True and a step cannot be captured, or the device refused to; the message
+            says where and why.
         FileExistsError: `out` holds a run already and `resume` is False.
         NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
         CheckpointError: a checkpoint cannot be written or read.
@@ -99,6 +102,10 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
         clock = Clock(run.seconds, run.step)
         while run.step < total:
             run.advance()
+            if news := run.news():
+                log.write(news)
+                if run.device.type == "cuda":
+                    bar.note(f"{'captured' if news['captured'] else 'not captured'}: {news['why']}")
             last = run.step == total
             if run.step % settings.log_every == 0 or last:
                 losses = run.record.read(run.step, run.checkpoint)

@@ -39,7 +39,8 @@ class System:
     """What a paper trains: networks and the phases of a step. It saves, logs and moves nothing by itself.
 
     A subclass's constructor takes `(settings, image_shape)` and fills `modules`, moves them to `settings.device`, then
-    fills `phases`. Images are float `[B, C, H, W]` in [-1, 1] throughout.
+    fills `phases`. Images are float `[B, C, H, W]` in [-1, 1] throughout. On CUDA a step becomes a graph, unless it
+    reads values on the host, or changes anything but tensors in place from step to step (see `ivfast/train/watch.py`).
 
     Attributes:
         settings, image_shape: what it was built from; `(C, H, W)`.
@@ -75,9 +76,16 @@ class System:
             module.train(mode)
 
     def adam(self, *names: str) -> torch.optim.Adam:
-        """Adam on the named modules, each at its own learning rate from the settings, fused where the device can."""
-        groups = [
-            {"params": list(self.modules[name].parameters()), "lr": self.settings.learning_rate(name)} for name in names
-        ]
-        fused = torch.device(self.settings.device).type in ("cpu", "cuda")
-        return torch.optim.Adam(groups, betas=tuple(self.settings.betas), fused=fused)
+        """Adam on the named modules, each at its own learning rate from the settings, fused where the device can.
+
+        Rates are tensors there, so that a captured step can follow them: in float64, or in float32 as CUDA wants them.
+        """
+        device = torch.device(self.settings.device)
+        fused = device.type in ("cpu", "cuda")
+        groups = []
+        for name in names:
+            rate = self.settings.learning_rate(name)
+            dtype = torch.float32 if device.type == "cuda" else torch.float64
+            tensor = torch.tensor(rate, dtype=dtype, device=device) if fused else rate
+            groups.append({"params": list(self.modules[name].parameters()), "lr": tensor, "initial_lr": rate})
+        return torch.optim.Adam(groups, betas=tuple(self.settings.betas), fused=fused, capturable=device.type == "cuda")

@@ -1,6 +1,7 @@
 """Losses on the device: written every step without waiting for it, read and checked once per log interval."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Record:
         self.names: list[tuple[str, str]] = []  # (phase, term)
         self.values = torch.empty(0)
         self.zero = torch.zeros((), device=device)
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)  # `rows` on the device: a captured step counts on
         self.rows = 0
         self.ran: dict[str, int] = {}  # phase -> steps of this interval in which it ran
 
@@ -36,15 +38,19 @@ class Record:
         self.values = torch.zeros(self.log_every, len(self.names), device=self.device)
 
     def write(self, terms: dict[str, dict[str, Tensor]]) -> None:
-        """One step: phase -> term -> scalar. Phases that did not run are absent."""
+        """One step on the device: phase -> term -> scalar. Phases that did not run are absent."""
         if not self.names:
             self.name(terms)
         row = []
         for phase, term in self.names:
             values = terms.get(phase)
             row.append(self.zero if values is None else values[term].detach().float())
-        torch.stack(row, out=self.values[self.rows])
-        for phase in terms:
+        self.values.index_copy_(0, self.row, torch.stack(row).unsqueeze(0))
+        self.row.add_(1)
+
+    def count(self, phases: Iterable[str]) -> None:
+        """The same step on the host: the phases that ran."""
+        for phase in phases:
             self.ran[phase] = self.ran.get(phase, 0) + 1
         self.rows += 1
 
@@ -68,6 +74,7 @@ class Record:
 
     def clear(self) -> None:
         self.rows, self.ran = 0, {}
+        self.row.zero_()
 
     def state(self) -> dict[str, Tensor]:
         return {"values": self.values[: self.rows]}
@@ -80,4 +87,5 @@ class Record:
         self.ran = dict(description["ran"])
         self.values = torch.zeros(self.log_every, len(self.names), device=self.device)
         self.rows = len(state["values"])
+        self.row.fill_(self.rows)
         self.values[: self.rows] = state["values"].to(self.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import checkpoint
 from .average import Average, floating_state
 from .batches import Batches
+from .capture import Captured, CudaGraphs, choose, fixed_rate
 from .checkpoint import CheckpointError
 from .log import Clock
 from .phase import Phase, System
@@ -21,7 +22,7 @@ from .settings import Settings
 
 # What may differ between a checkpoint and the run that goes on from it: none of it changes a step that has been run.
 RESUMABLE = frozenset(
-    ("epochs", "steps", "root", "device", "compile", "evaluate_every", "save_every", "tensorboard")
+    ("epochs", "steps", "root", "device", "compile", "capture", "evaluate_every", "save_every", "tensorboard")
 )  # fmt: skip
 
 
@@ -41,27 +42,75 @@ class Run:
         self.average = Average(system, settings.ema) if settings.ema else None
         self.step, self.seconds = 0, 0.0
         self.checkpoint: Path | None = None  # the last good one
-        self.rates = [[group["lr"] for group in phase.optimizer.param_groups] for phase in system.phases]
+        self.rates = [
+            [float(group.get("initial_lr", group["lr"])) for group in phase.optimizer.param_groups]
+            for phase in system.phases
+        ]
+        self.factor = 1.0  # of the milestones, on every rate
         prepare = functools.partial(torch.compile, dynamic=False) if settings.compile else (lambda f: f)
         self.share = prepare(system.share)
         self.losses = [prepare(phase.loss) if phase.compile else phase.loss for phase in system.phases]
         self.every_parameter = {p for phase in system.phases for p in phase.parameters}
+        self.place = "the batch"  # the part of the step that runs
+        captures, self.why = choose(settings)
+        self.captured = self._captured() if captures else None
+        self.take = self.captured or self.body
+        self.said: tuple[bool, str] | None = None
+
+    def _captured(self) -> Captured:
+        required = self.settings.capture is True
+        captured = Captured(
+            self.body,
+            lambda: self.place,
+            CudaGraphs(self.device),
+            required=required,
+            watched=not self.settings.compile,
+        )
+        captured.refuse(fixed_rate(self.system))
+        return captured
+
+    def news(self) -> dict[str, object] | None:
+        """A line for the log where it has been decided how steps are taken."""
+        if self.captured is None:
+            now = False, self.why
+        elif self.captured.refused:
+            now = False, str(self.captured.refused)
+        else:
+            now = (True, self.why) if self.captured.graphs else self.said
+        if now == self.said:
+            return None
+        self.said = now
+        return {"kind": "capture", "step": self.step, "captured": now[0], "why": now[1]}
 
     def advance(self) -> None:
-        """One step: a batch, the shared forward, then each phase that is due."""
+        """One step: what changes goes into tensors that stay in place, then `body` runs, or its graph."""
         if self.step % self.batches.per_epoch == 0 or self.step == 0:
             self.set_rates()
-        batch = self.batches.next()
+        self.batches.turn()
+        if self.average is not None:
+            self.average.set_decay(self.step)
+        due = tuple(self.step % phase.interval == 0 for phase in self.system.phases)
+        self.take(due)
+        self.record.count(phase.name for phase, now in zip(self.system.phases, due, strict=True) if now)
+        self.step += 1
+
+    def body(self, due: tuple[bool, ...]) -> None:
+        """The step on the device: a batch, the shared forward, then each phase that is due."""
+        self.place = "the batch"
+        batch = self.batches.gather()
+        self.place = "the shared forward"
         with self.autocast():
             shared = self.share(*batch)
         terms = {}
-        for phase, loss in zip(self.system.phases, self.losses, strict=True):
-            if self.step % phase.interval == 0:
+        for phase, loss, now in zip(self.system.phases, self.losses, due, strict=True):
+            if now:
+                self.place = f"phase {phase.name!r}"
                 terms[phase.name] = self.update(phase, loss, shared)
+        self.place = "the record of losses"
         self.record.write(terms)
         if self.average is not None:
-            self.average.update(self.step)
-        self.step += 1
+            self.place = "the moving average"
+            self.average.update()
 
     def update(self, phase: Phase, loss: Callable, shared: object) -> dict[str, Tensor]:
         # one autocast per phase: its cache of cast weights must not outlive their update
@@ -83,13 +132,16 @@ class Run:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def set_rates(self) -> None:
-        factor = self.settings.learning_rate_factor(self.step // self.batches.per_epoch)
+        self.factor = self.settings.learning_rate_factor(self.step // self.batches.per_epoch)
         for phase, rates in zip(self.system.phases, self.rates, strict=True):
             for group, rate in zip(phase.optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate * self.factor)
+                else:
+                    group["lr"] = rate * self.factor
 
     def line(self, losses: dict[str, float], clock: Clock) -> dict[str, object]:
-        rates = {phase.name: phase.optimizer.param_groups[0]["lr"] for phase in self.system.phases}
+        rates = {phase.name: own[0] * self.factor for phase, own in zip(self.system.phases, self.rates, strict=True)}
         seconds, steps_per_second = clock.read(self.step)
         return {
             "kind": "losses",

@@ -28,6 +28,7 @@ class Settings:
         image_size: side to which images are resized; None keeps the data set's own.
         precision: "fp32", or "bf16" for autocast (weights and optimizer stay in float32).
         compile: compile the shared forward and every loss with `torch.compile`.
+        capture: take steps as CUDA graphs; None where the device and the system allow it, and not under `compile`.
         ema: decay of the moving average of the weights; 0 turns it off.
         learning_rates: module name -> learning rate; "default" serves the others.
         milestones: epoch -> factor on every learning rate from that epoch on (factors multiply).
@@ -59,6 +60,7 @@ class Settings:
     device: str = "cpu"
     precision: str = "fp32"
     compile: bool = False
+    capture: bool | None = None
     ema: float = 0.0
     learning_rates: dict[str, float] = field(default_factory=lambda: {"default": 1e-3})
     betas: tuple[float, float] = (0.9, 0.999)
