@@ -82,7 +82,10 @@ def extensions() -> list:
 
 
 setup(
-    packages=["ivfast", "ivfast.ops", "ivfast.models", "ivfast.train", "ivfast.kernels", "ivfast.bench"],
+    packages=[
+        "ivfast",
+        *(f"ivfast.{part}" for part in ("ops", "distributed", "models", "train", "kernels", "bench")),
+    ],
     package_dir={"ivfast": "ivfast", "ivfast.kernels": "kernels", "ivfast.bench": "bench"},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},

@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  loads libtorch, which the extensions link against
 
-from . import nn, patch
+from . import distributed, nn, patch
 from ._registry import load_extensions, use
 from .ops.as_distance import as_distance, log_gaussian_kernel_sums
 from .ops.bridge import block_substitute, blockwise_bridge, radial_bridge
@@ -30,6 +30,7 @@ __all__ = [
     "as_distance",
     "block_substitute",
     "blockwise_bridge",
+    "distributed",
     "exp_elbo_loss",
     "fld",
     "frechet_distance",

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -108,4 +109,9 @@ def main(console: Console | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:  # torchrun -m ivfast train …
+        from .cli import main as command
+
+        command()
+    else:
+        main()

@@ -202,14 +202,20 @@ def train(
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs
+    from .train import ranks as processes
     from .train.loop import fit
 
     given = {**{name: value for name, value in given.items() if value is not None}, **runs.assignments(set_ or [])}
     settings, out = runs.resumed(given, out) if resume else runs.fresh(given, out)
-    dataset = datasets.load(settings.data, settings.root, settings.image_size, download=download)
+    ranks = processes.join(settings.device)
+    out = ranks.same(out)
+    dataset = ranks.first_alone(
+        lambda: datasets.load(settings.data, settings.root, settings.image_size, download=download)
+    )
     runs.use_threads(threads, settings)
     network = models.build(settings, tuple(dataset.train.shape[1:]))
     shape = "x".join(map(str, dataset.train.shape[1:]))
+    console.quiet = not ranks.first
     console.print(
         f"[bold]{settings.system}[/bold] on {settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} "
         f"test images {shape}, codes of {settings.latent_dim}, batches of {settings.batch_size}, on {settings.device}"
@@ -227,6 +233,9 @@ def train(
         labels=_labels(network, dataset),
     )
     seconds = time.perf_counter() - begin
+    processes.leave()
+    if not ranks.first:
+        return
     trained, _ = runs.load_system(out, settings.device)
     drawn = report.draw(trained, dataset, out)
     if resume and runs.last_step(out) == before:

@@ -79,7 +79,7 @@ class AutoEncoder(System):
         Source: S1 section 4 has the distance as a metric.
         """
         w = self.settings.fld_weight
-        return {"fld": w * ivfast.fld(shared.z)} if w else {}
+        return {"fld": w * self.ops.fld(shared.z)} if w else {}
 
 
 class WaeMmd(AutoEncoder):
@@ -90,7 +90,7 @@ class WaeMmd(AutoEncoder):
         self.phases = [Phase("autoencoder", self.adam("encoder", "decoder"), self.autoencoder_loss)]
 
     def autoencoder_loss(self, shared: Encoded) -> dict[str, Tensor]:
-        mmd = ivfast.mmd(shared.z, torch.randn_like(shared.z))
+        mmd = self.ops.mmd(shared.z, self.randn_like(shared.z))
         return {
             "recon": self.reconstruction(shared),
             "mmd": self.settings.lam * mmd,
@@ -110,7 +110,7 @@ class WaeGan(AutoEncoder):
 
     def discriminator_loss(self, shared: Encoded) -> dict[str, Tensor]:
         z = shared.z.detach()
-        prior, code = self.discriminate(torch.cat([torch.randn_like(z), z])).chunk(2)
+        prior, code = self.discriminate(torch.cat([self.randn_like(z), z])).chunk(2)
         return {"prior": F.softplus(-prior).mean(), "code": F.softplus(code).mean()}
 
     def autoencoder_loss(self, shared: Encoded) -> dict[str, Tensor]:
@@ -155,14 +155,14 @@ class Ivaae(AutoEncoder):
 
     def discriminator_loss(self, shared: Encoded) -> dict[str, Tensor]:
         logits = self.discriminate(shared.bridge.detach().flatten(0, 1))
-        return {"intervention": self.mu1 * ivfast.multi_js_loss(logits)}
+        return {"intervention": self.mu1 * self.ops.multi_js_loss(logits)}
 
     def autoencoder_loss(self, shared: Encoded) -> dict[str, Tensor]:
         logits = self.discriminate(shared.bridge.flatten(0, 1))
         if self.settings.encoder_loss == "ascent":
-            intervention = -ivfast.multi_js_loss(logits)
+            intervention = -self.ops.multi_js_loss(logits)
         else:
-            intervention = ivfast.multi_js_loss(logits, label_smoothing=1.0)
+            intervention = self.ops.multi_js_loss(logits, label_smoothing=1.0)
         return {
             "recon": self.settings.lam * self.reconstruction(shared),
             "intervention": self.mu2 * intervention,
@@ -172,19 +172,19 @@ class Ivaae(AutoEncoder):
 
 class IvaaeBlockwise(Ivaae):
     def bridge(self, z: Tensor) -> Tensor:
-        return ivfast.blockwise_bridge(z, self.settings.t)
+        return self.ops.blockwise_bridge(z, self.settings.t)
 
 
 class IvaaeRadial(Ivaae):
     def bridge(self, z: Tensor) -> Tensor:
-        return ivfast.radial_bridge(z, self.settings.t)
+        return self.ops.radial_bridge(z, self.settings.t)
 
 
 class IvaaeSvgd(Ivaae):
     """SVGD, two iterations per bridge, bandwidth 100·med²/log n, noise .1 (S1 section 4, "MNIST")."""
 
     def bridge(self, z: Tensor) -> Tensor:
-        return ivfast.svgd_bridge(z, self.settings.t)
+        return self.ops.svgd_bridge(z, self.settings.t)
 
 
 _S1 = {

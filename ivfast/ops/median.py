@@ -94,18 +94,20 @@ def _backward_reference(grad, x, middles, squared, divisor):
     X = X - X.mean(-2, keepdim=True)
     d2 = squared_distances(X)
     chosen = middles[..., None, None, :] == d2.unsqueeze(-1)  # [..., n, n, 2]
-    # ∂med²/∂m_a: ½ for (m₁ + m₂)/2, (√m₁ + √m₂)/(4 √m_a) for ((√m₁ + √m₂)/2)²
-    if squared:
-        slope = torch.full_like(middles, 0.5)
-    else:
-        roots = middles.sqrt()
-        slope = torch.where(roots > 0, roots.sum(-1, keepdim=True) / (4 * roots), torch.zeros_like(roots))
-    share = slope / chosen.sum((-3, -2)) * (grad / divisor).unsqueeze(-1)
+    share = _slope(middles, squared) / chosen.sum((-3, -2)) * (grad / divisor).unsqueeze(-1)
     c = (chosen * share[..., None, None, :]).sum(-1)
     c = c + c.mT
     dx = 2 * (c.sum(-1, keepdim=True) * X - c @ X)
     degenerate = (_combine(middles, squared) <= 0)[..., None, None]
     return torch.where(degenerate, torch.zeros_like(dx), dx).to(x.dtype)
+
+
+def _slope(middles: Tensor, squared: bool) -> Tensor:
+    """∂med²/∂m_a: ½ for (m₁ + m₂)/2, (√m₁ + √m₂)/(4 √m_a) for ((√m₁ + √m₂)/2)²."""
+    if squared:
+        return torch.full_like(middles, 0.5)
+    roots = middles.sqrt()
+    return torch.where(roots > 0, roots.sum(-1, keepdim=True) / (4 * roots), torch.zeros_like(roots))
 
 
 class _MedianBandwidth(torch.autograd.Function):

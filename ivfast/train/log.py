@@ -46,6 +46,19 @@ class Log:
             self.writer.close()
 
 
+class Quiet:
+    """The log of a rank that is not the first: nothing is written."""
+
+    def __init__(self):
+        self.history: list[dict[str, object]] = []
+
+    def write(self, line: dict[str, object]) -> None:
+        self.history.append(line)
+
+    def close(self) -> None:
+        pass
+
+
 def _kept(path: Path, resume_at: int | None) -> list[dict[str, object]]:
     """The lines of an earlier part of the run that its checkpoint covers; those after it are run again."""
     if resume_at is None or not path.exists():

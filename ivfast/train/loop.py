@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .checkpoint import CheckpointError
-from .log import Bar, Clock, Log
+from .log import Bar, Clock, Log, Quiet
 from .phase import System
 from .record import NonFiniteLoss
 from .run import RESUMABLE, NonFiniteWeights, Run, cuda_devices, same_settings
@@ -47,6 +47,11 @@ def fit(
     generators are left as they were. The same settings give the same run, and on the CPU a run that was stopped and
     resumed gives the same bits.
 
+    Where a group of `torch.distributed` is there, every rank calls with all the images, trains on its rows of each
+    batch of `settings.batch_size`, and the first writes the run, which can be resumed on another number of ranks. Only
+    its lines have metrics. Ctrl-C then takes effect at the next line of the log; a loss that is NaN on one rank stops
+    all.
+
     Args:
         system: what `ivfast.models.build(settings, image_shape)` returned.
         images: uint8 `[N, C, H, W]` on the system's device (floating tensors `[N, ...]` are passed on unscaled).
@@ -81,8 +86,9 @@ def fit(
         run = Run(system, images, settings, out, labels)
         if resume:
             run.load()
-        out.mkdir(parents=True, exist_ok=True)
-        settings.save(out / "config.json")
+        if run.ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            settings.save(out / "config.json")
         return _train(run, resume, evaluate, draw, progress)
 
 
@@ -96,9 +102,15 @@ def _check_images(images: Tensor, system: System) -> None:
 def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[str, object]]:
     settings, per_epoch = run.settings, run.batches.per_epoch
     total = settings.steps if settings.steps is not None else settings.epochs * per_epoch
-    log = Log(run.out, tensorboard=settings.tensorboard, resume_at=run.step if resume else None)
+    ranks, log = run.ranks, Quiet()
+    if ranks.first:
+        log = Log(run.out, tensorboard=settings.tensorboard, resume_at=run.step if resume else None)
     run.system.train()
-    with contextlib.closing(log), Bar(total, run.step, shown=progress) as bar, _Interrupt() as interrupt:
+    with (
+        contextlib.closing(log),
+        Bar(total, run.step, shown=progress and ranks.first) as bar,
+        _Interrupt() as interrupt,
+    ):
         clock = Clock(run.seconds, run.step)
         while run.step < total:
             run.advance()
@@ -107,7 +119,8 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
                 if run.device.type == "cuda":
                     bar.note(f"{'captured' if news['captured'] else 'not captured'}: {news['why']}")
             last = run.step == total
-            if run.step % settings.log_every == 0 or last:
+            logged = run.step % settings.log_every == 0 or last
+            if logged:
                 losses = run.record.read(run.step, run.checkpoint)
                 line = run.line(losses, clock)
                 if run.step % settings.log_every == 0:
@@ -117,7 +130,8 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
                 log.write(line)
                 bar.report(losses, line["images_per_second"])
             bar.at(run.step)
-            if interrupt.requested:
+            # ranks hear of Ctrl-C at different steps, and agree where they wait for each other anyway
+            if (ranks.world == 1 or logged) and ranks.any(interrupt.requested, run.device):
                 run.save(clock)
                 raise Interrupted(run.out, run.step)
             epoch, rest = divmod(run.step, per_epoch)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+import ivfast
+
 from .settings import Settings
 
 
@@ -46,6 +48,8 @@ class System:
         settings, image_shape: what it was built from; `(C, H, W)`.
         modules: name -> network. Weights, EMA and learning rates go by these names.
         phases: run in this order in every step.
+        ops: where its losses find what looks at a batch as a whole, and noise: `ivfast`, or the same names over a batch
+            that is spread over ranks (`ivfast.train.ranks.Ops`).
     """
 
     modules: dict[str, nn.Module]
@@ -53,7 +57,7 @@ class System:
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         self.settings, self.image_shape = settings, tuple(image_shape)
-        self.modules, self.phases = {}, []
+        self.modules, self.phases, self.ops = {}, [], ivfast
 
     @classmethod
     def preset(cls, data: str) -> dict[str, object]:
@@ -66,6 +70,10 @@ class System:
         Called as `share(x, labels)` where `fit` was given labels.
         """
         return x
+
+    def randn_like(self, z: Tensor) -> Tensor:
+        """Standard normal noise for the rows of a batch `[n, d]`."""
+        return torch.randn_like(z) if self.ops is ivfast else self.ops.randn_like(z)
 
     def to_device(self) -> None:
         for module in self.modules.values():

@@ -1,7 +1,7 @@
 """Losses on the device: written every step without waiting for it, read and checked once per log interval."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -21,10 +21,13 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Record:
-    """A buffer `[log_every, terms]` on `device`, with a column for each term of each phase."""
+    """A buffer `[log_every, terms]` on `device`, with a column for each term of each phase.
 
-    def __init__(self, log_every: int, device: str):
-        self.log_every, self.device = log_every, device
+    `mean` is over the ranks of a run, of which each writes its own losses.
+    """
+
+    def __init__(self, log_every: int, device: str, mean: Callable[[Tensor], Tensor] = lambda values: values):
+        self.log_every, self.device, self.mean = log_every, device, mean
         self.names: list[tuple[str, str]] = []  # (phase, term)
         self.values = torch.empty(0)
         self.zero = torch.zeros((), device=device)
@@ -59,7 +62,7 @@ class Record:
 
         This waits for the device. Raises NonFiniteLoss for the first entry that is not finite.
         """
-        values = self.values[: self.rows].to("cpu", torch.float64)
+        values = self.mean(self.values[: self.rows]).to("cpu", torch.float64)
         finite = values.isfinite()
         if not bool(finite.all()):
             row, column = (int(i) for i in (~finite).nonzero()[0])
@@ -77,7 +80,7 @@ class Record:
         self.row.zero_()
 
     def state(self) -> dict[str, Tensor]:
-        return {"values": self.values[: self.rows]}
+        return {"values": self.mean(self.values[: self.rows])}
 
     def description(self) -> dict[str, object]:
         return {"names": [list(name) for name in self.names], "ran": dict(self.ran)}

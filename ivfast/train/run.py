@@ -17,6 +17,7 @@ from .capture import Captured, CudaGraphs, choose, fixed_rate
 from .checkpoint import CheckpointError
 from .log import Clock
 from .phase import Phase, System
+from .ranks import Ranks
 from .record import Record
 from .settings import Settings
 
@@ -35,10 +36,12 @@ class Run:
 
     def __init__(self, system: System, images: Tensor, settings: Settings, out: Path, labels: Tensor | None):
         self.system, self.settings, self.out = system, settings, out
+        self.ranks = Ranks()
+        self.ranks.take(system)
         self.device = torch.device(settings.device)
         _seed(settings.stream("noise"), self.device)
         self.batches = Batches(images, settings.batch_size, settings.stream("order"), labels)
-        self.record = Record(settings.log_every, settings.device)
+        self.record = Record(settings.log_every, settings.device, self.ranks.mean)
         self.average = Average(system, settings.ema) if settings.ema else None
         self.step, self.seconds = 0, 0.0
         self.checkpoint: Path | None = None  # the last good one
@@ -97,7 +100,7 @@ class Run:
     def body(self, due: tuple[bool, ...]) -> None:
         """The step on the device: a batch, the shared forward, then each phase that is due."""
         self.place = "the batch"
-        batch = self.batches.gather()
+        batch = self.ranks.rows(self.batches.gather())
         self.place = "the shared forward"
         with self.autocast():
             shared = self.share(*batch)
@@ -119,6 +122,7 @@ class Run:
         phase.optimizer.zero_grad(set_to_none=True)
         total = functools.reduce(operator.add, terms.values())
         total.backward(inputs=phase.parameters, retain_graph=phase.retain_graph)
+        self.ranks.average_gradients(phase.parameters)
         phase.optimizer.step()
         return terms
 
@@ -155,7 +159,7 @@ class Run:
 
     def look(self, evaluate, draw, epoch: int) -> dict[str, float]:
         """Metrics and pictures: on averaged weights, in evaluation mode, without a trace in the random state."""
-        if evaluate is None and draw is None:
+        if not self.ranks.first or (evaluate is None and draw is None):
             return {}
         averaged = _NOTHING if self.average is None else self.average.swapped()
         with torch.random.fork_rng(devices=cuda_devices(self.settings.device)), torch.no_grad(), averaged:
@@ -171,7 +175,7 @@ class Run:
         return metrics
 
     def save(self, clock: Clock) -> None:
-        """Write the checkpoint, from finite losses and weights alone."""
+        """Write the checkpoint, from finite losses and weights alone: the first rank's, which is the others' too."""
         self.record.read(self.step, self.checkpoint)
         values = floating_state(self.system)
         finite = torch.stack([value.isfinite().all() for value in values.values()])
@@ -195,7 +199,9 @@ class Run:
             "record": self.record.description(),
         }
         path = self.out / checkpoint.LAST
-        checkpoint.write(path, {f"{part}/{k}": v for part, values in tensors.items() for k, v in values.items()}, about)
+        if self.ranks.first:
+            flat = {f"{part}/{k}": v for part, values in tensors.items() for k, v in values.items()}
+            checkpoint.write(path, flat, about)
         self.checkpoint = path
 
     def load(self) -> None:

@@ -1,0 +1,243 @@
+"""Losses over the samples of all ranks: the same scalar on each. The algebra is that of the ops of the same names."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _check
+from ..ops import as_distance as one_as
+from ..ops import frechet
+from ..ops import mmd as one_mmd
+from ..ops import multi_js as one_js
+from ..ops._once import once_differentiable
+from ..ops._pairwise import arithmetic
+from .exchange import Rows, centred, diagonal, distances, gather_rows, gathers, ring, rows_of, summed, tiles, total
+from .stein import median_bandwidth
+
+
+def mmd(
+    x: Tensor,
+    y: Tensor,
+    group=None,
+    *,
+    kernel: str = "imq",
+    scales: tuple[float, ...] | None = None,
+    bandwidth: float | Tensor | str | None = None,
+    unbiased: bool = True,
+    exchange: str = "auto",
+    even: bool = False,
+) -> Tensor:
+    """MMD² between the samples x and y of all ranks, of which each holds some rows. As `ivfast.mmd`.
+
+    The ring takes a rank's rows against all others, n²/ranks kernels, and adds the sums of the ranks.
+    """
+    rows = rows_of(group, even, 2 if unbiased else 1, x=x, y=y)
+    _check.alike("y", y, "x", x)
+    if gathers(exchange, *rows):
+        whole = (gather_rows(z, its) for z, its in zip((x, y), rows, strict=True))
+        return one_mmd.mmd(*whole, kernel=kernel, scales=scales, bandwidth=bandwidth, unbiased=unbiased)
+    _check.choice("kernel", kernel, one_mmd.KERNELS)
+    scales = one_mmd.SCALES[kernel] if scales is None else one_mmd._checked(scales)
+    if bandwidth is None:
+        bandwidth = 2.0 * x.shape[-1] if kernel == "imq" else "median"
+    if isinstance(bandwidth, str):
+        _check.choice("bandwidth", bandwidth, ("median",))
+        n = sum(its.total for its in rows)
+        pooled = torch.cat((x, y), -2).detach()
+        h = median_bandwidth(pooled, group, convention="paper", exchange="ring", even=even) * math.log(max(n, 2))
+    elif isinstance(bandwidth, Tensor):
+        h = one_mmd._bandwidth(x, y, bandwidth)
+    else:
+        _check.number("bandwidth", bandwidth, positive=True)
+        h = arithmetic(x).new_full(x.shape[:-2], bandwidth)
+    return _Mmd.apply(x, y, h, kernel == "imq", scales, unbiased, *rows)
+
+
+def as_distance(
+    mu_r: Tensor,
+    logvar_r: Tensor,
+    mu_g: Tensor,
+    logvar_g: Tensor,
+    group=None,
+    *,
+    kernel: str = "product",
+    measure: str = "lebesgue",
+    log: bool = False,
+    unbiased: bool = False,
+    exchange: str = "auto",
+    even: bool = False,
+) -> Tensor:
+    """AS-Distance between the posteriors of all ranks, of which each holds some rows. As `ivfast.as_distance`.
+
+    The ring has a tile of pairs in all their dimensions in memory, and passes around once more for the gradient.
+    """
+    rows = rows_of(group, even, 2 if unbiased else 1, mu_r=mu_r, mu_g=mu_g)
+    _check.alike("mu_g", mu_g, "mu_r", mu_r)
+    _check.same("logvar_r", logvar_r, "mu_r", mu_r)
+    _check.same("logvar_g", logvar_g, "mu_g", mu_g)
+    _check.choice("kernel", kernel, one_as.KERNELS)
+    _check.choice("measure", measure, one_as.MEASURES)
+    if gathers(exchange, *rows):
+        whole = []
+        for mu, logvar, its in ((mu_r, logvar_r, rows[0]), (mu_g, logvar_g, rows[1])):
+            whole += gather_rows(torch.cat((mu, logvar), -1), its).chunk(2, -1)
+        return one_as.as_distance(*whole, kernel=kernel, measure=measure, log=log, unbiased=unbiased)
+    form = kernel == "additive", measure == "prior", log, unbiased
+    return _AsDistance.apply(mu_r, logvar_r, mu_g, logvar_g, *form, *rows)
+
+
+def multi_js_loss(
+    logits: Tensor,
+    group=None,
+    *,
+    weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    even: bool = False,
+) -> Tensor:
+    """The multi-class Jensen–Shannon loss over the rows of all ranks, each with some rows of every block. As
+    `ivfast.multi_js_loss`; a scalar is all that is exchanged."""
+    loss = one_js.multi_js_loss(logits, weights=weights, label_smoothing=label_smoothing)
+    (rows,) = rows_of(group, even, logits=one_js._blocks(logits))
+    return total(loss * (rows.counts[rows.rank] / rows.total), group)
+
+
+def fld(z: Tensor, group=None, *, exchange: str = "auto", even: bool = False) -> Tensor:
+    """Fréchet latent distance of the codes of all ranks to N(0, I). As `ivfast.fld`.
+
+    With exchange "reduce", which "auto" takes for many codes, means and covariances are added over the ranks, d²
+    numbers instead of n·d; the roots of eigenvalues below 1e-16 of the largest are then lost in rounding.
+    """
+    (rows,) = rows_of(group, even, 2, z=z)
+    if gathers(exchange, rows, choices=("auto", "gather", "reduce")):
+        return frechet.fld(gather_rows(z, rows))
+    x, n, d = z.double(), rows.total, z.shape[-1]
+    mu = total(x.sum(-2), group) / n
+    x = x - mu.unsqueeze(-2)
+    sigma = total(x.mT @ x, group) / (n - 1)
+    identity = torch.eye(d, dtype=x.dtype, device=x.device).expand_as(sigma)
+    distance = frechet.frechet_distance(mu, sigma, torch.zeros_like(mu), identity)
+    return distance.to(torch.promote_types(z.dtype, torch.float32))
+
+
+class _Mmd(torch.autograd.Function):
+    """The value and, in the same pass of the ring, its gradient by this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, x, y, bandwidth, imq, scales, unbiased, x_rows, y_rows):
+        of_x, of_y = ctx.needs_input_grad[:2]
+        _, (X, Y) = centred(x_rows.group, (x, x_rows), (y, y_rows))
+        b, n, m = bandwidth[..., None, None], x_rows.total, y_rows.total
+        less = 1 if unbiased else 0
+        w_xx, w_yy, w_xy = 1 / (n * (n - less)), 1 / (m * (m - less)), 1 / (n * m)
+        value, dx, dy = torch.zeros(X.shape[:-2], dtype=torch.float64, device=X.device), None, None
+        dx, dy = (torch.zeros_like(Z) if wanted else None for Z, wanted in ((X, of_x), (Y, of_y)))
+        for owner, (A, B) in ring([X, Y], [x_rows, y_rows]):
+            own = owner == x_rows.rank
+            terms = [
+                (X, A, own, w_xx, 4 * w_xx, dx),
+                (Y, B, own, w_yy, 4 * w_yy, dy),
+                (X, B, False, -2 * w_xy, -4 * w_xy, dx),
+            ]
+            if of_y:
+                terms.append((Y, A, False, 0, -4 * w_xy, dy))
+            for mine, theirs, same, weight, pull, gradient in terms:
+                for i, j in tiles(mine, theirs):
+                    d2 = distances(mine, theirs, i, j, same)
+                    k, slope = one_mmd._kernel(d2, b, imq, scales, gradient is not None)
+                    if weight:
+                        value += weight * k.sum((-2, -1), dtype=torch.float64)
+                    if gradient is not None:
+                        gradient[..., i, :] += pull * one_mmd._pull(slope, mine[..., i, :], theirs[..., j, :])
+        ctx.save_for_backward(dx, dy)
+        ctx.group, ctx.dtype = x_rows.group, x.dtype
+        value = summed(value, x_rows.group)
+        if unbiased:  # k(0) = 1 for each scale
+            value = value - len(scales) * (n * w_xx + m * w_yy)
+        return value.to(X.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = summed(grad, ctx.group)[..., None, None]
+        return *(None if g is None else (grad * g).to(ctx.dtype) for g in ctx.saved_tensors), *[None] * 6
+
+
+class _AsDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased, r_rows, g_rows):
+        tensors = [arithmetic(z.detach()) for z in (mu_r, logvar_r, mu_g, logvar_g)]
+        rows = r_rows, r_rows, g_rows, g_rows
+        r, g = tensors[:2], tensors[2:]
+        sums = [tensors[0].new_full(mu_r.shape[:-2], -math.inf) for _ in range(3)]
+        for owner, block in ring(tensors, rows):
+            own = owner == r_rows.rank
+            for k, (mine, theirs, same) in enumerate(((r, block[:2], own), (g, block[2:], own), (r, block[2:], False))):
+                for log_k, _, _ in _log_kernels(mine, theirs, additive, prior, without_diagonal=same and unbiased):
+                    sums[k] = torch.logaddexp(sums[k], log_k.flatten(-2).logsumexp(-1))
+        sums = _log_total(torch.stack(sums, -1), r_rows.group)
+        ctx.save_for_backward(mu_r, logvar_r, mu_g, logvar_g, sums)
+        ctx.form, ctx.rows = (additive, prior, log, unbiased), (r_rows, g_rows)
+        rr, gg, rg = _log_means(sums, r_rows, g_rows, unbiased)
+        return rr + gg - 2 * rg if log else rr.exp() + gg.exp() - 2 * rg.exp()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        *given, sums = ctx.saved_tensors
+        (additive, prior, log, unbiased), (r_rows, g_rows) = ctx.form, ctx.rows
+        grad = summed(grad, r_rows.group)
+        means = _log_means(sums, r_rows, g_rows, unbiased)
+        # D by the log-sums; within a batch each pair stands twice, and so does the one sample of the diagonal
+        w_rr, w_gg, w_rg = (grad * f * (1 if log else s.exp()) for f, s in zip((2, 2, -2), means, strict=True))
+        tensors = [arithmetic(z) for z in given]
+        r, g = tensors[:2], tensors[2:]
+        gradients = [torch.zeros_like(z) for z in tensors]
+        for owner, block in ring(tensors, (r_rows, r_rows, g_rows, g_rows)):
+            own = owner == r_rows.rank
+            a, b = block[:2], block[2:]
+            for mine, theirs, same, k, w, into in (
+                (r, a, own, 0, w_rr, gradients[:2]),
+                (g, b, own, 1, w_gg, gradients[2:]),
+                (r, b, False, 2, w_rg, gradients[:2]),
+                (g, a, False, 2, w_rg, gradients[2:]),
+            ):
+                _add_pull(mine, theirs, sums[..., k], w, additive, prior, same and unbiased, into)
+        return *(x.to(z.dtype) for x, z in zip(gradients, given, strict=True)), *[None] * 6
+
+
+def _log_kernels(a, b, additive, prior, *, without_diagonal):
+    """log k_ij in tiles `[..., R, C]`, each with its rows and columns; −∞ on a diagonal left out."""
+    for i, j in tiles(a[0], b[0], each=a[0].shape[-1]):
+        mine, theirs = [x[..., i, :] for x in a], [x[..., j, :] for x in b]
+        log_k = one_as._log_kernel(mine, theirs, additive, prior, without_diagonal=False)
+        if without_diagonal:
+            diagonal(log_k, i, j).fill_(-math.inf)
+        yield log_k, i, j
+
+
+def _add_pull(a, b, log_sum, weight, additive, prior, without_diagonal, into):
+    """Add weight·Σ_j w_ij ∂log k_ij/∂a_i, w_ij the share of each pair in the sum."""
+    for i, j in tiles(a[0], b[0], each=a[0].shape[-1]):
+        with torch.enable_grad():
+            mine = [x[..., i, :].detach().requires_grad_() for x in a]
+            log_k = one_as._log_kernel(mine, [x[..., j, :] for x in b], additive, prior, without_diagonal=False)
+        share = torch.exp(log_k.detach() - log_sum[..., None, None]) * weight[..., None, None]
+        if without_diagonal:
+            diagonal(share, i, j).zero_()
+        for own, x in zip(into, torch.autograd.grad(log_k, mine, share), strict=True):
+            own[..., i, :] += x
+
+
+def _log_means(sums: Tensor, r_rows: Rows, g_rows: Rows, unbiased: bool) -> list[Tensor]:
+    n, m, less = r_rows.total, g_rows.total, int(unbiased)
+    pairs = n * (n - less), m * (m - less), n * m
+    return [s - math.log(p) for s, p in zip(sums.unbind(-1), pairs, strict=True)]
+
+
+def _log_total(sums: Tensor, group) -> Tensor:
+    """log of the sum over the ranks of exp(sums)."""
+    table = sums.new_empty(dist.get_world_size(group), *sums.shape)
+    dist.all_gather_into_tensor(table.view(-1), sums.reshape(-1), group=group)
+    return table.logsumexp(0)

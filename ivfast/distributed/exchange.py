@@ -1,0 +1,230 @@
+"""Rows that are spread over the ranks of a group: who holds how many, all on each, and a ring of blocks."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import _check
+from ..ops._once import once_differentiable
+from ..ops._pairwise import arithmetic
+
+EXCHANGES = ("auto", "gather", "ring")
+GATHER = 16384  # rows in all up to which every rank takes them all: n² is then some milliseconds of one kernel
+# Pairs (times what each holds) that a streamed pass has in memory at a time: what a cache holds, and on other devices
+# what takes longer than the launches of its kernels.
+TILE, TILE_ON_DEVICE = 1 << 20, 1 << 25
+
+
+class Rows(NamedTuple):
+    """Rows `[..., n, d]` of which each rank of `group` holds some, in the order of the ranks."""
+
+    group: object
+    rank: int
+    counts: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def most(self) -> int:
+        return max(self.counts)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's rows of `whole [..., n, d]`."""
+        start = sum(self.counts[: self.rank])
+        return whole.narrow(-2, start, self.counts[self.rank]).contiguous()
+
+
+def rows_of(group, even: bool, at_least: int = 1, **tensors: Tensor) -> list[Rows]:
+    """Where the rows of each tensor `[..., n, d]` are, by its argument's name.
+
+    Raises:
+        TypeError, ValueError: for a tensor that is none of samples; on every rank, where ranks differ in anything but
+            their number of rows, or hold fewer than `at_least` together.
+    """
+    for name, x in tensors.items():
+        _check.samples(name, x, at_least=0)
+    rank, world = dist.get_rank(group), dist.get_world_size(group)
+    if even:
+        return _enough(tensors, [Rows(group, rank, (x.shape[-2],) * world) for x in tensors.values()], at_least)
+    first = next(iter(tensors.values()))
+    table = first.new_empty(world, len(tensors), 7, dtype=torch.int64)
+    own = torch.tensor([_description(x) for x in tensors.values()], device=first.device)
+    dist.all_gather_into_tensor(table.view(world * len(tensors), 7), own, group=group)
+    table = table.tolist()
+    for k, name in enumerate(tensors):
+        for other, row in enumerate(table):
+            if row[k][1:] != table[0][k][1:]:
+                wanted, got = _said(table[0][k]), _said(row[k])
+                raise ValueError(f"{name} must match that of rank 0 but for n: {wanted}, got {got} on rank {other}")
+    return _enough(tensors, [Rows(group, rank, tuple(r[k][0] for r in table)) for k in range(len(tensors))], at_least)
+
+
+def _enough(names: Iterable[str], rows: list[Rows], at_least: int) -> list[Rows]:
+    for name, its in zip(names, rows, strict=True):
+        if its.total < at_least:
+            raise ValueError(f"{name} must hold n >= {at_least} samples on all ranks together, got {its.total}")
+    return rows
+
+
+def _description(x: Tensor) -> list[int]:
+    """n, and what all ranks must share: d, the leading dimensions, dtype and whether gradients are wanted."""
+    batch = x.shape[:-2]
+    gradient = x.requires_grad and torch.is_grad_enabled()
+    # the shape itself is of any length: its hash is the same in every process, being of integers
+    return [
+        x.shape[-2],
+        x.shape[-1],
+        len(batch),
+        batch.numel(),
+        hash(tuple(batch)),
+        _check.FLOATING.index(x.dtype),
+        gradient,
+    ]
+
+
+def _said(row: list[int]) -> str:
+    _, d, dimensions, sets, _, dtype, gradient = row
+    leading = f", {sets} sets in {dimensions} leading dimensions" if dimensions else ""
+    return f"d = {d}{leading}, {_check.FLOATING[dtype]}, {'with' if gradient else 'without'} gradient"
+
+
+def gathers(exchange: str, *rows: Rows, choices: tuple[str, ...] = EXCHANGES) -> bool:
+    """Whether every rank takes all rows, rather than the other way there is; both give the same numbers."""
+    _check.choice("exchange", exchange, choices)
+    return exchange == "gather" or (exchange == "auto" and max(r.total for r in rows) <= GATHER)
+
+
+def gather_rows(x: Tensor, rows: Rows) -> Tensor:
+    """All rows `[..., n, d]` of which x holds this rank's; counts may differ.
+
+    Backward is a reduce-scatter: each rank's rows get the sum of all ranks' gradients.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Gather.apply(x, rows)
+    return _gather(x, rows)
+
+
+def _gather(x: Tensor, rows: Rows) -> Tensor:
+    world, most = len(rows.counts), rows.most
+    sent = _padded(x.movedim(-2, 0), most)
+    table = sent.new_empty(world * most, *sent.shape[1:])
+    dist.all_gather_into_tensor(table, sent, group=rows.group)
+    if rows.total != world * most:
+        table = torch.cat([part[:count] for part, count in zip(table.split(most), rows.counts, strict=True)])
+    return table.movedim(0, -2)
+
+
+def _scatter(grad: Tensor, rows: Rows) -> Tensor:
+    parts = arithmetic(grad).movedim(-2, 0).split(rows.counts)
+    table = torch.cat([_padded(part, rows.most) for part in parts])
+    own = table.new_empty(rows.most, *table.shape[1:])
+    dist.reduce_scatter_tensor(own, table, group=rows.group)
+    return own[: rows.counts[rows.rank]].movedim(0, -2).to(grad.dtype)
+
+
+def _padded(x: Tensor, most: int) -> Tensor:
+    return x.contiguous() if len(x) == most else torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, rows):
+        ctx.rows = rows
+        return _gather(x, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _scatter(grad, ctx.rows), None
+
+
+def total(x: Tensor, group) -> Tensor:
+    """Sum of x over the ranks; each rank's x gets the sum of all ranks' gradients."""
+    return _Total.apply(x, group)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return summed(x, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return summed(grad, ctx.group), None
+
+
+def summed(x: Tensor, group) -> Tensor:
+    """Sum of x over the ranks, the same bits on each; no gradient."""
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def ring(tensors: Sequence[Tensor], rows: Sequence[Rows]) -> Iterator[tuple[int, list[Tensor]]]:
+    """Ranks and their blocks in turn, beginning with `tensors`, this rank's own.
+
+    While a block is worked on, it is on its way to the next rank and the one after it on its way here: three blocks at
+    a time are in memory.
+    """
+    group, rank, world = rows[0].group, rows[0].rank, len(rows[0].counts)
+    right, left = (rank + 1) % world, (rank - 1) % world
+    blocks = [x.detach().contiguous() for x in tensors]
+    for step in range(world):
+        coming, requests = [], []
+        if step < world - 1:
+            counts = [its.counts[(rank - step - 1) % world] for its in rows]
+            coming = [x.new_empty(*x.shape[:-2], n, x.shape[-1]) for x, n in zip(blocks, counts, strict=True)]
+            operations = [
+                dist.P2POp(call, x, group=group, tag=tag, group_peer=peer)
+                for call, peer, several in ((dist.isend, right, blocks), (dist.irecv, left, coming))
+                for tag, x in enumerate(several)
+                if x.numel()
+            ]
+            requests = dist.batch_isend_irecv(operations) if operations else []
+        yield (rank - step) % world, blocks
+        for request in requests:
+            request.wait()
+        blocks = coming
+
+
+def tiles(a: Tensor, b: Tensor, each: int = 1) -> Iterator[tuple[slice, slice]]:
+    """Rows of a `[..., n, d]` and of b `[..., m, d]` whose pairs are looked at together."""
+    n, m, sets = a.shape[-2], b.shape[-2], max(1, a.shape[:-2].numel())
+    size = (TILE if a.is_cpu else TILE_ON_DEVICE) // (each * sets)
+    columns = max(1, min(m, 2 * math.isqrt(size)))
+    step = max(1, min(n, size // columns))
+    for i in range(0, n, step):
+        for j in range(0, m, columns):
+            yield slice(i, min(i + step, n)), slice(j, min(j + columns, m))
+
+
+def diagonal(tile: Tensor, i: slice, j: slice) -> Tensor:
+    """The entries of `tile [..., R, C]` of a sample's pair with itself, where rows and columns are the same samples."""
+    return tile.diagonal(offset=i.start - j.start, dim1=-2, dim2=-1)
+
+
+def distances(a: Tensor, b: Tensor, i: slice, j: slice, own: bool) -> Tensor:
+    """‖a_i − b_j‖² `[..., R, C]` of centred rows: never negative; with `own` 0 where a sample meets itself."""
+    a, b = a[..., i, :], b[..., j, :]
+    norms = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2)
+    d2 = norms.sub_(a @ b.mT, alpha=2).clamp_min_(0)
+    if own:
+        diagonal(d2, i, j).zero_()
+    return d2
+
+
+def centred(group, *tensors: tuple[Tensor, Rows]) -> tuple[Tensor, list[Tensor]]:
+    """The mean `[..., 1, d]` of all rows of all tensors, the same on every rank, and the tensors less it."""
+    working = [arithmetic(x.detach()) for x, _ in tensors]
+    n = sum(rows.total for _, rows in tensors)
+    centre = summed(sum(x.sum(-2, keepdim=True, dtype=torch.float64) for x in working), group) / n
+    centre = centre.to(working[0].dtype)
+    return centre, [x - centre for x in working]

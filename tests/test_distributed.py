@@ -1,0 +1,224 @@
+"""Ops over the samples of several gloo ranks: the values and gradients of one process on the concatenation.
+
+Run as a script, this file is a rank.
+"""
+
+import datetime
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ivfast
+from ivfast import distributed
+from ivfast.testing import error
+
+N, M, D = 23, 18, 5
+RING = ("gather", "ring")
+# As ivfast.testing.TOLERANCES, but for a float64 that loses digits of a cancelled sum, and for gradients that each rank
+# rounds before they are added.
+ALLOWED = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
+# What is a difference of means or of their logarithms is compared on the scale of those.
+UNITS = {"mmd": 1.0, "mmd_rbf": 0.3, "mmd_prior": 1.0, "as_log": 1.0, "as_prior": 0.05}
+
+
+def rounded(x):
+    """Points of a grid, many alike, with the gradient of x."""
+    return x + (x.round() - x).detach()
+
+
+# name -> (exchanges, rows of the inputs, function of the module, its inputs and keywords)
+CASES = {
+    "direction": (RING, (N,), lambda ops, x, **how: ops.svgd_direction(x, **how)),
+    "score": (RING, (N, N), lambda ops, x, score, **how: ops.svgd_direction(x, score=score, bandwidth=2.5, **how)),
+    "narrow": (RING, (N,), lambda ops, x, **how: ops.svgd_direction(x, bandwidth=1e-6, **how)),
+    "blackjax": (RING, (N,), lambda ops, x, **how: ops.svgd_direction(x, convention="blackjax", scale=3.0, **how)),
+    "numpyro": (RING, (N,), lambda ops, x, **how: ops.svgd_direction(x, convention="numpyro", **how)),
+    "tied": (RING, (N,), lambda ops, x, **how: ops.svgd_direction(rounded(x), convention="paper", **how)),
+    "together": (RING, (N,), lambda ops, x, **how: ops.svgd_direction(x * 0 + 1, bandwidth="median", **how)),
+    "sets": (RING, (2, 3, N), lambda ops, x, **how: ops.svgd_direction(x, **how)),
+    "one": (RING, (1,), lambda ops, x, **how: ops.svgd_direction(x, **how)),
+    "bandwidth": (
+        RING,
+        (N,),
+        lambda ops, x, **how: ops.svgd_direction(x, bandwidth=ops.median_bandwidth(x, **how), **how),
+    ),
+    "median": (RING, (N,), lambda ops, x, **how: ops.median_bandwidth(x, convention="paper", **how)),
+    # of 16 the mean is exact, and so are distances that tie
+    "median_tied": (RING, (16,), lambda ops, x, **how: ops.median_bandwidth(rounded(x), convention="numpyro", **how)),
+    "median_sets": (RING, (2, 3, N), lambda ops, x, **how: ops.median_bandwidth(x, **how).sum()),
+    "bridge": (
+        RING,
+        (N, N),
+        lambda ops, z, e, **how: ops.svgd_bridge(z, 3, draws=torch.stack([e.detach() * k for k in range(1, 6)]), **how),
+    ),
+    "mmd": (RING, (N, M), lambda ops, x, y, **how: ops.mmd(x, y, **how)),
+    "mmd_rbf": (RING, (N, M), lambda ops, x, y, **how: ops.mmd(x, y, kernel="rbf", unbiased=False, **how)),
+    "mmd_prior": (RING, (N, M), lambda ops, x, y, **how: ops.mmd(x, y.detach(), bandwidth=3.0, **how)),
+    "mmd_sets": (RING, (2, N), lambda ops, x, **how: ops.mmd(x, x + 1, **how)),
+    "as": (RING, (N, N, M, M), lambda ops, *q, **how: ops.as_distance(*q, **how)),
+    "as_log": (RING, (N, N, M, M), lambda ops, *q, **how: ops.as_distance(*q, log=True, unbiased=True, **how)),
+    "as_prior": (
+        RING,
+        (N, N, M, M),
+        lambda ops, *q, **how: ops.as_distance(*q, kernel="additive", measure="prior", **how),
+    ),
+    "js": (("",), (5, 4), lambda ops, x, **how: ops.multi_js_loss(x, **how)),
+    "js_weights": (
+        ("",),
+        (5, 4),
+        lambda ops, x, **how: ops.multi_js_loss(x, weights=torch.arange(1, 6).to(x) / 15, label_smoothing=0.1, **how),
+    ),
+    "fld": (("gather", "reduce"), (N,), lambda ops, z, **how: ops.fld(z, **how)),
+}
+
+
+def drawn(name, dtype):
+    """The inputs `[..., n, d]` of a case, leaves of one process."""
+    _, rows, _ = CASES[name]
+    shapes = [(*rows, D)] if "sets" in name or name.startswith("js") else [(n, D) for n in rows]
+    generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def weights(shape):
+    """Of a loss that is a sum over rows: different for each, so that rows that change places are seen."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def shares(n, world, name):
+    """Rows of each rank: uneven, and where a rank may have none, one that has."""
+    if name.startswith("js"):
+        return (1, n - 1) if world == 2 else (1, 2, n - 3)
+    return (n // 3, n - n // 3) if world == 2 else (n // 4, 0, n - n // 4)
+
+
+def own(x, rank, world, name):
+    return x.split(shares(x.shape[-2], world, name), -2)[rank]
+
+
+def rank_main(rank, world, folder):
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store{world}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    distributed.exchange.TILE = 150  # several tiles, the last ones cut
+    results = {}
+    for name, (exchanges, _, function) in CASES.items():
+        for exchange in exchanges:
+            for dtype in ALLOWED:
+                mine = [own(x.detach(), rank, world, name).clone().requires_grad_() for x in drawn(name, dtype)]
+                how = {"exchange": exchange} if exchange else {}
+                out = function(distributed, *mine, **how)
+                gradients = None
+                if out.requires_grad:
+                    loss = out.double().sum() * (rank + 1)
+                    if out.dim() > 1:
+                        whole = weights((*out.shape[:-2], sum(rows_of_rank(name, world)), D))
+                        loss = (out.double() * own(whole, rank, world, name)).sum()
+                    gradients = torch.autograd.grad(loss, mine, allow_unused=True)
+                results[name, exchange, dtype] = out.detach(), gradients
+    results["said"] = said(rank, world)
+    torch.save(results, f"{folder}/{world}{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def rows_of_rank(name, world):
+    return shares(CASES[name][1][-1] if "sets" in name else CASES[name][1][0], world, name)
+
+
+def said(rank, world):
+    """What every rank says of arguments that do not fit on one of them."""
+    last = rank == world - 1
+    calls = (
+        lambda: distributed.svgd_direction(torch.zeros(3, 4 if last else 5)),
+        lambda: distributed.mmd(torch.zeros(3, 2), torch.zeros(3, 2, dtype=torch.float64 if last else torch.float32)),
+        lambda: distributed.fld(torch.zeros(3, 2, requires_grad=last)),
+        lambda: distributed.svgd_direction(torch.zeros(0, 2)),
+        lambda: distributed.fld(torch.zeros(int(last), 2)),
+        lambda: distributed.svgd_direction(torch.zeros(2, 2), exchange="none"),
+    )
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError) as raised:
+            call()
+        messages.append(str(raised.value))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What the ranks of two groups computed, by the number of ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    root = str(Path(ivfast.__file__).parent.parent)  # the same sources, installed or not
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    found = {}
+    for world in (2, 3):
+        command = [sys.executable, "-W", "error", __file__, str(world), str(folder)]
+        started = [subprocess.Popen([*command, str(rank)], cwd="/", env=environment) for rank in range(world)]
+        end = time.monotonic() + 120
+        try:
+            assert [process.wait(max(1, end - time.monotonic())) for process in started] == [0] * world
+        finally:
+            for process in started:
+                process.kill()
+        found[world] = [torch.load(folder / f"{world}{rank}.pt") for rank in range(world)]
+    return found
+
+
+@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(("name", "exchange"), [(name, how) for name, case in CASES.items() for how in case[0]])
+def test_as_one_process_on_the_concatenation(results, world, name, exchange, dtype):
+    allowed = ALLOWED[dtype]
+    whole = drawn(name, dtype)
+    expected = CASES[name][2](ivfast, *whole)
+    outs, gradients = zip(*(result[name, exchange, dtype] for result in results[world]), strict=True)
+    rows = expected.dim() > 1
+    got = torch.cat(outs, -2) if rows else outs[0]
+    assert got.dtype == expected.dtype
+    assert error(got, expected, UNITS.get(name, 0.0)) < allowed
+    if exchange == "gather":
+        assert torch.equal(got, expected)
+    if not rows:
+        assert all(torch.equal(out, got) for out in outs)
+    if not expected.requires_grad:
+        return
+    # the sum of the ranks' losses
+    coefficient = weights(expected.shape) if rows else world * (world + 1) / 2
+    reference = torch.autograd.grad((expected.double() * coefficient).sum(), whole, allow_unused=True)
+    for k, wanted in enumerate(reference):
+        if wanted is None or not wanted.any():
+            continue
+        assert error(torch.cat([g[k] for g in gradients], -2), wanted) < allowed, f"input {k}"
+
+
+def test_what_does_not_fit_raises_on_every_rank(results):
+    for world, ranks in results.items():
+        messages = ranks[0]["said"]
+        assert all(result["said"] == messages for result in ranks)
+        last = world - 1
+        assert messages == [
+            "x must match that of rank 0 but for n: d = 5, torch.float32, without gradient, "
+            f"got d = 4, torch.float32, without gradient on rank {last}",
+            "y must match that of rank 0 but for n: d = 2, torch.float32, without gradient, "
+            f"got d = 2, torch.float64, without gradient on rank {last}",
+            "z must match that of rank 0 but for n: d = 2, torch.float32, without gradient, "
+            f"got d = 2, torch.float32, with gradient on rank {last}",
+            "x must hold n >= 1 samples on all ranks together, got 0",
+            "z must hold n >= 2 samples on all ranks together, got 1",
+            "exchange must be one of 'auto', 'gather', 'ring', got 'none'",
+        ]
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[3]), int(sys.argv[1]), sys.argv[2])
