@@ -159,11 +159,10 @@ def train(
     latent_dim: Annotated[int | None, option(min=1, metavar="D", panel=_MODEL, help="Size of a code.")] = None,
     encoder_loss: Annotated[
         Literal["ascent", "confusion"] | None,
-        option(panel=_MODEL, help="IVAAE's encoder: the paper's ascent (default), or the bounded confusion."),
+        option(panel=_MODEL, help="IVAAE's and IVGAN's encoder: the papers' ascent (default) or bounded confusion."),
     ] = None,
-    blocks: Annotated[
-        int | None,
-        option("--blocks", min=1, metavar="K", panel=_MODEL, help="Blocks that IVGAN's interventions replace."),
+    k: Annotated[
+        int | None, option(min=1, metavar="K", panel=_MODEL, help="Number of blocks of a code that IVGAN replaces.")
     ] = None,
     mu: Annotated[
         float | None, option(min=0, metavar="MU", panel=_MODEL, help="Weight of IVGAN's intervention loss.")
@@ -217,7 +216,7 @@ def train(
         "system": system, "data": data, "root": root and str(root), "epochs": epochs, "steps": steps,
         "batch_size": batch_size, "latent_dim": latent_dim, "image_size": image_size, "seed": seed, "device": device,
         "precision": precision, "compile": compile_, "ema": ema, "encoder_loss": encoder_loss,
-        "fld_weight": fld_weight, "k": blocks, "mu": mu, "lam": lam, "packing": packing,
+        "fld_weight": fld_weight, "k": k, "mu": mu, "lam": lam, "packing": packing,
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs

@@ -146,6 +146,9 @@ class WganGp(Gan):
     second_order = ("discriminator",)
     batch_norm = False
 
+    def head(self) -> nn.Module:
+        return nn.Linear(self.features, 1, bias=False)  # L_D does not depend on a constant
+
     def real_or_fake(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
         return {"real": -real.mean(), "fake": fake.mean()}
 
@@ -195,12 +198,12 @@ class EncodingGan(Gan):
     """A GAN with an encoder from images to codes."""
 
     def networks(self) -> dict[str, nn.Module]:
-        s = self.settings
+        s, networks = self.settings, super().networks()
         if s.net == "mlp":
-            encoder = nets.mlp_encoder(self.image_shape, self.latent_dim, s.width, s.depth)
+            networks["encoder"] = nets.mlp_encoder(self.image_shape, self.latent_dim, s.width, s.depth)
         else:
-            encoder = nets.dcgan_encoder(self.image_shape, self.latent_dim, s.width)
-        return {**super().networks(), "encoder": encoder}
+            networks["encoder"] = nets.dcgan_encoder(self.image_shape, self.latent_dim, s.width)
+        return networks
 
     def encode(self, x: Tensor) -> Tensor:
         """Images `[n, C, H, W]` in [-1, 1], or points -> codes `[n, d]`."""
