@@ -1,14 +1,17 @@
 """Sets of points: moments and supports by their definitions; modes counted on samples whose modes are known."""
 
+import json
 import math
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from ivfast import metrics, points, report
+from ivfast import cli, metrics, points, report
 from ivfast.data import load
 from ivfast.models import build, preset
 from ivfast.points import POINTS, Mixture
+from ivfast.runs import load_system
 
 N = 40_000
 MIXTURES = [name for name, known in POINTS.items() if isinstance(known, Mixture)]
@@ -133,3 +136,25 @@ def test_looks_at_points_while_training_and_after(system, tmp_path):
     assert [found[name] for name in ("modes", "modes_kl", "modes_confident")] == list(expected)
     with pytest.raises(ValueError, match="classifier-score is of images, and ring holds points"):
         evaluation.run("classifier-score")
+
+
+def test_the_command_line_trains_samples_and_evaluates(tmp_path, monkeypatch, threads):
+    threads(1)
+    monkeypatch.chdir(tmp_path)
+
+    def ivfast(*arguments, code=0):
+        result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == code, result.output
+        return result.output
+
+    options = ("--data", "ring", "--steps", 3, "--k", 2, "--mu", 0.25, "--lam", 0.5, "--packing", 4)
+    text = ivfast("train", "ivlsgan", *options, "--device", "cpu", "--set", "tensorboard=false", "--out", "run")
+    assert "50,000 training and 10,000 test points 2, codes of 16" in text
+    _, settings = load_system("run")
+    assert (settings.k, settings.mu, settings.lam, settings.packing) == (2, 0.25, 0.5, 4)
+    assert "100 samples of 2 coordinates in run/samples.png" in ivfast("sample", "run", "-n", 100)
+    assert "points are drawn into one picture" in ivfast("sample", "run", "--out", "folder", code=2)
+    ivfast("evaluate", "run", "--samples", 500)
+    assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == {
+        "fld", "modes", "modes_kl", "modes_confident", "samples", "seed",
+    }  # fmt: skip

@@ -175,7 +175,7 @@ class PacDcgan(Gan):
 class UnrolledGan(Gan):
     """Unrolled GAN: L_G(θ_G, θ_D^K) after K steps θ_D^{j+1} = θ_D^j − η ∇L_D that depend on θ_G; D takes its own one.
 
-    Source: Metz et al. 2017, Eqs. 7–9, with plain gradient steps as they are written.
+    Source: Metz et al. 2017, section 2.2, with plain gradient steps as they are written.
     """
 
     second_order = ("generator",)
