@@ -319,12 +319,7 @@ def _data(name: str) -> dict[str, object]:
 _TABLE5 = {
     Gan: {"learning_rates": {"default": 1e-4}},
     LsGan: {"learning_rates": {"default": 2e-4}},
-    WganGp: {
-        "learning_rates": {"default": 1e-4},
-        "betas": (0.5, 0.9),
-        "discriminator_steps": 5,
-        "penalty": 10.0,
-    },
+    WganGp: {"learning_rates": {"default": 1e-4}, "betas": (0.5, 0.9), "discriminator_steps": 5, "penalty": 10.0},
     MrGan: {"learning_rates": {"default": 2e-4, "encoder": 1e-2}, "lam": 0.25, "lam2": 0.25},
     IvDcgan: {"learning_rates": {"default": 2e-4, "encoder": 5e-3}, "mu": 0.5, "lam": 0.25, "k": 4},
     IvLsgan: {"learning_rates": {"default": 2e-4, "encoder": 5e-3}, "mu": 0.5, "lam": 0.25, "k": 4},
@@ -356,10 +351,4 @@ _DIGITS = {
     "save_every": 50,
 }
 _STACKED_DIGITS = {**_DIGITS, "epochs": 10, "evaluate_every": 2, "save_every": 1}
-_POINTS = {
-    **_SMALL,
-    "width": 128,
-    "discriminator_width": 128,
-    "batch_size": 128,
-    "epochs": 30,
-}
+_POINTS = {**_SMALL, "width": 128, "discriminator_width": 128, "batch_size": 128, "epochs": 30}
