@@ -60,7 +60,7 @@ class Gan(System):
 
     @classmethod
     def preset(cls, data: str) -> dict[str, object]:
-        return {**_S2, **_data(data.partition(":")[0]), **_TABLE5[cls]}
+        return {**_S2, **_TABLE5[cls], **_data(data.partition(":")[0])}
 
     def networks(self) -> dict[str, nn.Module]:
         s, shape, d = self.settings, self.image_shape, self.latent_dim
@@ -315,7 +315,7 @@ def _data(name: str) -> dict[str, object]:
     return {"digits": _DIGITS, "stacked-digits": _STACKED_DIGITS, "stacked-mnist": _STACKED_MNIST}.get(name, _IMAGES)
 
 
-# Learning rates and weights of S2 Table 5. The quoted systems are not in it: DCGAN's rates, λ of their papers.
+# Learning rates and weights of S2 Table 5, for images. The quoted systems are not in it.
 _TABLE5 = {
     Gan: {"learning_rates": {"default": 1e-4}},
     LsGan: {"learning_rates": {"default": 2e-4}},
@@ -351,4 +351,12 @@ _DIGITS = {
     "save_every": 50,
 }
 _STACKED_DIGITS = {**_DIGITS, "epochs": 10, "evaluate_every": 2, "save_every": 1}
-_POINTS = {**_SMALL, "width": 128, "discriminator_width": 128, "batch_size": 128, "epochs": 30}
+# At Table 5's rates no sample is within 3 deviations of a mode of the ring after 4,000 steps.
+_POINTS = {
+    **_SMALL,
+    "width": 128,
+    "discriminator_width": 128,
+    "batch_size": 128,
+    "epochs": 30,
+    "learning_rates": {"default": 1e-3, "unrolled": 0.1},
+}
