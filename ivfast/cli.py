@@ -31,6 +31,15 @@ SYSTEMS = {
     "ivaae-svgd": "IVAAE, SVGD bridge (S1)",
     "wae-gan": "WAE-GAN, which is AAE (Tolstikhin et al. 2017; S1)",
     "wae-mmd": "WAE-MMD (Tolstikhin et al. 2017; S1)",
+    "ivdcgan": "IVGAN on DCGAN: tells which block of a code was replaced (S2)",
+    "ivlsgan": "IVGAN on LSGAN (S2)",
+    "dcgan": "DCGAN, the non-saturating GAN (Radford et al. 2015; S2)",
+    "lsgan": "LSGAN, least squares (Mao et al. 2016; S2)",
+    "wgan-gp": "WGAN with gradient penalty (Gulrajani et al. 2017; S2)",
+    "mrgan": "MRGAN, mode-regularised (Che et al. 2016; S2)",
+    "pacdcgan": "PacDCGAN, judges samples in packs (Lin et al. 2018; S2)",
+    "veegan": "VEEGAN, judges codes with images (Srivastava et al. 2017; S2)",
+    "unrolled-gan": "Unrolled GAN, looks D's steps ahead (Metz et al. 2017; S2)",
 }
 DATA = {
     "digits": "scikit-learn's handwritten digits, 8x8, embedded",
@@ -41,6 +50,9 @@ DATA = {
     "folder": "your own images: every image file below --root",
     "stacked-digits": "three digits as colours, 1,000 modes (S2)",
     "stacked-mnist": "three MNIST digits likewise",
+    "ring, grid, 8-gaussians": "points in the plane: mixtures of 8, 25 and 8 Gaussians",
+    "spirals, checkerboard": "points in the plane without separate modes",
+    "four-points": "the four unit vectors of four dimensions (S4)",
 }
 METRICS = {
     "fld": "Fréchet distance of the codes to the prior (S1)",
@@ -48,10 +60,10 @@ METRICS = {
     "classifier-distance": "Fréchet distance in a classifier's features; not FID",
     "classifier-score": "the Inception score's formula, by that classifier",
     "fid": "Inception FID; needs pytorch-fid's weights",
-    "modes": "modes covered of a stacked data set, KL to uniform (S2)",
+    "modes": "modes covered of stacked digits or Gaussians, KL to uniform (S2)",
 }
 _DATA, _LENGTH, _MODEL, _MACHINE, _RUN = "Data", "Length", "Model", "Machine", "Run"
-PAPERS = "S1: Intervention Adversarial Auto-Encoder."
+PAPERS = "S1: Intervention Adversarial Auto-Encoder. S2: Intervention GAN. Any GAN takes --packing."
 
 
 def option(*names: str, panel: str | None = None, **keywords):
@@ -147,7 +159,21 @@ def train(
     latent_dim: Annotated[int | None, option(min=1, metavar="D", panel=_MODEL, help="Size of a code.")] = None,
     encoder_loss: Annotated[
         Literal["ascent", "confusion"] | None,
-        option(panel=_MODEL, help="IVAAE's encoder: the paper's ascent (default), or the bounded confusion."),
+        option(panel=_MODEL, help="IVAAE's and IVGAN's encoder: the papers' ascent (default) or bounded confusion."),
+    ] = None,
+    k: Annotated[
+        int | None, option(min=1, metavar="K", panel=_MODEL, help="Number of blocks of a code that IVGAN replaces.")
+    ] = None,
+    mu: Annotated[
+        float | None, option(min=0, metavar="MU", panel=_MODEL, help="Weight of IVGAN's intervention loss.")
+    ] = None,
+    lam: Annotated[
+        float | None,
+        option(min=0, metavar="LAMBDA", panel=_MODEL, help="Weight of the reconstruction (the papers' λ)."),
+    ] = None,
+    packing: Annotated[
+        int | None,
+        option(min=1, metavar="M", panel=_MODEL, help="A GAN's discriminator judges M samples side by side."),
     ] = None,
     fld_weight: Annotated[
         float | None,
@@ -198,7 +224,7 @@ def train(
         "system": system, "data": data, "root": root and str(root), "epochs": epochs, "steps": steps,
         "batch_size": batch_size, "latent_dim": latent_dim, "image_size": image_size, "seed": seed, "device": device,
         "precision": precision, "compile": compile_, "capture": capture, "ema": ema, "encoder_loss": encoder_loss,
-        "fld_weight": fld_weight,
+        "fld_weight": fld_weight, "k": k, "mu": mu, "lam": lam, "packing": packing,
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs
@@ -214,11 +240,11 @@ def train(
     )
     runs.use_threads(threads, settings)
     network = models.build(settings, tuple(dataset.train.shape[1:]))
-    shape = "x".join(map(str, dataset.train.shape[1:]))
+    shape, kind = "x".join(map(str, dataset.train.shape[1:])), "images" if dataset.train.dim() == 4 else "points"
     console.quiet = not ranks.first
     console.print(
         f"[bold]{settings.system}[/bold] on {settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} "
-        f"test images {shape}, codes of {settings.latent_dim}, batches of {settings.batch_size}, on {settings.device}"
+        f"test {kind} {shape}, codes of {settings.latent_dim}, batches of {settings.batch_size}, on {settings.device}"
     )
     console.print(f"writing to [bold]{escape(str(out))}[/bold]", soft_wrap=True)
     before, begin = runs.last_step(out) if resume else 0, time.perf_counter()
@@ -279,14 +305,16 @@ def sample(
     system, _ = runs.trained(run, device)
     images = metrics.generate(system, n, seed)
     out = out or run / "samples.png"
+    points = images.dim() == 2
+    if points and out.suffix.lower() != ".png":
+        raise ValueError(f"points are drawn into one picture: --out must end in .png, got {out}")
     if out.suffix.lower() == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
         pictures.samples(images, out, columns)
     else:
         pictures.single(images, out)
-    console.print(
-        f"{n:,} samples of {images.shape[-2]}x{images.shape[-1]} in [bold]{escape(str(out))}[/bold]", soft_wrap=True
-    )
+    size = f"{images.shape[-1]} coordinates" if points else f"{images.shape[-2]}x{images.shape[-1]}"
+    console.print(f"{n:,} samples of {size} in [bold]{escape(str(out))}[/bold]", soft_wrap=True)
 
 
 EVALUATE_HELP = f"""

@@ -1,7 +1,8 @@
-"""Image data sets as uint8 tensors `[N, C, H, W]`, decoded once.
+"""Image data sets as uint8 tensors `[N, C, H, W]`, decoded once, and point sets as float tensors `[N, D]`.
 
-Digits come with scikit-learn; everything else is read where the user has it, in the layout torchvision uses. Sets of
-encoded files (CelebA, LSUN, an image folder) are decoded by parallel workers and kept in `<root>/.ivfast/`.
+Points are drawn from a fixed seed (`ivfast.points`). Digits come with scikit-learn; everything else is read where the
+user has it, in the layout torchvision uses. Sets of encoded files (CelebA, LSUN, an image folder) are decoded by
+parallel workers and kept in `<root>/.ivfast/`.
 """
 
 import difflib
@@ -28,7 +29,7 @@ __all__ = ["DATASETS", "DataNotFound", "Dataset", "load"]
 
 class Dataset(NamedTuple):
     name: str
-    train: Tensor  # uint8 [N, C, H, W]
+    train: Tensor  # uint8 [N, C, H, W], or points: float32 [N, D]
     train_labels: Tensor | None  # int64 [N], −1 where unlabelled
     test: Tensor
     test_labels: Tensor | None
@@ -46,7 +47,7 @@ def load(
     workers: int | None = None,
     progress: bool = True,
 ) -> Dataset:
-    """The data set `name`, as square uint8 images in memory.
+    """The data set `name`, as square uint8 images in memory, or as points.
 
     Args:
         name: one of `DATASETS`; LSUN takes its category behind a colon, `lsun:church_outdoor`.
@@ -60,12 +61,14 @@ def load(
         progress: show a bar while decoding.
 
     Raises:
-        ValueError: an unknown name, or a size, channel count or limit that makes no sense.
+        ValueError: an unknown name, or a size, channel count or limit that makes no sense (points have none of the
+            first two).
         DataNotFound: the files are not there.
 
     Splits: digits, each sixth image is a test image (1,497 and 300); MNIST, CIFAR-10, SVHN, STL-10 and CelebA, their
-    own; LSUN, `val`; folder, its `train` and `test` (or `val`) subfolders, else each tenth image in path order is a
-    test image. CelebA is cropped to the central 140 x 140 pixels as in S1; other files to their central square.
+    own; points, 50,000 and 10,000; LSUN, `val`; folder, its `train` and `test` (or `val`) subfolders, else each tenth
+    image in path order is a test image. CelebA is cropped to the central 140 x 140 pixels as in S1; other files to
+    their central square.
     """
     family, _, category = name.partition(":")
     if family not in DATASETS:
@@ -73,15 +76,20 @@ def load(
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
     recipe, root = DATASETS[family], Path(root).expanduser()
+    if recipe.size is None and (image_size, channels) != (None, None):
+        raise ValueError(f"{name} holds points: image_size and channels must be None, got {image_size}, {channels}")
     size = recipe.size if image_size is None else image_size
     channels = recipe.channels if channels is None else channels
-    _check.count("image_size", size, at_least=4)
-    if channels not in (1, 3):
+    if size is not None:
+        _check.count("image_size", size, at_least=4)
+    if channels not in (1, 3, None):
         raise ValueError(f"channels must be 1 or 3, got {channels}")
     if limit is not None:
         _check.count("limit", limit, at_least=2)
 
     def finish(images, label):
+        if recipe.size is None:
+            return images
         return _finish(images, size, channels, workers or os.cpu_count() or 1, f"{name} {label}" if progress else None)
 
     cache = None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import _check
 from .classifier import Classifier
+from .points import Mixture
 from .statistics import GaussianStatistics
 
 BATCH = 500
@@ -40,24 +41,27 @@ class Reconstruction(NamedTuple):
 
 
 class Modes(NamedTuple):
-    covered: int  # of the 1,000 triples, among confident samples
+    covered: int  # modes with a confident sample
     kl: float  # of the histogram of confident samples to the uniform one, nats
-    confident: float  # share of samples whose three digits are all classified with the confidence asked for
+    confident: float  # share of samples that surely belong to a mode
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 to float32 [-1, 1]."""
-    return images.float() / 127.5 - 1
+    """uint8 0..255 to float32 [-1, 1]; floating tensors pass through (points)."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] to uint8 on the CPU, rounded as a PNG file is; what lies outside is clamped.
+    """Floats in [-1, 1] to uint8 on the CPU, rounded as a PNG file is; what lies outside is clamped. Points `[n, D]`
+    stay as they are.
 
     Raises:
         ValueError: a pixel that is not finite.
     """
     if not bool(images.isfinite().all()):
         raise ValueError("images must be finite; the system has diverged")
+    if images.dim() == 2:
+        return images.float().cpu()
     return images.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
@@ -129,7 +133,7 @@ def reconstruction(system, images: Tensor) -> Reconstruction:
 
 
 def generate(system, n: int, seed: int = 0) -> Tensor:
-    """n samples as uint8 `[n, C, H, W]`, the same ones for the same seed."""
+    """n samples as uint8 `[n, C, H, W]`, or points `[n, D]`, the same ones for the same seed."""
     _check.count("n", n)
     with _evaluating(system) as device:
         generator = torch.Generator(device).manual_seed(seed)
@@ -236,8 +240,22 @@ def modes(classifier: Classifier, images: Tensor, *, confidence: float = 0.9, de
     p = probabilities(classifier, images.flatten(0, 1)[:, None], device).view(n, 3, -1)
     best, digit = p.max(2)
     sure = (best >= confidence).all(1)
-    number = (digit @ torch.tensor([100, 10, 1]))[sure]
-    histogram = torch.bincount(number, minlength=1000).double()
+    return _coverage(digit @ torch.tensor([100, 10, 1]), sure, 1000)
+
+
+def point_modes(points: Tensor, mixture: Mixture, *, within: float = 3.0) -> Modes:
+    """Mode coverage of points `[n, d]`: each counts for its nearest centre, where it lies within so many deviations
+    (of centres without spread, within half the distance of the nearest two).
+
+    Source: Srivastava et al. 2017 and Lin et al. 2018, who call such a point of high quality; both take 3.
+    """
+    distance, mode = torch.cdist(points.double(), mixture.centers.double()).min(1)
+    reach = within * mixture.deviation or float(torch.pdist(mixture.centers).min()) / 2
+    return _coverage(mode, distance <= reach, len(mixture.centers))
+
+
+def _coverage(mode: Tensor, sure: Tensor, modes: int) -> Modes:
+    histogram = torch.bincount(mode[sure], minlength=modes).double()
     q = histogram / histogram.sum().clamp_min(1)
-    kl = float((q * (q * 1000).clamp_min(1e-300).log()).sum()) if len(number) else float("inf")
+    kl = float((q * (q * modes).clamp_min(1e-300).log()).sum()) if bool(sure.any()) else float("inf")
     return Modes(int((histogram > 0).sum()), kl, float(sure.double().mean()))

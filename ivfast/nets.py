@@ -1,12 +1,14 @@
 """The papers' networks, from their tables. Images are float `[B, C, H, W]` in [-1, 1], codes float `[B, d]`.
 
-S1 Tables 3 and 4 here, for any channels and any size from 8. Table 4 is read with stride 2 in the first three
-transposed convolutions, a stride-1 output in the image's channels and FC(d): as printed its shapes do not meet.
+S1 Tables 3 and 4 and S2 Table 4, for any channels and any size from 8. S1's Table 4 is read with stride 2 in the first
+three transposed convolutions, a stride-1 output in the image's channels and FC(d): as printed its shapes do not meet.
+Perceptrons also take points `[B, D]`, of an `image_shape` (D,) and without bounds.
 """
 
 import itertools
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import nn
 
@@ -22,16 +24,18 @@ def mlp(inputs: int, outputs: int, width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
-def mlp_encoder(image_shape: tuple[int, int, int], latent_dim: int, width: int = 1024, depth: int = 2) -> nn.Module:
+def mlp_encoder(image_shape: tuple[int, ...], latent_dim: int, width: int = 1024, depth: int = 2) -> nn.Module:
     """S1 Table 3, E."""
-    check_image_shape(image_shape)
+    check_shape(image_shape)
     return nn.Sequential(nn.Flatten(), *mlp(math.prod(image_shape), latent_dim, width, depth))
 
 
-def mlp_decoder(image_shape: tuple[int, int, int], latent_dim: int, width: int = 1024, depth: int = 2) -> nn.Module:
+def mlp_decoder(image_shape: tuple[int, ...], latent_dim: int, width: int = 1024, depth: int = 2) -> nn.Module:
     """S1 Table 3, G."""
-    check_image_shape(image_shape)
+    check_shape(image_shape)
     layers = mlp(latent_dim, math.prod(image_shape), width, depth)
+    if len(image_shape) == 1:
+        return layers
     return nn.Sequential(*layers, nn.Tanh(), nn.Unflatten(1, image_shape))
 
 
@@ -79,6 +83,76 @@ def conv_decoder(image_shape: tuple[int, int, int], latent_dim: int, width: int 
     layers["image"] = nn.Conv2d(wide, channels, 4)
     layers["range"] = nn.Tanh()
     return nn.Sequential(layers)
+
+
+def mlp_features(image_shape: tuple[int, ...], width: int, depth: int, packing: int = 1) -> nn.Module:
+    """The hidden layers of a perceptron discriminator of `packing` images side by side: `[B, width]`."""
+    check_shape(image_shape)
+    layers: list[nn.Module] = [nn.Flatten()]
+    inputs = packing * math.prod(image_shape)
+    for _ in range(depth):
+        layers += [nn.Linear(inputs, width), nn.LeakyReLU(0.2)]
+        inputs = width
+    return nn.Sequential(*layers)
+
+
+def dcgan_features(
+    image_shape: tuple[int, int, int], width: int = 64, packing: int = 1, *, batch_norm: bool = True
+) -> nn.Module:
+    """S2 Table 4, D before FC(O1): 4×4 convolutions of stride 2 down to a side of at most 4, doubling `width`."""
+    layers = _halving(image_shape, width, packing * image_shape[0], lambda first: batch_norm)
+    return nn.Sequential(*layers, nn.Flatten())
+
+
+def dcgan_encoder(image_shape: tuple[int, int, int], latent_dim: int, width: int = 64) -> nn.Module:
+    """S2 Table 4, E: as D, without the first batch norm, then one convolution of the whole side and batch norm."""
+    layers = _halving(image_shape, width, image_shape[0], lambda first: not first)
+    sides, channels = _halves(image_shape), _widths(image_shape, width)
+    last = nn.Conv2d(channels[-1], latent_dim, sides[-1], bias=False)
+    return nn.Sequential(*layers, last, nn.Flatten(), nn.BatchNorm1d(latent_dim))
+
+
+def dcgan_generator(image_shape: tuple[int, int, int], latent_dim: int, width: int = 64) -> nn.Module:
+    """S2 Table 4, G: transposed convolutions from one pixel to a side of at most 4, then of stride 2."""
+    sides, channels = _halves(image_shape), _widths(image_shape, width)
+    layers = [nn.Unflatten(1, (latent_dim, 1, 1)), nn.ConvTranspose2d(latent_dim, channels[-1], sides[-1], bias=False)]
+    for i in reversed(range(len(channels))):
+        layers += [nn.BatchNorm2d(channels[i]), nn.ReLU()]
+        out = channels[i - 1] if i else image_shape[0]
+        extra = tuple(large - 2 * small for large, small in zip(sides[i], sides[i + 1], strict=True))
+        layers += [nn.ConvTranspose2d(channels[i], out, 4, 2, 1, output_padding=extra, bias=i == 0)]
+    return nn.Sequential(*layers, nn.Tanh())
+
+
+def _halves(image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
+    """(H, W), halved until neither exceeds 4."""
+    check_image_shape(image_shape)
+    sides = [tuple(image_shape[1:])]
+    while max(sides[-1]) > 4:
+        sides.append(tuple(side // 2 for side in sides[-1]))
+    return sides
+
+
+def _widths(image_shape: tuple[int, int, int], width: int) -> list[int]:
+    """Channels after each halving: 64, 128, 256, 512, 512, ..."""
+    return [width * min(2**i, 8) for i in range(len(_halves(image_shape)) - 1)]
+
+
+def _halving(image_shape, width: int, channels: int, norm: Callable[[bool], bool]) -> list[nn.Module]:
+    layers = []
+    for i, out in enumerate(_widths(image_shape, width)):
+        normed = norm(i == 0)
+        layers.append(nn.Conv2d(channels, out, 4, stride=2, padding=1, bias=not normed))
+        layers += [nn.BatchNorm2d(out)] if normed else []
+        layers.append(nn.LeakyReLU(0.2))
+        channels = out
+    return layers
+
+
+def check_shape(image_shape: tuple[int, ...]) -> None:
+    """Raises ValueError for what is neither the shape of an image nor that (D,) of a point."""
+    if len(image_shape) != 1 or image_shape[0] < 1:
+        check_image_shape(image_shape)
 
 
 def check_image_shape(image_shape: tuple[int, int, int]) -> None:

@@ -32,10 +32,26 @@ def tile(images: Tensor, columns: int | None = None, width: int = WIDTH) -> Tens
 
 
 def samples(images: Tensor, path: Path, columns: int | None = None) -> Path:
-    """Grid of samples."""
+    """Grid of samples; of points `[n, D]` the first two coordinates, scattered."""
+    if images.dim() == 2:
+        return _scatter(images, path)
     from PIL import Image
 
     Image.fromarray(tile(images, columns).permute(1, 2, 0).contiguous().numpy()).save(path)
+    return path
+
+
+def _scatter(points: Tensor, path: Path) -> Path:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.6, 5.6), dpi=110, layout="constrained")
+    axes = figure.add_subplot(aspect="equal")
+    axes.scatter(points[:, 0], points[:, 1], s=4, linewidths=0, alpha=0.5)
+    axes.grid(**GRID)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"{len(points):,} samples", fontsize=12)
+    figure.savefig(path)
     return path
 
 

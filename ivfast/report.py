@@ -14,9 +14,11 @@ from torch import Tensor
 from . import metrics, pictures
 from .classifier import classifier_of
 from .data import Dataset, load
+from .points import POINTS, Mixture
 from .train.settings import Settings
 
 CODES = 60_000  # FLD is taken on so many codes (S1, section 4)
+LOOK = 2_500  # points drawn to count modes while training (Srivastava et al. 2017)
 REFERENCE = 50_000  # real images behind FID and the classifier distance
 
 
@@ -31,22 +33,34 @@ def has_encoder(system) -> bool:
 
 
 def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
-    """The `evaluate` of `ivfast.train.loop.fit`: FLD of the training codes, reconstruction of the test images."""
+    """The `evaluate` of `ivfast.train.loop.fit`: FLD of the training codes, reconstruction of the test images, modes
+    of points."""
 
     def evaluate(system):
-        if not has_encoder(system):
-            return {}
-        reconstruction = metrics.reconstruction(system, dataset.test)
-        fld = metrics.latent_frechet_distance(metrics.codes(system, dataset.train[:CODES]))
-        return {"fld": fld, "mse": reconstruction.mse, "psnr": reconstruction.psnr}
+        values = {}
+        if has_encoder(system):
+            values["fld"] = metrics.latent_frechet_distance(metrics.codes(system, dataset.train[:CODES]))
+            if dataset.name not in POINTS:
+                values |= metrics.reconstruction(system, dataset.test)._asdict()
+        if _mixture(dataset):
+            modes = metrics.point_modes(metrics.generate(system, LOOK), _mixture(dataset))
+            values |= {"modes": modes.covered, "modes_confident": modes.confident}
+        return values
 
     return evaluate
 
 
+def _mixture(dataset: Dataset) -> Mixture | None:
+    """The modes of a set of points that has some."""
+    known = POINTS.get(dataset.name)
+    return known if isinstance(known, Mixture) else None
+
+
 def draw_samples(system, folder: Path, epoch: int) -> None:
-    """The `draw` of `ivfast.train.loop.fit`: the same 64 points of the prior every time, decoded."""
+    """The `draw` of `ivfast.train.loop.fit`: the same points of the prior every time, decoded."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    pictures.samples(metrics.generate(system, 64), Path(folder) / f"samples-{epoch:04d}.png")
+    n = 64 if system.image_shape[1:] else LOOK
+    pictures.samples(metrics.generate(system, n), Path(folder) / f"samples-{epoch:04d}.png")
 
 
 def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
@@ -54,14 +68,17 @@ def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
     folder, settings = Path(out) / "pictures", system.settings
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{settings.system} on {settings.data}, d = {settings.latent_dim}"
-    drawn = {"samples": pictures.samples(metrics.generate(system, 64), folder / "samples.png")}
-    if has_encoder(system):
+    points = dataset.name in POINTS
+    samples = metrics.generate(system, LOOK if points else 64)
+    drawn = {"samples": pictures.samples(samples, folder / "samples.png")}
+    if has_encoder(system) and not points:
         x = dataset.test[:36]
         z = metrics.codes(system, x)
         drawn["reconstructions"] = pictures.reconstructions(
             x, metrics.decoded(system, z), folder / "reconstructions.png"
         )
         drawn["interpolations"] = pictures.interpolations(_lines(system, z), folder / "interpolations.png")
+    if has_encoder(system):
         codes = metrics.codes(system, dataset.train[:CODES])
         drawn["covariance of the codes"] = pictures.covariance(codes, folder / "covariance.png", title)
     series = _series(Path(out) / "log.jsonl")
@@ -165,6 +182,8 @@ class Evaluation:
     def default(self) -> list[str]:
         """The metrics that apply to this system and data set and need nothing from outside."""
         names = ["fld", "reconstruction"] if has_encoder(self.system) else []
+        if self.dataset.name in POINTS:
+            return [*names[:1], *(["modes"] if _mixture(self.dataset) else [])]
         if self.dataset.name.startswith("stacked-"):
             return [*names, "modes"]
         return [*names, "classifier-distance", "classifier-score"] if len(self.dataset.classes) > 1 else names
@@ -173,6 +192,8 @@ class Evaluation:
         """The values of one metric of `METRICS`; ValueError where it does not apply."""
         if name in ("fld", "reconstruction") and not has_encoder(self.system):
             raise ValueError(f"metrics: {name} needs an encoder, which {self.system.settings.system} has not")
+        if name not in ("fld", "modes") and self.dataset.name in POINTS:
+            raise ValueError(f"metrics: {name} is of images, and {self.dataset.name} holds points")
         return METRICS[name](self)
 
     def fld(self):
@@ -215,9 +236,17 @@ class Evaluation:
         return [Value("classifier_score", score, meaning)]
 
     def modes(self):
+        mixture = _mixture(self.dataset)
+        if mixture:
+            result = metrics.point_modes(self.samples, mixture)
+            return [
+                Value("modes", result.covered, f"of {len(mixture.centers)}, in the good ones of {self.n:,} samples"),
+                Value("modes_kl", result.kl, "KL of their histogram to the uniform one, nats"),
+                Value("modes_confident", result.confident, "share of samples within 3 deviations of a mode"),
+            ]
         base = self.dataset.name.removeprefix("stacked-")
         if base == self.dataset.name:
-            raise ValueError(f"metrics: modes needs a stacked data set, got {self.dataset.name}")
+            raise ValueError(f"metrics: modes needs a stacked data set or a mixture, got {self.dataset.name}")
         settings = self.system.settings
         digits = load(base, settings.root, self.dataset.train.shape[-1])
         result = metrics.modes(classifier_of(digits, device=self.device), self.samples, device=self.device)

@@ -8,8 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import points
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 STACKED = (60_000, 10_000)  # train and test images of a stacked set
+DRAWN = (50_000, 10_000)  # train and test points of a distribution
 
 
 class DataNotFound(FileNotFoundError):
@@ -25,7 +28,7 @@ class Encoded(NamedTuple):
 
 
 class Read(NamedTuple):
-    train: Tensor | Encoded  # uint8 [N, C, H, W]
+    train: Tensor | Encoded  # uint8 [N, C, H, W], or points: float32 [N, D]
     train_labels: Tensor | None  # int64 [N]
     test: Tensor | Encoded
     test_labels: Tensor | None
@@ -34,8 +37,8 @@ class Read(NamedTuple):
 
 class Source(NamedTuple):
     read: Callable[[Path, str, bool], Read]  # root, category, download
-    size: int
-    channels: int
+    size: int | None  # None for points
+    channels: int | None
     about: str
     stamp: Callable[[Path, str], list] | None = None  # changes when the files do; None: too quick to cache
 
@@ -248,6 +251,14 @@ def _stacked(base: Callable) -> Callable:
     return read
 
 
+def _points(name: str) -> Callable:
+    def read(root, category, download):
+        train, test = (points.load(name, n, seed) for seed, n in enumerate(DRAWN))
+        return Read(train, None, test, None, ())
+
+    return read
+
+
 def _stamps(paths: Callable[[Path, str], Sequence[Path]]) -> Callable[[Path, str], list]:
     def stamp(root, category):
         found = [(str(path), path.stat()) for path in paths(root, category) if path.exists()]
@@ -285,4 +296,5 @@ DATASETS = {
     "stacked-mnist": Source(
         _stacked(_mnist("MNIST")), 28, 3, "three MNIST digits as colour channels, 1,000 modes (S2)"
     ),
+    **{name: Source(_points(name), None, None, set_.about) for name, set_ in points.POINTS.items()},
 }

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from ivfast import sources
+from ivfast import points, sources
 from ivfast.data import DataNotFound, load
 
 
@@ -306,7 +306,7 @@ def test_damaged_cache_names_itself(tmp_path):
         load("folder", tmp_path, image_size=8)
 
 
-@pytest.mark.parametrize("name", [n for n in sources.DATASETS if n not in ("digits", "stacked-digits")])
+@pytest.mark.parametrize("name", [n for n in sources.DATASETS if n not in ("digits", "stacked-digits", *points.POINTS)])
 def test_missing_data_says_where_it_looked_and_what_to_do(tmp_path, name):
     if name == "lsun":
         pytest.importorskip("lmdb", reason="without lmdb the error is about lmdb")

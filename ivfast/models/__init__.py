@@ -5,6 +5,7 @@ import torch
 from ..train.phase import System
 from ..train.settings import Settings
 from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
+from .ivgan import Gan, IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
 
 SYSTEMS: dict[str, type[System]] = {
     "wae-mmd": WaeMmd,
@@ -12,6 +13,15 @@ SYSTEMS: dict[str, type[System]] = {
     "ivaae-bw": IvaaeBlockwise,
     "ivaae-rad": IvaaeRadial,
     "ivaae-svgd": IvaaeSvgd,
+    "ivdcgan": IvDcgan,
+    "ivlsgan": IvLsgan,
+    "dcgan": Gan,
+    "lsgan": LsGan,
+    "wgan-gp": WganGp,
+    "mrgan": MrGan,
+    "pacdcgan": PacDcgan,
+    "veegan": VeeGan,
+    "unrolled-gan": UnrolledGan,
 }
 ALIASES = {"aae": "wae-gan"}
 
@@ -37,10 +47,11 @@ def preset(system: str, data: str) -> Settings:
     return Settings(**{"system": name, "data": data, "device": device, **factory.preset(data)})
 
 
-def build(settings: Settings, image_shape: tuple[int, int, int]) -> System:
-    """The system that `settings` describe, for images `(C, H, W)`, on `settings.device`, freshly initialised.
+def build(settings: Settings, image_shape: tuple[int, ...]) -> System:
+    """The system that `settings` describe, freshly initialised on `settings.device`.
 
-    The weights follow from `settings.seed` alone; PyTorch's global generators are left as they were.
+    `image_shape` is (C, H, W) of images, or (D,) of points. The weights follow from `settings.seed` alone; PyTorch's
+    global generators are left as they were.
 
     Raises:
         ValueError: an unknown system, an image shape that its networks cannot take.

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import ivfast
 
 from .. import nets
+from ..points import POINTS
 from ..train.phase import Phase, System
 from ..train.settings import Settings
 
@@ -44,7 +45,8 @@ class AutoEncoder(System):
 
     @classmethod
     def preset(cls, data: str) -> dict[str, object]:
-        return {**_S1, **_DATA.get(data.partition(":")[0], _IMAGES)}
+        name = data.partition(":")[0]
+        return {**_S1, **(_POINTS if name in POINTS else _DATA.get(name, _IMAGES))}
 
     def encode(self, x: Tensor) -> Tensor:
         """Images `[n, C, H, W]` in [-1, 1] -> codes `[n, d]`, float32 under autocast too."""
@@ -222,6 +224,16 @@ _DIGITS = {
     "ema": 0.999,
     "evaluate_every": 50,
     "save_every": 50,
+}
+_POINTS = {
+    **_DIGITS,
+    "width": 128,
+    "discriminator_width": 128,
+    "image_size": None,
+    "epochs": 20,
+    "milestones": {15: 0.2},
+    "evaluate_every": 5,
+    "save_every": 5,
 }
 _DATA = {  # what S1 does not name gets the settings of its nearest
     "celeba": _IMAGES,

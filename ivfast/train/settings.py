@@ -12,6 +12,7 @@ from .. import _check
 PRECISIONS = ("fp32", "bf16")
 NETS = ("mlp", "conv")
 ENCODER_LOSSES = ("ascent", "confusion")
+CODE_RECONSTRUCTIONS = ("prior", "codes")
 _STREAMS = ("weights", "noise", "order")
 
 
@@ -37,9 +38,18 @@ class Settings:
         t: number of bridges after the code itself; the discriminator names t + 1 distributions.
         lam, mu1, mu2: λ of S1 on the reconstruction (for the WAE systems on the penalty), μ₁ and μ₂ on the
             cross-entropy of discriminator and encoder; None is S1's 4/(t+1) and 2/(t+1).
+        k, mu: number of blocks that S2's interventions substitute, and μ on the classifier's cross-entropy; `lam` is
+            S2's λ on the reconstruction, MRGAN's λ₁ and VEEGAN's weight of its reconstructed noise.
+        lam2: MRGAN's λ₂ on −log D(G(E x)).
+        code_reconstruction: the codes w that E(G(w)) is to give back in S2: "prior", O_i(z), or "codes", O_i(E x).
+        packing: samples that the discriminator judges side by side (PacGAN); it divides batch_size.
+        instance_noise: standard deviation of the noise on all that the discriminator sees.
+        discriminator_steps: of the discriminator for each one of the generator.
+        penalty: λ of WGAN-GP on its gradient penalty.
+        unroll: steps by which an unrolled GAN's generator looks ahead, at learning_rates["unrolled"].
         fld_weight: weight, in the encoder's objective, of the batch's Fréchet latent distance; wants batch_size well
             above latent_dim.
-        encoder_loss: "ascent" on the cross-entropy, S1's, or "confusion", descent towards the uniform label.
+        encoder_loss: "ascent" on the cross-entropy, S1's and S2's, or "confusion", descent towards the uniform label.
         log_every: steps per line of the log, and per look at the losses.
         evaluate_every, save_every: epochs between metrics and pictures, and between checkpoints.
         tensorboard: write event files beside the log.
@@ -76,6 +86,15 @@ class Settings:
     mu2: float | None = None
     fld_weight: float = 0.0
     encoder_loss: str = "ascent"
+    k: int = 4
+    mu: float = 0.5
+    lam2: float = 0.25
+    code_reconstruction: str = "prior"
+    packing: int = 1
+    instance_noise: float = 0.0
+    discriminator_steps: int = 1
+    penalty: float = 10.0
+    unroll: int = 5
     log_every: int = 50
     evaluate_every: int = 10
     save_every: int = 10
@@ -84,14 +103,14 @@ class Settings:
     def __post_init__(self):
         for name in ("epochs", "batch_size", "latent_dim", "width", "discriminator_width", "t"):
             _check.count(name, getattr(self, name))
-        for name in ("log_every", "evaluate_every", "save_every"):
+        for name in ("log_every", "evaluate_every", "save_every", "k", "packing", "discriminator_steps"):
             _check.count(name, getattr(self, name))
         for name in ("steps", "image_size"):
             if getattr(self, name) is not None:
                 _check.count(name, getattr(self, name))
-        for name in ("depth", "discriminator_depth"):
+        for name in ("depth", "discriminator_depth", "unroll"):
             _check.count(name, getattr(self, name), at_least=0)
-        for name in ("lam", "mu1", "mu2", "fld_weight"):
+        for name in ("lam", "lam2", "mu", "mu1", "mu2", "fld_weight", "instance_noise", "penalty"):
             if getattr(self, name) is not None:
                 _check.number(name, getattr(self, name), non_negative=True)
         if self.fld_weight and self.batch_size < 2:
@@ -101,6 +120,7 @@ class Settings:
         _check.choice("precision", self.precision, PRECISIONS)
         _check.choice("net", self.net, NETS)
         _check.choice("encoder_loss", self.encoder_loss, ENCODER_LOSSES)
+        _check.choice("code_reconstruction", self.code_reconstruction, CODE_RECONSTRUCTIONS)
         for name, rate in self.learning_rates.items():
             _check.number(f"learning_rates[{name!r}]", rate, positive=True)
 
