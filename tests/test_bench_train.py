@@ -10,7 +10,6 @@ import torch
 from ivfast import bench
 from ivfast.bench import eager, train
 from ivfast.data import load
-from ivfast.models import SYSTEMS
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def assert_same(errors):
 
 
 @pytest.mark.parametrize("joint", [False, True], ids=["eager", "joint"])
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", eager.SCRIPTS)
 def test_a_script_is_the_system(system, joint, digits):
     assert_same(train.check(train.settings_of(system, "digits"), digits, joint))
 

@@ -5,6 +5,8 @@ import torch
 from ..train.phase import System
 from ..train.settings import Settings
 from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
+from .unified_gan import Ada, Cgan, Gan, InfoGan, IwCgan, IwGan
+from .unified_vae import AaCvae, AaSvae, AaVae, Cvae, Svae, Vae
 
 SYSTEMS: dict[str, type[System]] = {
     "wae-mmd": WaeMmd,
@@ -12,6 +14,18 @@ SYSTEMS: dict[str, type[System]] = {
     "ivaae-bw": IvaaeBlockwise,
     "ivaae-rad": IvaaeRadial,
     "ivaae-svgd": IvaaeSvgd,
+    "gan": Gan,
+    "iwgan": IwGan,
+    "cgan": Cgan,
+    "iwcgan": IwCgan,
+    "infogan": InfoGan,
+    "ada": Ada,
+    "vae": Vae,
+    "aavae": AaVae,
+    "cvae": Cvae,
+    "aacvae": AaCvae,
+    "svae": Svae,
+    "aasvae": AaSvae,
 }
 ALIASES = {"aae": "wae-gan"}
 
