@@ -198,6 +198,13 @@ def test_vaes_are_equation_17(name):
     assert_is(system.phases[0], system.share(x, *labels), {"recon": recon.mean(), "kl": kl.mean()}, [E, G])
     torch.set_rng_state(state)
     assert error(system.bound(x, *labels), -recon - kl) < 1e-5
+    # an image is of the Bernoulli means, 2 σ(l) − 1
+    turn = F.one_hot(torch.arange(5), C) if labels else torch.empty(5, 0)
+    state = torch.get_rng_state()
+    samples = system.sample(5)
+    torch.set_rng_state(state)
+    z = torch.randn(5, D)
+    assert error(samples, 2 * torch.sigmoid(G(torch.cat([z, turn], 1).double())) - 1) < 1e-5
 
 
 def test_semi_supervised_vae_is_kingmas_objective():
