@@ -40,6 +40,18 @@ SYSTEMS = {
     "pacdcgan": "PacDCGAN, judges samples in packs (Lin et al. 2018; S2)",
     "veegan": "VEEGAN, judges codes with images (Srivastava et al. 2017; S2)",
     "unrolled-gan": "Unrolled GAN, looks D's steps ahead (Metz et al. 2017; S2)",
+    "gan": "GAN, non-saturating (Goodfellow et al. 2014; S3 Eq. 7)",
+    "iwgan": "GAN, generator's loss importance-weighted by D/(1-D) (S3 Eq. 22)",
+    "cgan": "class-conditional GAN; reads labels (S3, section 5.1)",
+    "iwcgan": "the same, importance-weighted; reads labels (S3, section 5.1)",
+    "infogan": "GAN that recovers the code of its samples (S3 Eq. 15)",
+    "ada": "adversarial domain adaptation to --set target=...; reads labels (S3 Eqs. 1-5)",
+    "vae": "VAE of Bernoulli pixels (Kingma & Welling 2014; S3 Eq. 17)",
+    "aavae": "VAE, adversary activated: learns from its samples too (S3 Eq. 23)",
+    "cvae": "class-conditional VAE; reads labels (S3, section 5.2)",
+    "aacvae": "the same, adversary activated; reads labels (S3, section 5.2)",
+    "svae": "semi-supervised VAE, M2; reads a --label-share (Kingma et al. 2014; S3)",
+    "aasvae": "the same, adversary activated; reads a --label-share (S3, section 5.2)",
 }
 DATA = {
     "digits": "scikit-learn's handwritten digits, 8x8, embedded",
@@ -59,11 +71,14 @@ METRICS = {
     "reconstruction": "mean squared error and PSNR on test images",
     "classifier-distance": "Fréchet distance in a classifier's features; not FID",
     "classifier-score": "the Inception score's formula, by that classifier",
+    "bound": "variational lower bound on test images, nats (S3)",
+    "accuracy": "of a system's own classifier on test images (S3)",
+    "conditional-accuracy": "samples that a classifier takes for their class (S3)",
     "fid": "Inception FID; needs pytorch-fid's weights",
     "modes": "modes covered of stacked digits or Gaussians, KL to uniform (S2)",
 }
 _DATA, _LENGTH, _MODEL, _MACHINE, _RUN = "Data", "Length", "Model", "Machine", "Run"
-PAPERS = "S1: Intervention Adversarial Auto-Encoder. S2: Intervention GAN. Any GAN takes --packing."
+PAPERS = "S1: Intervention Adversarial Auto-Encoder. S2: Intervention GAN. S3: On Unifying Deep Generative Models."
 
 
 def option(*names: str, panel: str | None = None, **keywords):
@@ -132,6 +147,7 @@ says how to go on.
   [green]ivfast train[/green]
   [green]ivfast train wae-mmd --epochs 50 --seed 1[/green]
   [green]ivfast train ivaae-bw --data celeba --root ~/data --device cuda --compile[/green]
+  [green]ivfast train aasvae --label-share 0.1 --temperature 3[/green]
   [green]ivfast train --data folder --root ~/photos --image-size 64[/green]
   [green]ivfast train --resume --out runs/ivaae-rad-digits-1 --epochs 400[/green]
 """
@@ -153,6 +169,14 @@ def train(
     download: Annotated[
         bool, option("--download", panel=_DATA, help="Fetch a missing data set; without it, nothing is fetched.")
     ] = False,
+    data_share: Annotated[
+        float | None,
+        option(metavar="P", panel=_DATA, help="Train on this share of the images, class by class: 0.01."),
+    ] = None,
+    label_share: Annotated[
+        float | None,
+        option(metavar="P", panel=_DATA, help="Share of the images that svae and aasvae see with labels; default: 1."),
+    ] = None,
     epochs: Annotated[int | None, option(min=1, metavar="N", panel=_LENGTH, help="Passes over the data.")] = None,
     steps: Annotated[int | None, option(min=1, metavar="N", panel=_LENGTH, help="Steps, in place of epochs.")] = None,
     batch_size: Annotated[int | None, option(min=1, metavar="B", panel=_LENGTH, help="Images per step.")] = None,
@@ -185,6 +209,10 @@ def train(
             "objective; default: 0. B codes span B - 1 directions: with B <= D their distance is D - B + 1 at best, "
             "and its pull shrinks them. Take B several times D.",
         ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        option(metavar="T", panel=_MODEL, help="Of the aa... systems: above 1, their samples weigh more; default: 1."),
     ] = None,
     ema: Annotated[
         float | None, option(min=0, max=1, metavar="DECAY", panel=_MODEL, help="Average the weights, as in 0.999.")
@@ -224,7 +252,8 @@ def train(
         "system": system, "data": data, "root": root and str(root), "epochs": epochs, "steps": steps,
         "batch_size": batch_size, "latent_dim": latent_dim, "image_size": image_size, "seed": seed, "device": device,
         "precision": precision, "compile": compile_, "capture": capture, "ema": ema, "encoder_loss": encoder_loss,
-        "fld_weight": fld_weight, "k": k, "mu": mu, "lam": lam, "packing": packing,
+        "fld_weight": fld_weight, "k": k, "mu": mu, "lam": lam, "packing": packing, "temperature": temperature,
+        "data_share": data_share, "label_share": label_share,
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs
@@ -238,25 +267,27 @@ def train(
     dataset = ranks.first_alone(
         lambda: datasets.load(settings.data, settings.root, settings.image_size, download=download)
     )
+    settings = runs.with_classes(settings, dataset)
     runs.use_threads(threads, settings)
     network = models.build(settings, tuple(dataset.train.shape[1:]))
-    shape, kind = "x".join(map(str, dataset.train.shape[1:])), "images" if dataset.train.dim() == 4 else "points"
+    images, labels = runs.training_set(network, dataset, download=download)
+    shape, kind = "x".join(map(str, images.shape[1:])), "images" if images.dim() == 4 else "points"
     console.quiet = not ranks.first
     console.print(
-        f"[bold]{settings.system}[/bold] on {settings.data}: {len(dataset.train):,} training and {len(dataset.test):,} "
+        f"[bold]{settings.system}[/bold] on {settings.data}: {len(images):,} training and {len(dataset.test):,} "
         f"test {kind} {shape}, codes of {settings.latent_dim}, batches of {settings.batch_size}, on {settings.device}"
     )
     console.print(f"writing to [bold]{escape(str(out))}[/bold]", soft_wrap=True)
     before, begin = runs.last_step(out) if resume else 0, time.perf_counter()
     history = fit(
         network,
-        dataset.train.to(settings.device),
+        images.to(settings.device),
         settings,
         out,
         resume=resume,
         evaluate=report.while_training(dataset),
         draw=report.draw_samples,
-        labels=_labels(network, dataset),
+        labels=None if labels is None else labels.to(settings.device),
     )
     seconds = time.perf_counter() - begin
     processes.leave()
@@ -267,17 +298,6 @@ def train(
     if resume and runs.last_step(out) == before:
         console.print("The run was complete already: more --epochs or --steps would make it go on.")
     report.print_end(console, settings, out, history, seconds, drawn)
-
-
-def _labels(network, dataset):
-    """Labels on the device, for the systems whose shared forward takes them."""
-    import inspect
-
-    if len(inspect.signature(network.share).parameters) < 2:
-        return None
-    if dataset.train_labels is None:
-        raise ValueError(f"{network.settings.system} needs labels, and {dataset.name} has none")
-    return dataset.train_labels.to(network.settings.device)
 
 
 @app.command()
@@ -302,7 +322,9 @@ def sample(
     """
     from . import metrics, pictures, runs
 
-    system, _ = runs.trained(run, device)
+    system, settings = runs.trained(run, device)
+    if not hasattr(system, "sample"):
+        raise ValueError(f"{settings.system} generates no images")
     images = metrics.generate(system, n, seed)
     out = out or run / "samples.png"
     points = images.dim() == 2

@@ -24,7 +24,7 @@ from torch import Tensor
 from . import _check
 from .sources import DATASETS, DataNotFound, Encoded
 
-__all__ = ["DATASETS", "DataNotFound", "Dataset", "load"]
+__all__ = ["DATASETS", "DataNotFound", "Dataset", "load", "stratified", "target_of"]
 
 
 class Dataset(NamedTuple):
@@ -106,6 +106,46 @@ def load(
     if cache is not None:
         _to_cache(dataset, cache)
     return dataset
+
+
+def stratified(labels: Tensor, share: float) -> Tensor:
+    """Rows of a share of the images, the same share of each class and one image at least: int64, ascending.
+
+    A fixed draw: the same rows every time, and those of a smaller share are among those of a larger one.
+
+    Args:
+        labels: int `[N]`.
+        share: in (0, 1].
+
+    Source: S3 Table 3 and section G.2 have the shares, 1 % and 10 %, not the draw.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+    labels = labels.cpu()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    of_class = (order[labels[order] == label] for label in labels.unique())
+    return torch.cat([rows[: max(1, round(share * len(rows)))] for rows in of_class]).sort().values
+
+
+def target_of(dataset: Dataset, target: str, root: str | Path = "data", *, download: bool = False) -> Dataset:
+    """The target domain of adversarial domain adaptation, in the images' size and channels.
+
+    Args:
+        target: "negative", the negatives of `dataset`'s own images, or the name of a data set of the same classes.
+        root, download: as `load`'s.
+
+    Raises:
+        ValueError: a data set of other classes.
+    """
+    if target == "negative":
+        return dataset._replace(name=f"negative {dataset.name}", train=255 - dataset.train, test=255 - dataset.test)
+    _, channels, size, _ = dataset.train.shape
+    other = load(target, root, size, channels, download=download)
+    if len(other.classes) != len(dataset.classes):
+        raise ValueError(
+            f"target must have the classes of {dataset.name}, {len(dataset.classes)}; {target} has {len(other.classes)}"
+        )
+    return other
 
 
 def _some(images, labels, limit):

@@ -133,12 +133,49 @@ def reconstruction(system, images: Tensor) -> Reconstruction:
 
 
 def generate(system, n: int, seed: int = 0) -> Tensor:
-    """n samples as uint8 `[n, C, H, W]`, or points `[n, D]`, the same ones for the same seed."""
+    """n samples as uint8 `[n, C, H, W]`, or points `[n, D]`, the same for the same seed; classes are drawn in turn."""
     _check.count("n", n)
     with _evaluating(system) as device:
         generator = torch.Generator(device).manual_seed(seed)
-        sizes = [min(BATCH, n - i) for i in range(0, n, BATCH)]
-        return torch.cat([to_bytes(system.sample(size, generator=generator)) for size in sizes])
+        if getattr(system, "classes", 0):
+            parts = (torch.arange(n) % system.classes).split(BATCH)
+            images = (system.sample(len(part), generator=generator, labels=part) for part in parts)
+        else:
+            images = (system.sample(min(BATCH, n - i), generator=generator) for i in range(0, n, BATCH))
+        return torch.cat([to_bytes(x) for x in images])
+
+
+def lower_bound(system, images: Tensor, labels: Tensor | None = None, seed: int = 0) -> float:
+    """Mean of the variational lower bound over uint8 images, in nats, by one code each.
+
+    Args:
+        labels: int64 `[n]`, for systems that need them all: their bound is of log p(x|y).
+
+    Source: S3 Table 3.
+    """
+    images, bounds = images.split(BATCH), []
+    labels = [None] * len(images) if labels is None else labels.split(BATCH)
+    with _evaluating(system) as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for x, y in zip(images, labels, strict=True):
+            bounds.append(system.bound(to_float(x.to(device)), None if y is None else y.to(device)).double().cpu())
+    return float(torch.cat(bounds).mean())
+
+
+def accuracy(system, images: Tensor, labels: Tensor) -> float:
+    """Share of uint8 images to which the system's own classifier gives their label (S3 Table 2, right)."""
+    with _evaluating(system) as device:
+        best = torch.cat([system.classify(to_float(x.to(device))).argmax(1).cpu() for x in images.split(BATCH)])
+    return float((best == labels).double().mean())
+
+
+def conditional_accuracy(classifier: Classifier, images: Tensor, device="cpu") -> float:
+    """Share of the images that `generate` drew from a system with classes that a classifier takes for their class.
+
+    Source: S3 Table 2, middle, and section G.1.
+    """
+    p = probabilities(classifier, images, device)
+    return float((p.argmax(1) == torch.arange(len(p)) % p.shape[1]).double().mean())
 
 
 def feature_distance(features: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, device="cpu") -> float:

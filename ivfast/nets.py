@@ -2,7 +2,8 @@
 
 S1 Tables 3 and 4 and S2 Table 4, for any channels and any size from 8. S1's Table 4 is read with stride 2 in the first
 three transposed convolutions, a stride-1 output in the image's channels and FC(d): as printed its shapes do not meet.
-Perceptrons also take points `[B, D]`, of an `image_shape` (D,) and without bounds.
+S3's are DCGAN's (Radford et al. 2016, Figure 1), of which it says no more than that. Perceptrons also take points
+`[B, D]`, of an `image_shape` (D,) and without bounds.
 """
 
 import itertools
@@ -153,6 +154,61 @@ def check_shape(image_shape: tuple[int, ...]) -> None:
     """Raises ValueError for what is neither the shape of an image nor that (D,) of a point."""
     if len(image_shape) != 1 or image_shape[0] < 1:
         check_image_shape(image_shape)
+
+
+def radford_discriminator(image_shape: tuple[int, int, int], outputs: int = 1, width: int = 64) -> nn.Module:
+    """5×5 convolutions of stride 2 down to a side of at most 4, LeakyReLU(.2), batch norm in all but the first."""
+    check_image_shape(image_shape)
+    channels, *side = image_shape
+    layers = OrderedDict()
+    out = width
+    while max(side) > 4:
+        i = len(layers)
+        norm = [nn.BatchNorm2d(out)] if i else []
+        layers[f"down{i}"] = nn.Sequential(
+            nn.Conv2d(channels, out, 5, stride=2, padding=2, bias=not i), *norm, nn.LeakyReLU(0.2)
+        )
+        side = [(s + 1) // 2 for s in side]
+        channels, out = out, min(2 * out, 8 * width)
+    layers["flat"] = nn.Flatten()
+    layers["outputs"] = nn.Linear(channels * math.prod(side), outputs)
+    return _dcgan_weights(nn.Sequential(layers))
+
+
+def radford_generator(inputs: int, image_shape: tuple[int, int, int], width: int = 128) -> nn.Module:
+    """A linear layer to a side of at most 4, 5×5 transposed convolutions of stride 2, batch norm and ReLU between.
+
+    Without its last activation: tanh gives a GAN's images, sigmoid a VAE's Bernoulli means.
+    """
+    check_image_shape(image_shape)
+    channels, *side = image_shape
+    sides = [side]
+    while max(sides[-1]) > 4:
+        sides.append([(s + 1) // 2 for s in sides[-1]])
+    sides.reverse()
+    wide = min(width * 2 ** (len(sides) - 2), 8 * width)
+    layers = OrderedDict()
+    layers["code"] = nn.Linear(inputs, wide * math.prod(sides[0]), bias=False)
+    layers["square"] = nn.Unflatten(1, (wide, *sides[0]))
+    for i, (small, large) in enumerate(itertools.pairwise(sides)):
+        last = large is sides[-1]
+        out = channels if last else max(wide // 2, width)
+        extra = tuple(b - (2 * a - 1) for a, b in zip(small, large, strict=True))
+        layers[f"up{i}"] = nn.Sequential(
+            nn.BatchNorm2d(wide),
+            nn.ReLU(),
+            nn.ConvTranspose2d(wide, out, 5, stride=2, padding=2, output_padding=extra, bias=last),
+        )
+        wide = out
+    return _dcgan_weights(nn.Sequential(layers))
+
+
+def _dcgan_weights(network: nn.Module) -> nn.Module:
+    """DCGAN's initial weights, N(0, .02²)."""
+    for p in network.parameters():
+        if p.dim() > 1:
+            nn.init.normal_(p, std=0.02)
+    return network
 
 
 def check_image_shape(image_shape: tuple[int, int, int]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import metrics, pictures
 from .classifier import classifier_of
-from .data import Dataset, load
+from .data import Dataset, load, target_of
 from .points import POINTS, Mixture
 from .train.settings import Settings
 
@@ -33,8 +33,8 @@ def has_encoder(system) -> bool:
 
 
 def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
-    """The `evaluate` of `ivfast.train.loop.fit`: FLD of the training codes, reconstruction of the test images, modes
-    of points."""
+    """The `evaluate` of `ivfast.train.loop.fit`, as far as the system goes: FLD of the training codes; on test images
+    reconstruction, the variational bound, the accuracy of the system's own classifier; modes of points."""
 
     def evaluate(system):
         values = {}
@@ -45,6 +45,10 @@ def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
         if _mixture(dataset):
             modes = metrics.point_modes(metrics.generate(system, LOOK), _mixture(dataset))
             values |= {"modes": modes.covered, "modes_confident": modes.confident}
+        if hasattr(system, "bound"):
+            values["bound"] = bound_of(system, dataset)
+        if hasattr(system, "classify"):
+            values["accuracy"] = accuracy_of(system, dataset)
         return values
 
     return evaluate
@@ -56,8 +60,21 @@ def _mixture(dataset: Dataset) -> Mixture | None:
     return known if isinstance(known, Mixture) else None
 
 
+def bound_of(system, dataset: Dataset) -> float:
+    return metrics.lower_bound(system, dataset.test, dataset.test_labels if system.labels == "all" else None)
+
+
+def accuracy_of(system, dataset: Dataset) -> float:
+    """Of ada on the target domain."""
+    if system.labels == "source":
+        dataset = target_of(dataset, system.settings.target, system.settings.root)
+    return metrics.accuracy(system, dataset.test, dataset.test_labels)
+
+
 def draw_samples(system, folder: Path, epoch: int) -> None:
     """The `draw` of `ivfast.train.loop.fit`: the same points of the prior every time, decoded."""
+    if not hasattr(system, "sample"):
+        return
     Path(folder).mkdir(parents=True, exist_ok=True)
     n = 64 if system.image_shape[1:] else LOOK
     pictures.samples(metrics.generate(system, n), Path(folder) / f"samples-{epoch:04d}.png")
@@ -68,9 +85,10 @@ def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
     folder, settings = Path(out) / "pictures", system.settings
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{settings.system} on {settings.data}, d = {settings.latent_dim}"
-    points = dataset.name in POINTS
-    samples = metrics.generate(system, LOOK if points else 64)
-    drawn = {"samples": pictures.samples(samples, folder / "samples.png")}
+    points, drawn = dataset.name in POINTS, {}
+    if hasattr(system, "sample"):
+        samples = metrics.generate(system, LOOK if points else 64)
+        drawn["samples"] = pictures.samples(samples, folder / "samples.png")
     if has_encoder(system) and not points:
         x = dataset.test[:36]
         z = metrics.codes(system, x)
@@ -128,7 +146,9 @@ def print_end(
     files = {**drawn, "log, one JSON record per line": out / "log.jsonl", "settings": out / "config.json"}
     wide = max(len(str(path)) for path in files.values())
     more = f"--steps {2 * settings.steps}" if settings.steps else f"--epochs {2 * settings.epochs}"
-    commands = f"sample {out} -n 64", f"evaluate {out}", f"train --resume --out {out} {more}"
+    commands = f"evaluate {out}", f"train --resume --out {out} {more}"
+    if "samples" in drawn:
+        commands = f"sample {out} -n 64", *commands
     lines = ["[bold]Look at[/bold]"]
     lines += [f"  {escape(f'{path!s:{wide}}')}  [dim]{what}[/dim]" for what, path in files.items()]
     lines += ["", "[bold]Next[/bold]", *(f"  [green]ivfast {escape(command)}[/green]" for command in commands)]
@@ -148,6 +168,9 @@ def _metrics_by_epoch(looks: list[dict]) -> Table:
         cells = (f"{value:.4g}" for value in look["metrics"].values())
         table.add_row(label, str(look["epoch"]), f"{look['step']:,}", *cells)
     return table
+
+
+METHODS = {"bound": "bound", "accuracy": "classify"}  # metric -> what a system must have for it
 
 
 class Evaluation:
@@ -176,6 +199,8 @@ class Evaluation:
     @property
     def samples(self) -> Tensor:
         if self._samples is None:
+            if not hasattr(self.system, "sample"):
+                raise ValueError(f"metrics: {self.system.settings.system} generates no images")
             self._samples = metrics.generate(self.system, self.n, self.seed)
         return self._samples
 
@@ -184,9 +209,15 @@ class Evaluation:
         names = ["fld", "reconstruction"] if has_encoder(self.system) else []
         if self.dataset.name in POINTS:
             return [*names[:1], *(["modes"] if _mixture(self.dataset) else [])]
+        names += [name for name, method in METHODS.items() if hasattr(self.system, method)]
+        if not hasattr(self.system, "sample"):
+            return names
         if self.dataset.name.startswith("stacked-"):
             return [*names, "modes"]
-        return [*names, "classifier-distance", "classifier-score"] if len(self.dataset.classes) > 1 else names
+        if len(self.dataset.classes) < 2:
+            return names
+        conditional = ["conditional-accuracy"] if getattr(self.system, "classes", 0) else []
+        return [*names, "classifier-distance", "classifier-score", *conditional]
 
     def run(self, name: str) -> list[Value]:
         """The values of one metric of `METRICS`; ValueError where it does not apply."""
@@ -194,6 +225,10 @@ class Evaluation:
             raise ValueError(f"metrics: {name} needs an encoder, which {self.system.settings.system} has not")
         if name not in ("fld", "modes") and self.dataset.name in POINTS:
             raise ValueError(f"metrics: {name} is of images, and {self.dataset.name} holds points")
+        if name in METHODS and not hasattr(self.system, METHODS[name]):
+            raise ValueError(
+                f"metrics: {name} needs a system with `{METHODS[name]}`, which {self.system.settings.system} has not"
+            )
         return METRICS[name](self)
 
     def fld(self):
@@ -207,6 +242,25 @@ class Evaluation:
             Value("mse", result.mse, f"per pixel in [0, 1], {n:,} test images"),
             Value("psnr", result.psnr, f"dB, mean over {n:,} test images"),
         ]
+
+    def bound(self):
+        given = "log p(x|y)" if self.system.labels == "all" else "log p(x)"
+        meaning = f"nats, variational lower bound of {given}, {len(self.dataset.test):,} test images"
+        return [Value("bound", bound_of(self.system, self.dataset), meaning)]
+
+    def accuracy(self):
+        where = "target's test images" if self.system.labels == "source" else "test images"
+        return [Value("accuracy", accuracy_of(self.system, self.dataset), f"of its own classifier, {where}")]
+
+    def conditional_accuracy(self):
+        if not getattr(self.system, "classes", 0):
+            raise ValueError(
+                f"metrics: conditional-accuracy needs a system with classes, which {self.system.settings.system} is not"
+            )
+        classifier = classifier_of(self.dataset, device=self.device)
+        value = metrics.conditional_accuracy(classifier, self.samples, self.device)
+        meaning = f"samples of the class they were drawn for, by a classifier of accuracy {classifier.accuracy:.1%}"
+        return [Value("conditional_accuracy", value, meaning)]
 
     def fid(self):
         real = self.dataset.train[:REFERENCE]
@@ -260,6 +314,9 @@ class Evaluation:
 METRICS: dict[str, Callable[[Evaluation], list[Value]]] = {
     "fld": Evaluation.fld,
     "reconstruction": Evaluation.reconstruction,
+    "bound": Evaluation.bound,
+    "accuracy": Evaluation.accuracy,
+    "conditional-accuracy": Evaluation.conditional_accuracy,
     "fid": Evaluation.fid,
     "classifier-distance": Evaluation.classifier_distance,
     "classifier-score": Evaluation.classifier_score,

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from . import models
+from .data import Dataset, stratified, target_of
 from .pictures import read_log
 from .sources import DATASETS
 from .train import checkpoint
@@ -89,6 +91,43 @@ def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]
     settings = Settings.from_dict({**saved, **given})
     check_device(settings.device)
     return settings, out
+
+
+def with_classes(settings: Settings, dataset: Dataset) -> Settings:
+    """The settings with the data set's classes, for a system that reads labels; ValueError where it has none."""
+    if models.find(settings.system)[1].labels == "none":
+        return settings
+    if dataset.train_labels is None or not dataset.classes:
+        raise ValueError(
+            f"{settings.system} learns from labels, and {dataset.name} has none; sort an image folder into one "
+            "subfolder per class, or take another data set"
+        )
+    return dataclasses.replace(settings, classes=len(dataset.classes))
+
+
+def training_set(system: System, dataset: Dataset, *, download: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Images and labels that `fit` takes: the share of them that the settings name, hidden labels as −1."""
+    settings, images, labels = system.settings, dataset.train, dataset.train_labels
+    if settings.label_share < 1 and system.labels != "some":
+        raise ValueError(f"label_share must be 1 for {settings.system}, which is not semi-supervised")
+    if settings.data_share < 1:
+        rows = stratified(torch.zeros(len(images)) if labels is None else labels, settings.data_share)
+        images, labels = images[rows], None if labels is None else labels[rows]
+    if system.labels == "none":
+        return images, None
+    if system.labels == "some":
+        labelled = (labels >= 0).nonzero()[:, 0]
+        share = settings.label_share * (len(labels) / len(labelled))
+        if share > 1:
+            most = len(labelled) / len(labels)
+            raise ValueError(f"label_share must be at most {most:.4f}, the share of {dataset.name} that has labels")
+        known = labelled[stratified(labels[labelled], share)]
+        labels = torch.full_like(labels, -1).index_copy(0, known, labels[known])
+    if system.labels == "source":
+        images, labels = images[labels >= 0], labels[labels >= 0]
+        target = target_of(dataset, settings.target, settings.root, download=download).train
+        images, labels = torch.cat([images, target]), torch.cat([labels, labels.new_full((len(target),), -1)])
+    return images, labels
 
 
 def config(run: Path) -> Settings:

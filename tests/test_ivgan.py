@@ -238,7 +238,7 @@ def test_the_classifier_shares_the_discriminators_features_but_not_its_head():
     D = system.modules["discriminator"]
     features, head, own = (list(m.parameters()) for m in (D.features, D.head, system.modules["classifier"]))
     shared = system.share(x)
-    cross_entropy = F.cross_entropy(system.classify(shared.intervened.detach()), shared.block)
+    cross_entropy = F.cross_entropy(system.block_logits(shared.intervened.detach()), shared.block)
     gradients = torch.autograd.grad(cross_entropy, features + head + own, allow_unused=True)
     assert [g is None for g in gradients] == [False] * len(features) + [True] * len(head) + [False] * len(own)
     phase = system.phases[0]

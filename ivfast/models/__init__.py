@@ -5,7 +5,10 @@ import torch
 from ..train.phase import System
 from ..train.settings import Settings
 from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
-from .ivgan import Gan, IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
+from .ivgan import Gan as Dcgan
+from .ivgan import IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
+from .unified_gan import Ada, Cgan, Gan, InfoGan, IwCgan, IwGan
+from .unified_vae import AaCvae, AaSvae, AaVae, Cvae, Svae, Vae
 
 SYSTEMS: dict[str, type[System]] = {
     "wae-mmd": WaeMmd,
@@ -15,13 +18,25 @@ SYSTEMS: dict[str, type[System]] = {
     "ivaae-svgd": IvaaeSvgd,
     "ivdcgan": IvDcgan,
     "ivlsgan": IvLsgan,
-    "dcgan": Gan,
+    "dcgan": Dcgan,
     "lsgan": LsGan,
     "wgan-gp": WganGp,
     "mrgan": MrGan,
     "pacdcgan": PacDcgan,
     "veegan": VeeGan,
     "unrolled-gan": UnrolledGan,
+    "gan": Gan,
+    "iwgan": IwGan,
+    "cgan": Cgan,
+    "iwcgan": IwCgan,
+    "infogan": InfoGan,
+    "ada": Ada,
+    "vae": Vae,
+    "aavae": AaVae,
+    "cvae": Cvae,
+    "aacvae": AaCvae,
+    "svae": Svae,
+    "aasvae": AaSvae,
 }
 ALIASES = {"aae": "wae-gan"}
 

@@ -274,16 +274,16 @@ class IvDcgan(EncodingGan):
         substituted = ivfast.block_substitute(code, s.k, block.repeat_interleave(s.packing))
         return drawn._replace(block=block, code=code, substituted=substituted, intervened=self.decode(substituted))
 
-    def classify(self, x: Tensor) -> Tensor:
+    def block_logits(self, x: Tensor) -> Tensor:
         """Logits of f, on D's features."""
         return self.modules["classifier"](self.modules["discriminator"].features(self.seen(x))).float()
 
     def discriminator_loss(self, shared: Drawn) -> dict[str, Tensor]:
-        cross_entropy = F.cross_entropy(self.classify(shared.intervened.detach()), shared.block)
+        cross_entropy = F.cross_entropy(self.block_logits(shared.intervened.detach()), shared.block)
         return {**super().discriminator_loss(shared), "intervention": self.settings.mu * cross_entropy}
 
     def generator_loss(self, shared: Drawn) -> dict[str, Tensor]:
-        s, logits = self.settings, self.classify(shared.intervened)
+        s, logits = self.settings, self.block_logits(shared.intervened)
         if s.encoder_loss == "ascent":
             intervention = -F.cross_entropy(logits, shared.block)
         else:

@@ -57,7 +57,8 @@ def fit(
         images: uint8 `[N, C, H, W]` on the system's device (floating tensors `[N, ...]` are passed on unscaled).
         settings: those that the system was built from.
         out: the run's folder; made where it does not exist.
-        labels: int64 `[N]` for systems that need them; `System.share` then gets (x, labels).
+        labels: int64 `[N]` for systems that read them (`System.labels`), None for others; `System.share` then gets
+            (x, labels).
         resume: go on from the checkpoint in `out`.
         evaluate: called with the system in evaluation mode, without gradients and on the averaged weights where EMA is
             on; returns metrics by name. Every `settings.evaluate_every` epochs and at the end.
@@ -68,8 +69,9 @@ def fit(
         The lines of log.jsonl (see `Log`).
 
     Raises:
-        ValueError: images of another shape or device, fewer than a batch; settings that differ from the system's or
-            the checkpoint's; `settings.capture` where there are no CUDA graphs.
+        ValueError: images of another shape or device, fewer than a batch; labels that are missing, out of range or
+            not read; settings that differ from the system's or the checkpoint's; `settings.capture` where there are
+            no CUDA graphs.
         CannotCapture: `settings.capture` is True and a step cannot be captured, or the device refused to; the message
             says where and why.
         FileExistsError: `out` holds a run already and `resume` is False.
@@ -80,6 +82,7 @@ def fit(
     out = Path(out)
     same_settings(settings, system.settings, "those the system was built from", RESUMABLE - {"device"})
     _check_images(images, system)
+    _check_labels(labels, system)
     if not resume and (out / checkpoint.LAST).exists():
         raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
     with torch.random.fork_rng(devices=cuda_devices(settings.device)):
@@ -97,6 +100,21 @@ def _check_images(images: Tensor, system: System) -> None:
         raise ValueError(f"images must have shape [N, {str(system.image_shape)[1:-1]}], got {tuple(images.shape)}")
     if images.device.type != torch.device(system.settings.device).type:
         raise ValueError(f"images must be on the system's device {system.settings.device}, got {images.device}")
+
+
+def _check_labels(labels: Tensor | None, system: System) -> None:
+    name, classes = system.settings.system, system.settings.classes
+    if system.labels == "none":
+        if labels is not None:
+            raise ValueError(f"labels must be None: {name} reads none")
+        return
+    if labels is None:
+        raise ValueError(f"labels must be given: {name} learns from them")
+    lowest, highest = int(labels.min()), int(labels.max())
+    least = 0 if system.labels == "all" else -1
+    if not least <= lowest <= highest < classes:
+        unknown = f", −1 for none, as {name} needs one for every image" if lowest == -1 else ""
+        raise ValueError(f"labels must be {least}..{classes - 1}, got {lowest}..{highest}{unknown}")
 
 
 def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[str, object]]:

@@ -45,6 +45,8 @@ class System:
     reads values on the host, or changes anything but tensors in place from step to step (see `ivfast/train/watch.py`).
 
     Attributes:
+        labels: "none"; "all" where every image needs one; "some" where −1 stands for none; "source" where
+            −1 marks images of the target domain.
         settings, image_shape: what it was built from; `(C, H, W)`.
         modules: name -> network. Weights, EMA and learning rates go by these names.
         phases: run in this order in every step.
@@ -52,6 +54,7 @@ class System:
             that is spread over ranks (`ivfast.train.ranks.Ops`).
     """
 
+    labels: str = "none"
     modules: dict[str, nn.Module]
     phases: list[Phase]
 
@@ -67,7 +70,7 @@ class System:
     def share(self, x: Tensor) -> object:
         """The forward pass that a step runs once; every phase of the step gets its result.
 
-        Called as `share(x, labels)` where `fit` was given labels.
+        Called as `share(x, labels)` where the system reads labels.
         """
         return x
 

@@ -36,8 +36,9 @@ class Settings:
         net, width, depth: "mlp" (hidden layers of `width`) or "conv" (`width` channels in the first layer).
         discriminator_width, discriminator_depth: hidden layers of the discriminator's perceptron.
         t: number of bridges after the code itself; the discriminator names t + 1 distributions.
-        lam, mu1, mu2: λ of S1 on the reconstruction (for the WAE systems on the penalty), μ₁ and μ₂ on the
-            cross-entropy of discriminator and encoder; None is S1's 4/(t+1) and 2/(t+1).
+        lam, mu1, mu2: λ of S1 on the reconstruction (for the WAE systems on the penalty, for infogan on the code, for
+            ada on the domains), μ₁ and μ₂ on the cross-entropy of discriminator and encoder; None is S1's 4/(t+1) and
+            2/(t+1).
         k, mu: number of blocks that S2's interventions substitute, and μ on the classifier's cross-entropy; `lam` is
             S2's λ on the reconstruction, MRGAN's λ₁ and VEEGAN's weight of its reconstructed noise.
         lam2: MRGAN's λ₂ on −log D(G(E x)).
@@ -50,6 +51,11 @@ class Settings:
         fld_weight: weight, in the encoder's objective, of the batch's Fréchet latent distance; wants batch_size well
             above latent_dim.
         encoder_loss: "ascent" on the cross-entropy, S1's and S2's, or "confusion", descent towards the uniform label.
+        temperature: τ of S3's adversary activation, 1, 1.5, 3 or 5 there; above 1 fakes weigh more.
+        classes: number of classes, for systems that read labels.
+        data_share, label_share: share of the training images that is used, and of those the share that a
+            semi-supervised system sees with labels, chosen class by class (`ivfast.data.stratified`).
+        target: the target domain of adversarial domain adaptation, "negative" (the images' own) or a data set.
         log_every: steps per line of the log, and per look at the losses.
         evaluate_every, save_every: epochs between metrics and pictures, and between checkpoints.
         tensorboard: write event files beside the log.
@@ -95,13 +101,18 @@ class Settings:
     discriminator_steps: int = 1
     penalty: float = 10.0
     unroll: int = 5
+    temperature: float = 1.0
+    classes: int = 10
+    data_share: float = 1.0
+    label_share: float = 1.0
+    target: str = "negative"
     log_every: int = 50
     evaluate_every: int = 10
     save_every: int = 10
     tensorboard: bool = True
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "latent_dim", "width", "discriminator_width", "t"):
+        for name in ("epochs", "batch_size", "latent_dim", "width", "discriminator_width", "t", "classes"):
             _check.count(name, getattr(self, name))
         for name in ("log_every", "evaluate_every", "save_every", "k", "packing", "discriminator_steps"):
             _check.count(name, getattr(self, name))
@@ -113,6 +124,10 @@ class Settings:
         for name in ("lam", "lam2", "mu", "mu1", "mu2", "fld_weight", "instance_noise", "penalty"):
             if getattr(self, name) is not None:
                 _check.number(name, getattr(self, name), non_negative=True)
+        for name in ("data_share", "label_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        _check.number("temperature", self.temperature, positive=True)
         if self.fld_weight and self.batch_size < 2:
             raise ValueError("fld_weight needs a batch_size of at least 2, for the covariance of the codes")
         if not 0 <= self.ema < 1:

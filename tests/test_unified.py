@@ -1,0 +1,586 @@
+"""S3's systems: losses against the equations, reductions, what its lemmas say by quadrature, labels and their shares."""
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributions
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from ivfast import cli, data, metrics, runs, unified_tables
+from ivfast.models import SYSTEMS, build, preset
+from ivfast.testing import error
+from ivfast.train import Settings
+from ivfast.train.loop import fit
+from ivfast.train.run import Run
+
+GANS = ("gan", "iwgan", "cgan", "iwcgan", "infogan")
+ACTIVATED = {"aavae": "vae", "aacvae": "cvae", "aasvae": "svae"}
+VAES = (*ACTIVATED, *ACTIVATED.values())
+FAMILY = (*GANS, "ada", *VAES)
+SHAPE = (1, 8, 8)
+N, D, C = 24, 6, 10
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def small(system, **changes) -> Settings:
+    values = {"system": system, "batch_size": N, "latent_dim": D, "width": 32, "discriminator_width": 32}
+    seed = int(torch.randint(1000, ()))
+    return Settings(**{**values, "tensorboard": False, "seed": seed, **changes})
+
+
+def labels_for(system, n=N):
+    """As `System.share` takes them: nothing, all, or every third hidden."""
+    if SYSTEMS[system].labels == "none":
+        return ()
+    labels = torch.randint(C, (n,))
+    if SYSTEMS[system].labels != "all":
+        labels[::3] = -1
+    return (labels,)
+
+
+def gradients(phase, shared):
+    terms = phase.loss(shared)
+    return terms, torch.autograd.grad(sum(terms.values()), phase.parameters, retain_graph=True, allow_unused=True)
+
+
+def assert_is(phase, shared, expected, networks):
+    """The phase's terms and gradients are those of `expected`, terms of the float64 `networks`."""
+    terms, ours = gradients(phase, shared)
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        assert error(terms[name], value) < 2e-5, name
+    theirs = torch.autograd.grad(sum(expected.values()), [p for n in networks for p in n.parameters()])
+    for a, b in zip(ours, theirs, strict=True):
+        assert error(a, b) < 2e-4
+
+
+def planes(x, labels):
+    return torch.cat([x, F.one_hot(labels, C)[:, :, None, None].expand(-1, -1, *x.shape[2:]).to(x)], 1)
+
+
+def image():
+    return torch.rand(N, *SHAPE) * 2 - 1
+
+
+@pytest.mark.parametrize(
+    ("net", "shape"), [("mlp", SHAPE), ("conv", SHAPE), ("conv", (3, 9, 13)), ("mlp", (2, 16, 16))]
+)
+@pytest.mark.parametrize("name", FAMILY)
+def test_steps_of_every_system_are_finite(name, net, shape, digits, tmp_path):
+    settings = small(name, net=net, width=4 if net == "conv" else 32, discriminator_width=8, batch_size=12)
+    images = digits.train[:48] if shape == SHAPE else torch.randint(256, (48, *shape), dtype=torch.uint8)
+    run = Run(build(settings, shape), images, settings, tmp_path, *(labels_for(name, 48) or (None,)))
+    before = [p.detach().clone() for p in run.every_parameter]
+    for _ in range(4):
+        run.advance()
+    assert all(map(math.isfinite, run.record.read(4).values()))
+    assert not any(torch.equal(p, b) for p, b in zip(run.every_parameter, before, strict=True))
+    if name != "ada":
+        samples = run.system.sample(7, torch.Generator().manual_seed(1))
+        assert samples.shape == (7, *shape)
+        assert samples.abs().max() <= 1
+        assert torch.equal(samples, run.system.sample(7, torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("name", ["gan", "iwcgan", "infogan", "ada", "aavae", "aacvae", "aasvae"])
+def test_resumed_run_has_the_bits_of_an_uninterrupted_one(name, digits, tmp_path):
+    settings = small(name, steps=14, ema=0.9, log_every=4)
+    labels = labels_for(name, 60) or (None,)
+
+    def train(steps, out, resume=False):
+        system = build(settings, SHAPE)
+        fit(system, digits.train[:60], replace(settings, steps=steps), tmp_path / out, labels=labels[0],
+            resume=resume, progress=False)  # fmt: skip
+        return system
+
+    straight = train(14, "straight")
+    train(5, "parts")
+    resumed = train(14, "parts", resume=True)
+    for module in straight.modules:
+        for a, b in zip(straight.modules[module].parameters(), resumed.modules[module].parameters(), strict=True):
+            assert torch.equal(a, b)
+    loaded, _ = runs.load_system(tmp_path / "parts", average=False)
+    x = torch.rand(3, *SHAPE)
+    for call in ("encode", "classify", "discriminate"):
+        if hasattr(loaded, call) and name not in ("iwcgan", "ada"):
+            assert torch.equal(getattr(loaded, call)(x), getattr(resumed, call)(x))
+
+
+@pytest.mark.parametrize("name", GANS)
+def test_gans_are_their_equations(name):
+    system = build(small(name, lam=0.7), SHAPE)
+    G, D_ = (copy.deepcopy(system.modules[m]).double() for m in ("generator", "discriminator"))
+    x, labels = image(), labels_for(name)
+    shared = system.share(x, *labels)
+    z, real = shared.z.double(), x.double()
+    if labels:
+        z, real = torch.cat([z, F.one_hot(labels[0], C)], 1), planes(real, *labels)
+    fake = G(z).tanh()
+    assert error(shared.fake, fake) < 1e-5
+
+    def probability(x):
+        return torch.sigmoid(D_(planes(x, *labels) if labels and len(x[0]) == 1 else x))[:, 0]
+
+    expected = {"real": -probability(real).log().mean(), "fake": -(1 - probability(fake.detach())).log().mean()}
+    assert_is(system.phases[0], shared, expected, [D_])
+    p = probability(fake)
+    if name.startswith("iw"):  # S3 Eqs. 22 and 44
+        w = (p / (1 - p)).detach()
+        expected = {"adversarial": -(w / w.sum() * p.log()).sum()}
+    else:
+        expected = {"adversarial": -p.log().mean()}
+    networks = [G]
+    if name == "infogan":
+        E = copy.deepcopy(system.modules["encoder"]).double()
+        mu, logvar = E(fake).chunk(2, 1)
+        log_q = distributions.Normal(mu, (logvar / 2).exp()).log_prob(shared.z.double()).sum(1)
+        expected["code"], networks = -0.7 * log_q.mean(), [G, E]
+    assert_is(system.phases[1], shared, expected, networks)
+
+
+def test_domain_adaptation_is_equations_1_and_2():
+    system = build(small("ada", lam=0.7), SHAPE)
+    x, (labels,) = image(), labels_for("ada")
+    shared = system.share(x, labels)
+    G, classify, D_ = (copy.deepcopy(system.modules[m]).double() for m in ("extractor", "classifier", "discriminator"))
+    features = G(x.double())
+    source, target = labels >= 0, labels < 0
+
+    def p(z):
+        return torch.sigmoid(D_(z))
+
+    z = features.detach()
+    expected = {"source": -p(z[source]).log().mean(), "target": -(1 - p(z[target])).log().mean()}
+    assert_is(system.phases[0], shared, expected, [D_])
+    expected = {
+        "classification": F.cross_entropy(classify(features[source]), labels[source]),
+        "source": -0.7 * (1 - p(features[source])).log().mean(),
+        "target": -0.7 * p(features[target]).log().mean(),
+    }
+    assert_is(system.phases[1], shared, expected, [G, classify])
+    # a batch without a target image has no term for it
+    alone = system.phases[0].loss(system.share(x, labels.clamp_min(0)))
+    assert float(alone["target"].detach()) == 0
+
+
+def bernoulli_terms(E, G, x, y, state):
+    """−log p(x|z, y) and KL, of float64 networks on grey pixels; ε as `reparameterize` draws it."""
+    torch.set_rng_state(state)
+    inputs = x if y is None else torch.cat([x, y[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1)
+    mu, logvar = E(inputs).chunk(2, 1)
+    q = distributions.Normal(mu, (logvar / 2).exp())
+    z = mu + q.stddev * torch.randn(mu.shape).double()
+    p = torch.sigmoid(G(z if y is None else torch.cat([z, y], 1)))
+    t = (x + 1) / 2
+    log_p = (t * p.log() + (1 - t) * (1 - p).log()).sum((1, 2, 3))
+    return -log_p, distributions.kl_divergence(q, distributions.Normal(0.0, 1.0)).sum(1)
+
+
+@pytest.mark.parametrize("name", ["vae", "cvae"])
+def test_vaes_are_equation_17(name):
+    system = build(small(name), SHAPE)
+    E, G = (copy.deepcopy(system.modules[m]).double() for m in ("encoder", "generator"))
+    x, labels = image(), labels_for(name)
+    y = F.one_hot(labels[0], C).double() if labels else None
+    state = torch.get_rng_state()
+    recon, kl = bernoulli_terms(E, G, x.double(), y, state)
+    torch.set_rng_state(state)
+    assert_is(system.phases[0], system.share(x, *labels), {"recon": recon.mean(), "kl": kl.mean()}, [E, G])
+    torch.set_rng_state(state)
+    assert error(system.bound(x, *labels), -recon - kl) < 1e-5
+    # an image is of the Bernoulli means, 2 σ(l) − 1
+    turn = F.one_hot(torch.arange(5), C) if labels else torch.empty(5, 0)
+    state = torch.get_rng_state()
+    samples = system.sample(5)
+    torch.set_rng_state(state)
+    z = torch.randn(5, D)
+    assert error(samples, 2 * torch.sigmoid(G(torch.cat([z, turn], 1).double())) - 1) < 1e-5
+
+
+def test_semi_supervised_vae_is_kingmas_objective():
+    share = 0.6
+    system = build(small("svae", label_share=share), SHAPE)
+    E, G, f = (copy.deepcopy(system.modules[m]).double() for m in ("encoder", "generator", "classifier"))
+    x, (labels,) = image(), labels_for("svae")
+    state = torch.get_rng_state()
+    shared = system.share(x, labels)
+    terms = system.terms(shared)
+    # ε belongs to (image, class), images outermost
+    rows, classes = x.double().repeat_interleave(C, 0), torch.eye(C).double().repeat(N, 1)
+    recon, kl = (v.view(N, C) for v in bernoulli_terms(E, G, rows, classes, state))
+    minus_l = recon + kl + math.log(C)  # −L(x, y)
+    q = f(x.double()).softmax(1)
+    for i, label in enumerate(labels.tolist()):
+        ours = terms["recon"][i] + terms["kl"][i] + terms["label"][i]
+        if label >= 0:
+            assert error(ours, minus_l[i, label]) < 2e-5
+            assert error(terms["classification"][i], -0.1 / share * q[i, label].log()) < 2e-5
+        else:
+            assert error(ours, (q[i] * minus_l[i]).sum() - distributions.Categorical(q[i]).entropy()) < 2e-5
+            assert float(terms["classification"][i].detach()) == 0
+    torch.set_rng_state(state)
+    phase = system.phases[0]
+    _, ours = gradients(phase, shared)
+    known = labels >= 0
+    r = torch.where(known[:, None], F.one_hot(labels.clamp_min(0), C).double(), q)
+    total = (r * minus_l).sum(1) + torch.where(known, 0, (q * q.log()).sum(1))
+    cross_entropy = -q.log().gather(1, labels.clamp_min(0)[:, None])[:, 0]
+    total = (total + torch.where(known, 0.1 / share * cross_entropy, 0)).mean()
+    theirs = torch.autograd.grad(total, [p for n in (E, G, f) for p in n.parameters()])
+    for a, b in zip(ours, theirs, strict=True):
+        assert error(a, b) < 2e-4
+    torch.set_rng_state(state)
+    unlabelled = system.terms(shared._replace(labels=torch.full((N,), -1)))
+    torch.set_rng_state(state)
+    assert torch.equal(system.bound(x), -(unlabelled["recon"] + unlabelled["kl"] + unlabelled["label"]))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("name", ACTIVATED)
+def test_activated_losses_are_weighted_by_the_discriminator(name, temperature):
+    system = build(small(name, temperature=temperature, discriminator_width=64), SHAPE)
+    with torch.no_grad():
+        system.modules["discriminator"][-1].weight.mul_(20)  # weights far from ½, on fakes that differ
+        system.modules["generator"][-2].weight.mul_(20)
+    shared = system.share(image(), *labels_for(name))
+    assert shared.fake.x.shape == shared.real.x.shape
+    assert not shared.fake.x.requires_grad
+    state = torch.get_rng_state()
+    terms, ours = gradients(system.phases[1], shared)
+    torch.set_rng_state(state)
+    total, expected = 0, {}
+    for prefix, images in (("", shared.real), ("fake_", shared.fake)):
+        w = torch.sigmoid(system.discriminate(images.x) / temperature).detach()
+        assert w.std() > 0.02
+        for term, value in system.terms(images).items():
+            expected[prefix + term] = (w * value).sum() / N / 2
+            total = total + expected[prefix + term]
+    assert terms.keys() == expected.keys()
+    for term, value in expected.items():
+        assert error(terms[term], value.double()) < 1e-5
+    for a, b in zip(ours, torch.autograd.grad(total, system.phases[1].parameters), strict=True):
+        assert error(a, b.double()) < 1e-4
+    real, fake = (torch.sigmoid(system.discriminate(i.x).double()) for i in (shared.real, shared.fake))
+    loss = system.phases[0].loss(shared)
+    assert error(loss["real"], -real.log().mean()) < 1e-5
+    assert error(loss["fake"], -(1 - fake).log().mean()) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "plain"), ACTIVATED.items())
+def test_perfect_discriminator_gives_half_the_vaes_loss_and_gradient(name, plain):
+    """S3 Lemma 2: the adversary of a VAE is there, and blocks its fakes out."""
+    system = build(small(name), SHAPE)
+    vae = build(replace(system.settings, system=plain), SHAPE)
+    for module in vae.modules:
+        vae.modules[module].load_state_dict(system.modules[module].state_dict())
+    x, labels = image(), labels_for(name)
+    shared = system.share(x, *labels)
+    system.discriminate = lambda x: torch.full((N,), 1e4 if x is shared.real.x else -1e4)
+    state = torch.get_rng_state()
+    terms, ours = gradients(system.phases[1], shared)
+    torch.set_rng_state(state)
+    plain_terms, theirs = gradients(vae.phases[0], vae.share(x, *labels))
+    for term, value in plain_terms.items():
+        assert torch.equal(terms[term], 0.5 * value)
+        assert float(terms[f"fake_{term}"].detach()) == 0
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, 0.5 * b, rtol=1e-6, atol=1e-12)
+
+
+def test_a_hot_discriminator_weighs_reals_and_fakes_alike():
+    system = build(small("aavae", temperature=1e9), SHAPE)
+    shared = system.share(image())
+    state = torch.get_rng_state()
+    terms = system.phases[1].loss(shared)
+    torch.set_rng_state(state)
+    for prefix, images in (("", shared.real), ("fake_", shared.fake)):
+        for name, value in system.terms(images).items():
+            assert error(terms[prefix + name], value.double().mean() / 4) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "plain"), [("iwgan", "gan"), ("iwcgan", "cgan")])
+def test_equal_logits_turn_importance_weighting_into_the_plain_gan(name, plain):
+    weighted, gan = build(small(name), SHAPE), build(small(plain), SHAPE)
+    for value in (-3.0, 0.0, 5.0):
+        logits = torch.full((32,), value, requires_grad=True)
+        losses = [system.adversarial(logits) for system in (weighted, gan)]
+        a, b = (torch.autograd.grad(loss, logits)[0] for loss in losses)
+        torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+    logits = torch.randn(1, requires_grad=True)  # one sample: the bound of k = 1
+    torch.testing.assert_close(weighted.adversarial(logits), gan.adversarial(logits), rtol=1e-6, atol=1e-7)
+    # equal logits in the networks themselves: no weight reaches the last layer but its bias
+    for system in (weighted, gan):
+        for module in system.modules:
+            system.modules[module].load_state_dict(weighted.modules[module].state_dict())
+        torch.nn.init.zeros_(system.modules["discriminator"][-1].weight)
+    shared = weighted.share(image(), *labels_for(name))
+    for a, b in zip(*(system.generator_loss(shared).values() for system in (weighted, gan)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
+
+
+def test_importance_weights_favour_what_fools_the_discriminator():
+    system = build(small("iwgan"), SHAPE)
+    logits = torch.randn(32, dtype=torch.float64, requires_grad=True)
+    (g,) = torch.autograd.grad(system.adversarial(logits), logits)
+    w = -g / torch.sigmoid(-logits).detach()  # ∂(−log D) = −(1 − D)
+    D_ = torch.sigmoid(logits).detach()
+    assert error(w, (D_ / (1 - D_)) / (D_ / (1 - D_)).sum()) < 1e-9
+    assert torch.equal(w.argsort(), logits.argsort())
+
+
+GRID = torch.linspace(-14, 14, 20001, dtype=torch.float64)
+
+
+def integral(values):
+    return torch.trapezoid(values, GRID)
+
+
+def normal(mean, scale):
+    return distributions.Normal(torch.as_tensor(mean, dtype=torch.float64), scale).log_prob(GRID).exp()
+
+
+def kl(p, q):
+    return integral(p * (p.log() - q.log()))
+
+
+def jsd(p, q):
+    m = (p + q) / 2
+    return 0.5 * (kl(p, m) + kl(q, m))
+
+
+@pytest.mark.parametrize("discriminator", ["uniform", "logistic", "optimal"])
+def test_lemma_1_by_quadrature(discriminator):
+    """S3 Eq. 10, and Eq. 14 for the optimal D: generator N(θ, 1.3²), data N(0, 1), p(y) uniform."""
+    theta = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+    p_data, p_g, p_g0 = normal(0, 1.0), normal(theta, 1.3), normal(theta.detach(), 1.3)
+    logits = {
+        "uniform": torch.zeros_like(GRID),
+        "logistic": 0.8 - 1.1 * GRID,
+        "optimal": p_data.log() - p_g0.log(),
+    }[discriminator]
+    D_ = torch.sigmoid(logits)
+
+    # −E_{p(x|y) p(y)} log q^r(y|x): the loss of `Gan.generator_loss`, as log D at y = 0, and a constant at y = 1
+    left = 0.5 * integral(p_g * F.softplus(-logits)) + 0.5 * integral(p_data * F.softplus(logits))
+    prior = (p_g0 + p_data) / 2
+    posterior = [q * prior / integral(q * prior) for q in (D_, 1 - D_)]  # q^r(x|y), y = 0, 1
+    right = 0.5 * kl(p_g, posterior[0]) + 0.5 * kl(p_data, posterior[1]) - jsd(p_g, p_data)
+    (a,), (b,) = (torch.autograd.grad(side, theta, retain_graph=True) for side in (left, right))
+    assert abs(a - b) < 1e-9
+    if discriminator == "uniform":
+        assert abs(a) < 1e-9  # "the gradients of the KL and JSD terms cancel out"
+    else:
+        assert abs(a) > 0.05
+    if discriminator == "optimal":  # Eq. 14
+        (c,) = torch.autograd.grad(0.5 * kl(p_g, p_data) - jsd(p_g, p_data), theta)
+        assert abs(a - c) < 1e-9
+        # Eqs. 42–44: the weight of a sample, q^r(y|x) p_θ0(x) / p_θ(x|y) at y = 0, is ½ D/(1 − D)
+        inside = GRID.abs() < 6
+        assert error((D_ * prior / p_g0)[inside], (0.5 * D_ / (1 - D_))[inside]) < 1e-9
+    # Eq. 24 holds with the normaliser of Eq. 9, E_p(y) log ∫ q^r(y|x) p_θ0(x) dx, which the paper leaves out
+    normaliser = sum(0.5 * integral(q * prior).log() for q in (D_, 1 - D_))
+    divergences = sum(0.5 * (kl(p, q) - kl(p, prior)) for p, q in zip((p_g, p_data), posterior, strict=True))
+    assert abs(-left - (normaliser - divergences)) < 1e-9
+
+
+def test_bounds_are_below_the_likelihood_by_the_divergence_of_the_posteriors():
+    """One-dimensional codes: log p(x) − E bound(x) = KL(q(z|x) ‖ p(z|x)), each by quadrature."""
+    system = build(small("vae", latent_dim=1, width=8), SHAPE)
+    with torch.no_grad():
+        system.modules["generator"][-2].weight.mul_(3)  # a decoder that heeds its code
+    x = image()[:1]
+    with torch.no_grad():
+        l, t = copy.deepcopy(system.modules["generator"]).double()(GRID[:, None]), (x.double() + 1) / 2
+        log_joint = (t * l - F.softplus(l)).sum((1, 2, 3)) + normal(0, 1.0).log()
+        mu, logvar = system.modules["encoder"](x).double().chunk(2, 1)
+        q = normal(mu[0, 0], float((logvar / 2).exp()))
+        log_p = torch.logsumexp(log_joint, 0) + math.log(float(GRID[1] - GRID[0]))
+        elbo = integral(q * (log_joint - q.clamp_min(1e-300).log()))
+        gap = integral(q * (q.clamp_min(1e-300).log() - (log_joint - log_p)))
+    assert gap > 0.01
+    assert float(elbo) == pytest.approx(float(log_p - gap), abs=1e-6)
+    draws = system.bound(x.expand(4000, -1, -1, -1))
+    assert abs(float(draws.mean() - elbo)) < 5 * float(draws.std()) / math.sqrt(4000)  # 5 standard errors
+
+
+def test_stratified_rows_keep_the_classes_and_are_nested(digits):
+    labels = digits.train_labels
+    one, ten = (data.stratified(labels, share) for share in (0.01, 0.1))
+    assert torch.equal(ten, data.stratified(labels, 0.1))
+    assert set(one.tolist()) < set(ten.tolist())
+    for rows, share in ((one, 0.01), (ten, 0.1)):
+        assert rows.tolist() == sorted(set(rows.tolist()))
+        expected = [max(1, round(share * int(n))) for n in labels.bincount()]
+        assert labels[rows].bincount(minlength=10).tolist() == expected
+    assert torch.equal(data.stratified(labels, 1.0), torch.arange(len(labels)))
+    assert data.stratified(torch.arange(5), 0.01).tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(ValueError, match="share must be above 0 and at most 1, got 0"):
+        data.stratified(labels, 0)
+
+
+def test_training_sets_hide_and_drop_what_the_shares_say(digits):
+    def of(name, **changes):
+        settings = runs.with_classes(small(name, **changes), digits)
+        return runs.training_set(build(settings, SHAPE), digits)
+
+    images, labels = of("svae", label_share=0.1)
+    rows = data.stratified(digits.train_labels, 0.1)
+    assert torch.equal(images, digits.train)
+    assert torch.equal((labels >= 0).nonzero()[:, 0], rows)
+    assert torch.equal(labels[rows], digits.train_labels[rows])
+    half = digits._replace(train_labels=digits.train_labels.where(torch.arange(len(digits.train)) % 2 == 0, -1))
+    with pytest.raises(ValueError, match=r"label_share must be at most 0\.50.., the share of digits that has labels"):
+        runs.training_set(build(small("svae"), SHAPE), half)
+    _, labels = runs.training_set(build(small("svae", label_share=0.2), SHAPE), half)
+    assert float((labels >= 0).double().mean()) == pytest.approx(0.2, abs=0.005)
+    assert torch.equal(labels[labels >= 0], half.train_labels[labels >= 0])
+    images, labels = of("cvae", data_share=0.1)
+    assert torch.equal(images, digits.train[rows])
+    assert torch.equal(labels, digits.train_labels[rows])
+    images, labels = of("vae", data_share=0.1)
+    assert torch.equal(images, digits.train[rows])
+    assert labels is None
+    images, labels = of("ada")
+    assert torch.equal(images, torch.cat([digits.train, 255 - digits.train]))
+    assert torch.equal(labels, torch.cat([digits.train_labels, torch.full((len(digits.train),), -1)]))
+    with pytest.raises(ValueError, match="label_share must be 1 for cgan"):
+        of("cgan", label_share=0.1)
+    without = digits._replace(name="celeba", train_labels=None, classes=())
+    with pytest.raises(ValueError, match="cgan learns from labels, and celeba has none"):
+        runs.with_classes(small("cgan"), without)
+    assert runs.with_classes(small("gan"), without).classes == 10
+
+
+def test_fit_refuses_labels_that_the_system_cannot_read(digits, tmp_path):
+    def train(name, labels):
+        settings = small(name, steps=1)
+        fit(build(settings, SHAPE), digits.train[:60], settings, tmp_path, labels=labels, progress=False)
+
+    for name, labels, message in (
+        ("gan", torch.zeros(60).long(), "labels must be None: gan reads none"),
+        ("cgan", None, "labels must be given: cgan learns from them"),
+        ("cvae", torch.arange(60) % 10 - 1, r"labels must be 0\.\.9, got -1\.\.8, −1 for none, as cvae needs one"),
+        ("svae", torch.arange(60) % 11, r"labels must be -1\.\.9, got 0\.\.10"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(name, labels)
+    for changes, message in (({"data_share": 0}, "data_share"), ({"label_share": 1.1}, "label_share")):
+        with pytest.raises(ValueError, match=f"{message} must be above 0 and at most 1"):
+            small("svae", **changes)
+
+
+def test_presets_are_dcgans_settings():
+    for name in FAMILY:
+        mnist = preset(name, "mnist")
+        assert (mnist.net, mnist.latent_dim, mnist.batch_size, mnist.image_size) == ("conv", 100, 128, 28)
+        assert (mnist.learning_rate("generator"), mnist.betas, mnist.temperature) == (2e-4, (0.5, 0.999), 1.0)
+        assert [preset(name, d).image_size for d in ("cifar10", "svhn", "celeba", "digits")] == [32, 32, 64, 8]
+
+
+def test_networks_are_dcgans():
+    system = build(replace(preset("cgan", "celeba"), device="cpu", width=8, discriminator_width=4), (3, 64, 64))
+    G, D_ = system.modules["generator"], system.modules["discriminator"]
+    kernels = [tuple(p.shape) for p in G.parameters() if p.dim() == 4]
+    assert kernels == [(64, 32, 5, 5), (32, 16, 5, 5), (16, 8, 5, 5), (8, 3, 5, 5)]
+    assert G.code.weight.shape == (64 * 4 * 4, 100 + 10)
+    kernels = [tuple(p.shape) for p in D_.parameters() if p.dim() == 4]
+    assert kernels == [(4, 13, 5, 5), (8, 4, 5, 5), (16, 8, 5, 5), (32, 16, 5, 5)]
+    assert float(G.code.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_conditional_samples_have_the_classes_asked_for():
+    system = build(small("cgan"), SHAPE)
+    one, turn = (system.sample(20, torch.Generator().manual_seed(3), labels) for labels in (torch.full((20,), 3), None))
+    same = [i for i in range(20) if torch.equal(one[i], turn[i])]
+    assert same == [3, 13]
+    whole = metrics.generate(system, 20, seed=3)
+    assert torch.equal(whole, metrics.to_bytes(turn))
+
+
+def test_bound_and_accuracy_of_test_images(digits):
+    system = build(small("svae"), SHAPE)
+    first, again = (metrics.lower_bound(system, digits.test, seed=2) for _ in range(2))
+    assert first == again != metrics.lower_bound(system, digits.test, seed=3)
+    logits = 5 * F.one_hot(digits.test_labels, C).float()
+    parts = iter(logits.split(500))
+    system.classify = lambda x: next(parts)
+    assert metrics.accuracy(system, digits.test, digits.test_labels) == 1
+    parts = iter(logits.roll(1, 1).split(500))
+    assert metrics.accuracy(system, digits.test, digits.test_labels) == 0
+
+
+def test_tables_train_every_pair_and_choose_the_temperature_on_held_out_images(digits, monkeypatch):
+    few = digits._replace(train=digits.train[:200], train_labels=digits.train_labels[:200], test=digits.test[:50],
+                          test_labels=digits.test_labels[:50])  # fmt: skip
+    rest, images, _ = unified_tables.held_out(few)
+    assert len(rest.train) + len(images) == 200
+    assert torch.equal(images, few.train[data.stratified(few.train_labels, 0.1)])
+    tiny = {"steps": 2, "batch_size": 16, "width": 8, "discriminator_width": 8, "device": "cpu"}
+    rows = list(unified_tables.table3(few, shares=(0.5, 1.0), **tiny))
+    assert [(row.system, row.share) for row in rows] == [
+        *((name, share) for pair in (("vae", "aavae"), ("cvae", "aacvae")) for share in (0.5, 1.0) for name in pair),
+        ("svae", 0.5),
+        ("aasvae", 0.5),
+    ]
+    assert all(-500 < row.value < 0 for row in rows)
+    text = unified_tables.markdown([*rows, rows[0]._replace(seed=1)])
+    assert len(text.splitlines()) == 2 + len(rows)
+    assert "| 50% | vae |" in text
+
+    trained_at = []
+
+    def trained(name, dataset, *, temperature, **changes):
+        assert len(dataset.train) == len(rest.train)
+        trained_at.append((name, temperature, changes))
+        return build(small(name, temperature=temperature), SHAPE)
+
+    monkeypatch.setattr(unified_tables, "trained", trained)
+
+    def measure(system, x, y):
+        t = system.settings.temperature
+        return -abs(t - 3.0) if x.shape == images.shape and torch.equal(x, images) else 10 * t
+
+    rows = list(unified_tables.compare(few, ("vae", "aavae"), measure, (0.5,), (7,)))
+    assert [row[1:] for row in rows] == [(0.5, 7, 1.0, 10.0), (0.5, 7, 3.0, 30.0)]
+    assert [t for name, t, _ in trained_at] == [1.0, *unified_tables.TEMPERATURES]
+    assert trained_at[0][2] == {"seed": 7, "data_share": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "measured"),
+    [("iwcgan", ()), ("aasvae", ("bound", "accuracy")), ("ada", ("accuracy",))],
+)
+def test_command_line_hands_labels_to_what_needs_them(name, measured, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def ivfast_(*arguments, code=0):
+        result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == code, result.output
+        return result.output
+
+    more = ("--label-share", 0.1) if name == "aasvae" else ()
+    fast = ("--set", "tensorboard=false", "--set", "width=32", "--device", "cpu")
+    text = ivfast_("train", name, "--steps", 3, "--out", "run", *more, *fast)
+    assert f"{2994 if name == 'ada' else 1497:,} training and" in text
+    record = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
+    values = record.get("metrics", {})
+    assert set(values) == set(measured)
+    if measured:
+        ivfast_("evaluate", "run", "--metrics", ",".join(measured))
+        again = json.loads(Path("run/metrics.json").read_text())
+        assert {m: again[m] for m in measured} == pytest.approx({m: values[m] for m in measured}, rel=1e-4)
+    if name == "ada":
+        assert "generates no images" in ivfast_("sample", "run", code=2)
+    else:
+        ivfast_("sample", "run", "-n", 20)
