@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from ivfast.models import SYSTEMS, build
 from ivfast.models.ivaae import WaeMmd
+from ivfast.ops import bridge
 from ivfast.train import Settings, checkpoint
 from ivfast.train import run as run_module
 from ivfast.train.capture import WARM_UP, Captured, CudaGraphs, choose
@@ -91,6 +92,7 @@ def tapes(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "choose", lambda settings: (settings.capture is not False, "a test"))
             patch.setattr(run_module, "CudaGraphs", tape)
+            patch.setattr(bridge, "check_range", lambda index, k: None)  # of the CPU alone: it reads values
             yield made
 
     return on
@@ -114,6 +116,10 @@ def small(system="ivaae-rad", **changes) -> Settings:
 
 def train(settings, images, out, kind=None, **keywords):
     system = kind(settings, SHAPE) if kind else build(settings, SHAPE)
+    if system.labels != "none":
+        keywords["labels"] = torch.arange(len(images)) % 10
+        if system.labels == "source":
+            keywords["labels"][::2] = -1
     return system, fit(system, images, settings, out, progress=False, **keywords)
 
 
@@ -161,7 +167,7 @@ def test_captured_run_has_the_bits_of_an_uncaptured_one(system, changes, images,
     settings = small(system, **{"ema": 0.8, "milestones": {1: 0.5}, **changes})
 
     def evaluate(system):
-        return {"noise": float(system.sample(3).sum())}
+        return {"noise": float(system.sample(3).sum() if hasattr(system, "sample") else torch.rand(()))}
 
     train(settings, images, tmp_path / "plain", evaluate=evaluate)
     with tapes() as made:

@@ -83,13 +83,17 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
             f"index must have shape {tuple(z.shape[:-1])} on {z.device}, got {tuple(index.shape)} on {index.device}"
         )
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = (int(value) for value in index.aminmax()) if index.numel() else (0, 0)
-        if low < 0 or high >= k:
-            raise ValueError(f"index must lie in [0, k) with k = {k}, got values from {low} to {high}")
+        check_range(index, k)
     draws = prior_draws(z, draws, generator)
     if torch.is_grad_enabled() and z.requires_grad:
         return _BlockSubstitute.apply(z, draws, index, k)
     return _block_substitute(z, draws, index, k)
+
+
+def check_range(index: Tensor, k: int) -> None:
+    low, high = (int(value) for value in index.aminmax()) if index.numel() else (0, 0)
+    if low < 0 or high >= k:
+        raise ValueError(f"index must lie in [0, k) with k = {k}, got values from {low} to {high}")
 
 
 def check_codes(z: Tensor, t: int) -> None:
