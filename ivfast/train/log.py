@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import files
+
 FILE = "log.jsonl"
 
 
@@ -20,10 +22,10 @@ class Log:
     """
 
     def __init__(self, out: Path, *, tensorboard: bool, resume_at: int | None):
-        path = Path(out) / FILE
-        self.history = _kept(path, resume_at)
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  closed by close()
+        self.path = Path(out) / FILE
+        self.history = _kept(self.path, resume_at)
+        files.replace(self.path, "".join(json.dumps(line) + "\n" for line in self.history).encode())
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  closed by close()
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
@@ -33,14 +35,18 @@ class Log:
 
     def write(self, line: dict[str, object]) -> None:
         self.history.append(line)
-        self.file.write(json.dumps(line) + "\n")
+        try:
+            self.file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self.writer is not None:
             for group in ("losses", "learning_rates", "metrics"):
                 for name, value in line.get(group, {}).items():
                     self.writer.add_scalar(f"{group}/{name}", value, line["step"])
 
     def close(self) -> None:
-        self.file.close()
+        with contextlib.suppress(OSError):  # of a line that `write` could not write
+            self.file.close()
         if self.writer is not None:
             self.writer.close()
 
@@ -90,6 +96,10 @@ class Bar:
         if now - self.moved > 0.1 or step == self.total:  # an update costs as much as a few kernel launches
             self.progress.update(self.task, completed=step)
             self.moved = now
+
+    def note(self, text: str) -> None:
+        if not self.progress.disable:
+            self.progress.console.print(text)
 
     def report(self, losses: dict[str, float], images_per_second: float) -> None:
         # "discriminator/intervention" as "d/interv": three of them fit into 80 columns

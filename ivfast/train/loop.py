@@ -21,10 +21,10 @@ __all__ = ["CheckpointError", "Interrupted", "NonFiniteLoss", "NonFiniteWeights"
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the step was finished and the run saved. `out` and `step` say where it stands."""
+    """Ctrl-C or SIGTERM: the step was finished and the run saved. `out` and `step` say where it stands."""
 
-    def __init__(self, out: Path, step: int):
-        self.out, self.step = out, step
+    def __init__(self, out: Path, step: int, number: int = signal.SIGINT):
+        self.out, self.step, self.signal = out, step, number
         super().__init__(f"stopped after step {step}; resume with: ivfast train --resume --out {out}")
 
 
@@ -43,16 +43,17 @@ def fit(
     """Train `system` on `images` and keep the run in the folder `out`.
 
     Writes `config.json`, `log.jsonl`, `tensorboard/`, `pictures/` and `checkpoints/last.safetensors`. PyTorch's global
-    generators are left as they were. The same settings give the same run, and on the CPU a run that was stopped and
-    resumed gives the same bits.
+    generators are left as they were. The same settings give the same run, and on the CPU a run that was stopped, or
+    killed at any moment, and resumed gives the same bits.
 
     Args:
         system: what `ivfast.models.build(settings, image_shape)` returned.
-        images: uint8 `[N, C, H, W]` on the system's device (floating tensors `[N, ...]` are passed on unscaled).
+        images: uint8 `[N, C, H, W]` on the system's device or on the host, from where they are moved if they fit into
+            `settings.data_memory`, else prefetched (floating tensors `[N, ...]` are passed on unscaled).
         settings: those that the system was built from.
         out: the run's folder; made where it does not exist.
         labels: int64 `[N]` for systems that need them; `System.share` then gets (x, labels).
-        resume: go on from the checkpoint in `out`.
+        resume: go on from the checkpoint in `out`; from the beginning where the run was killed before its first.
         evaluate: called with the system in evaluation mode, without gradients and on the averaged weights where EMA is
             on; returns metrics by name. Every `settings.evaluate_every` epochs and at the end.
         draw: called beside it with the system, the folder for pictures and the number of epochs completed.
@@ -67,7 +68,7 @@ def fit(
         FileExistsError: `out` holds a run already and `resume` is False.
         NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
         CheckpointError: a checkpoint cannot be written or read.
-        Interrupted: a KeyboardInterrupt, after Ctrl-C; a second Ctrl-C stops at once.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C or SIGTERM; a further Ctrl-C stops at once.
     """
     out = Path(out)
     same_settings(settings, system.settings, "those the system was built from", RESUMABLE - {"device"})
@@ -76,9 +77,8 @@ def fit(
         raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
     with torch.random.fork_rng(devices=cuda_devices(settings.device)):
         run = Run(system, images, settings, out, labels)
-        if resume:
+        if resume and ((out / checkpoint.LAST).exists() or not (out / "config.json").exists()):
             run.load()
-        out.mkdir(parents=True, exist_ok=True)
         settings.save(out / "config.json")
         return _train(run, resume, evaluate, draw, progress)
 
@@ -86,8 +86,8 @@ def fit(
 def _check_images(images: Tensor, system: System) -> None:
     if tuple(images.shape[1:]) != system.image_shape:
         raise ValueError(f"images must have shape [N, {str(system.image_shape)[1:-1]}], got {tuple(images.shape)}")
-    if images.device.type != torch.device(system.settings.device).type:
-        raise ValueError(f"images must be on the system's device {system.settings.device}, got {images.device}")
+    if images.device.type not in ("cpu", torch.device(system.settings.device).type):
+        raise ValueError(f"images must be on the host or on {system.settings.device}, got {images.device}")
 
 
 def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[str, object]]:
@@ -95,7 +95,10 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
     total = settings.steps if settings.steps is not None else settings.epochs * per_epoch
     log = Log(run.out, tensorboard=settings.tensorboard, resume_at=run.step if resume else None)
     run.system.train()
-    with contextlib.closing(log), Bar(total, run.step, shown=progress) as bar, _Interrupt() as interrupt:
+    closed = contextlib.closing
+    with closed(log), closed(run.batches), Bar(total, run.step, shown=progress) as bar, _Interrupt() as interrupt:
+        if run.batches.stream_to is not None:
+            bar.note(f"the {len(run.batches.images):,} training images stay on the host, their batches are prefetched")
         clock = Clock(run.seconds, run.step)
         while run.step < total:
             run.advance()
@@ -110,9 +113,9 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
                 log.write(line)
                 bar.report(losses, line["images_per_second"])
             bar.at(run.step)
-            if interrupt.requested:
+            if interrupt.signal:
                 run.save(clock)
-                raise Interrupted(run.out, run.step)
+                raise Interrupted(run.out, run.step, interrupt.signal)
             epoch, rest = divmod(run.step, per_epoch)
             with clock.paused():
                 if last or (rest == 0 and epoch % settings.save_every == 0):
@@ -125,22 +128,22 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
 
 
 class _Interrupt:
-    """Notes the first SIGINT, so that the step can be finished; the second raises KeyboardInterrupt at once."""
+    """Notes a SIGINT or SIGTERM, so that the step can be finished; a SIGINT after that raises KeyboardInterrupt."""
 
     def __init__(self):
-        self.requested = False
+        self.signal = 0  # the first one's number
+        self.previous = {}
 
     def _handle(self, number, frame) -> None:
-        if self.requested:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.signal = self.signal or number
 
     def __enter__(self) -> "_Interrupt":
-        self.ours = threading.current_thread() is threading.main_thread()
-        if self.ours:
-            self.previous = signal.signal(signal.SIGINT, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_) -> None:
-        if self.ours:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

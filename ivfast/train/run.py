@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .average import Average, floating_state
-from .batches import Batches
+from .batches import Batches, fits
 from .checkpoint import CheckpointError
 from .log import Clock
 from .phase import Phase, System
@@ -21,7 +21,7 @@ from .settings import Settings
 
 # What may differ between a checkpoint and the run that goes on from it: none of it changes a step that has been run.
 RESUMABLE = frozenset(
-    ("epochs", "steps", "root", "device", "compile", "evaluate_every", "save_every", "tensorboard")
+    ("epochs", "steps", "root", "device", "data_memory", "compile", "evaluate_every", "save_every", "tensorboard")
 )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ class Run:
         self.system, self.settings, self.out = system, settings, out
         self.device = torch.device(settings.device)
         _seed(settings.stream("noise"), self.device)
-        self.batches = Batches(images, settings.batch_size, settings.stream("order"), labels)
+        self.batches = self.batches_of(images, labels)
         self.record = Record(settings.log_every, settings.device)
         self.average = Average(system, settings.ema) if settings.ema else None
         self.step, self.seconds = 0, 0.0
@@ -46,6 +46,17 @@ class Run:
         self.share = prepare(system.share)
         self.losses = [prepare(phase.loss) if phase.compile else phase.loss for phase in system.phases]
         self.every_parameter = {p for phase in system.phases for p in phase.parameters}
+
+    def batches_of(self, images: Tensor, labels: Tensor | None) -> Batches:
+        """Batches of images that live on the device, or of those that do not fit there."""
+        settings, stream_to = self.settings, None
+        if images.device.type == "cpu":
+            if fits(images, self.device, settings.data_memory):
+                images = images.to(self.device)
+            else:
+                stream_to = self.device
+        seed = settings.stream("order")
+        return Batches(images, settings.batch_size, seed, labels, flip=settings.flip, stream_to=stream_to)
 
     def advance(self) -> None:
         """One step: a batch, the shared forward, then each phase that is due."""
