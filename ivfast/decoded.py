@@ -1,6 +1,8 @@
 """Decoded data sets on disk: safetensors files that are mapped, so that a set may be larger than memory."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,21 +32,31 @@ def create(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     begin = 8 + len(text)
-    partial = path.with_suffix(f".{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(partial, "wb") as file:
+    _sweep(path)
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    with open(partial, "xb") as file:
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.write(len(text).to_bytes(8, "little") + text)
             file.flush()
             _reserve(file.fileno(), begin + size)
-        whole = torch.from_file(str(partial), shared=True, size=begin + size, dtype=torch.uint8)
-        parts = {name: whole[slice(*(begin + i for i in header[name]["data_offsets"]))] for name in like}
-        yield {name: parts[name].view(dtype).view(*shape) for name, (dtype, shape) in like.items()}
-        with open(partial, "rb+") as file:
+            whole = torch.from_file(str(partial), shared=True, size=begin + size, dtype=torch.uint8)
+            parts = {name: whole[slice(*(begin + i for i in header[name]["data_offsets"]))] for name in like}
+            yield {name: parts[name].view(dtype).view(*shape) for name, (dtype, shape) in like.items()}
             os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes have left of `path`; the living hold a lock on theirs."""
+    for partial in path.parent.glob(f"{glob.escape(path.stem)}.*.part"):
+        with contextlib.suppress(OSError), open(partial, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 def _reserve(file: int, size: int) -> None:

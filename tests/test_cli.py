@@ -50,7 +50,9 @@ def ivfast(*arguments, code=0):
 
 
 def subprocess_of(*arguments, **keywords):
+    """With SIGINT as a terminal's programs have it: a shell's background jobs start with it ignored."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    keywords["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         [sys.executable, "-c", MAIN, *map(str, arguments)],
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords,

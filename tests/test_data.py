@@ -1,6 +1,7 @@
 """Every loader on small files in the data set's own format on disk, against the pixels that were written."""
 
 import csv
+import fcntl
 import hashlib
 import os
 import pickle
@@ -16,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from ivfast import sources
+from ivfast import decoded, sources
 from ivfast.data import DataNotFound, load
 
 
@@ -326,6 +327,22 @@ def test_decoded_images_are_mapped_from_a_safetensors_file(tmp_path):
     before = cache.read_bytes()
     first.train.fill_(0)  # the caller's copy, not the file
     assert cache.read_bytes() == before
+
+
+def test_what_a_killed_decoder_left_is_removed_but_not_the_file_of_a_living_one(tmp_path):
+    path, like = tmp_path / "set-1x2x2-abc.safetensors", {"train": (torch.uint8, (3, 1, 2, 2))}
+    killed, living, of_another_set = tmp_path / f"{path.stem}.1.part", f"{path.stem}.2.part", "set-1x3x3-abc.1.part"
+    killed.write_bytes(bytes(100))
+    (tmp_path / of_another_set).write_bytes(bytes(100))
+    with open(tmp_path / living, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with decoded.create(path, like, {}) as out:
+            own = f"{path.stem}.{os.getpid()}.part"
+            assert {file.name for file in tmp_path.iterdir()} == {living, own, of_another_set}
+            out["train"].fill_(7)
+            decoded._sweep(path)  # of another process that begins now
+        assert {file.name for file in tmp_path.iterdir()} == {living, path.name, of_another_set}
+    assert (decoded.read(path)[0]["train"] == 7).all()
 
 
 def test_what_is_not_an_image_leaves_no_file_behind(tmp_path):

@@ -38,6 +38,7 @@ def command(arguments: list[str], output: Path, die: tuple[str, int] | None) -> 
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     torch.set_num_threads(1)
     report.draw, report.draw_samples = (lambda *_: {}), None  # pictures take longer than the steps here
     if die is not None:

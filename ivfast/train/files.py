@@ -29,8 +29,8 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """The rename itself reaches the disk; folders cannot be opened on every system."""
-    with contextlib.suppress(PermissionError):
+    """The rename itself reaches the disk, on file systems that can say so; either file is a whole one anyway."""
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -95,10 +95,20 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
     total = settings.steps if settings.steps is not None else settings.epochs * per_epoch
     log = Log(run.out, tensorboard=settings.tensorboard, resume_at=run.step if resume else None)
     run.system.train()
-    closed = contextlib.closing
-    with closed(log), closed(run.batches), Bar(total, run.step, shown=progress) as bar, _Interrupt() as interrupt:
+    with log, contextlib.closing(run.batches), Bar(total, run.step, shown=progress) as bar, _Interrupt() as interrupt:
         if run.batches.stream_to is not None:
             bar.note(f"the {len(run.batches.images):,} training images stay on the host, their batches are prefetched")
+
+        def look_is_due() -> bool:
+            return run.step == total or run.step % (per_epoch * settings.evaluate_every) == 0
+
+        def look() -> None:
+            metrics = run.look(evaluate, draw, epoch := run.step // per_epoch)
+            if metrics:
+                log.write({"kind": "metrics", "step": run.step, "epoch": epoch, "metrics": metrics})
+
+        if run.step and look_is_due() and not log.has_metrics(run.step):  # stopped between the checkpoint and the look
+            look()
         clock = Clock(run.seconds, run.step)
         while run.step < total:
             run.advance()
@@ -116,14 +126,11 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
             if interrupt.signal:
                 run.save(clock)
                 raise Interrupted(run.out, run.step, interrupt.signal)
-            epoch, rest = divmod(run.step, per_epoch)
             with clock.paused():
-                if last or (rest == 0 and epoch % settings.save_every == 0):
+                if last or run.step % (per_epoch * settings.save_every) == 0:
                     run.save(clock)
-                if last or (rest == 0 and epoch % settings.evaluate_every == 0):
-                    metrics = run.look(evaluate, draw, epoch)
-                    if metrics:
-                        log.write({"kind": "metrics", "step": run.step, "epoch": epoch, "metrics": metrics})
+                if look_is_due():
+                    look()
     return log.history
 
 
