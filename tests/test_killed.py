@@ -95,7 +95,7 @@ def server():
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("COLUMNS", "300")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context.set_forkserver_preload([__name__, "torch._dynamo"])  # which every optimizer imports
         yield context
 
 
