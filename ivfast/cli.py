@@ -5,6 +5,7 @@ torch is imported inside the commands, so that this file costs the help nothing.
 
 import functools
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +100,7 @@ def _listed(entries: dict[str, str]) -> str:
 
 
 def friendly(command: Callable) -> Callable:
-    """Errors in one line and exit code 2, Ctrl-C in one line and 130; everything with its traceback under --debug."""
+    """Errors in one line and exit code 2, Ctrl-C in one line and 130 (SIGTERM: 143); under --debug with a traceback."""
 
     @functools.wraps(command)
     def wrapped(*args, debug: bool = False, **options):
@@ -107,7 +108,7 @@ def friendly(command: Callable) -> Callable:
             return command(*args, debug=debug, **options)
         except KeyboardInterrupt as stop:
             errors.print(f"\n[yellow]stopped[/yellow] {escape(str(stop).removeprefix('stopped '))}".rstrip())
-            raise typer.Exit(130) from None
+            raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
         except (TypeError, ValueError, OSError, ArithmeticError, RuntimeError) as error:
             if debug or isinstance(error, typer.Exit):  # Exit is a RuntimeError
                 raise
@@ -133,8 +134,8 @@ TRAIN_HELP = f"""
 Train a system of the papers, with the paper's settings for the data set.
 
 \bA run is a new folder [b]runs/SYSTEM-DATA-N[/b] with config.json, log.jsonl,
-tensorboard/, pictures/ and checkpoints/. Ctrl-C finishes the step, saves, and
-says how to go on.
+tensorboard/, pictures/ and checkpoints/. Ctrl-C and SIGTERM finish the step,
+save, and say how to go on; a run that was killed goes on from its checkpoint.
 
 \b[bold]Systems[/bold]
 {_listed(SYSTEMS)}
@@ -165,6 +166,19 @@ def train(
     ] = None,
     image_size: Annotated[
         int | None, option(min=4, metavar="S", panel=_DATA, help="Resize images to S x S pixels.")
+    ] = None,
+    flip: Annotated[
+        bool | None, option("--flip/--no-flip", panel=_DATA, help="Mirror training images at random; default: no.")
+    ] = None,
+    data_memory: Annotated[
+        float | None,
+        option(
+            min=0,
+            metavar="GIB",
+            panel=_DATA,
+            help="Device memory for the training images; a larger set stays on the host and is prefetched. "
+            "Default: half of what is free.",
+        ),
     ] = None,
     download: Annotated[
         bool, option("--download", panel=_DATA, help="Fetch a missing data set; without it, nothing is fetched.")
@@ -253,7 +267,7 @@ def train(
         "batch_size": batch_size, "latent_dim": latent_dim, "image_size": image_size, "seed": seed, "device": device,
         "precision": precision, "compile": compile_, "capture": capture, "ema": ema, "encoder_loss": encoder_loss,
         "fld_weight": fld_weight, "k": k, "mu": mu, "lam": lam, "packing": packing, "temperature": temperature,
-        "data_share": data_share, "label_share": label_share,
+        "data_share": data_share, "label_share": label_share, "flip": flip, "data_memory": data_memory,
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs
@@ -281,7 +295,7 @@ def train(
     before, begin = runs.last_step(out) if resume else 0, time.perf_counter()
     history = fit(
         network,
-        images.to(settings.device),
+        images,
         settings,
         out,
         resume=resume,

@@ -2,7 +2,7 @@
 
 Points are drawn from a fixed seed (`ivfast.points`). Digits come with scikit-learn; everything else is read where the
 user has it, in the layout torchvision uses. Sets of encoded files (CelebA, LSUN, an image folder) are decoded by
-parallel workers and kept in `<root>/.ivfast/`.
+parallel workers into a file in `<root>/.ivfast/`, which is mapped: such a set may be larger than memory.
 """
 
 import difflib
@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from . import _check
-from .sources import DATASETS, DataNotFound, Encoded
+from . import _check, decoded
+from .sources import DATASETS, DataNotFound, Encoded, Read
 
 __all__ = ["DATASETS", "DataNotFound", "Dataset", "load", "stratified", "target_of"]
 
@@ -47,7 +45,7 @@ def load(
     workers: int | None = None,
     progress: bool = True,
 ) -> Dataset:
-    """The data set `name`, as square uint8 images in memory, or as points.
+    """The data set `name`, as square uint8 images on the host, or as points.
 
     Args:
         name: one of `DATASETS`; LSUN takes its category behind a colon, `lsun:church_outdoor`.
@@ -87,25 +85,58 @@ def load(
     if limit is not None:
         _check.count("limit", limit, at_least=2)
 
-    def finish(images, label):
-        if recipe.size is None:
-            return images
-        return _finish(images, size, channels, workers or os.cpu_count() or 1, f"{name} {label}" if progress else None)
-
-    cache = None
+    shape, cache = (channels, size, size), None
     if recipe.stamp is not None:
         stamp = json.dumps([name, size, channels, limit, *recipe.stamp(root, category)])
         key = hashlib.sha256(stamp.encode()).hexdigest()[:12]
         cache = root / ".ivfast" / f"{name.replace(':', '-')}-{channels}x{size}x{size}-{key}.safetensors"
         if cache.is_file():
-            return _from_cache(name, cache)
+            return _mapped(name, cache)
     train, train_labels, test, test_labels, classes = recipe.read(root, category, download)
     train, train_labels = _some(train, train_labels, limit)
     test, test_labels = _some(test, test_labels, limit)
-    dataset = Dataset(name, finish(train, "train"), train_labels, finish(test, "test"), test_labels, tuple(classes))
-    if cache is not None:
-        _to_cache(dataset, cache)
-    return dataset
+    if recipe.size is None:
+        return Dataset(name, train, train_labels, test, test_labels, tuple(classes))
+    if cache is None:
+        return Dataset(name, _fit(train, shape), train_labels, _fit(test, shape), test_labels, tuple(classes))
+    return _decoded(name, Read(train, train_labels, test, test_labels, classes), shape, cache, workers, progress)
+
+
+def _decoded(
+    name: str, read: Read, shape: tuple[int, int, int], cache: Path, workers: int | None, progress: bool
+) -> Dataset:
+    """The data set in the new file `cache`, or in memory where that cannot be written."""
+    images = {"train": read.train, "test": read.test}
+    labels = {"train_labels": read.train_labels, "test_labels": read.test_labels}
+    labels = {key: value for key, value in labels.items() if value is not None}
+    like = {key: (torch.uint8, (len(files.keys), *shape)) for key, files in images.items()}
+    like |= {key: (value.dtype, value.shape) for key, value in labels.items()}
+
+    def fill(out):
+        for key, value in labels.items():
+            out[key].copy_(value)
+        for key, files in images.items():
+            _decode(files, out[key], workers or os.cpu_count() or 1, f"{name} {key}" if progress else None)
+
+    try:
+        with decoded.create(cache, like, {"classes": json.dumps(tuple(read.classes))}) as out:
+            fill(out)
+    except OSError as error:
+        warnings.warn(f"{cache} could not be written, so the next start decodes again: {error}", stacklevel=3)
+        out = {key: torch.empty(*size, dtype=dtype) for key, (dtype, size) in like.items()}
+        fill(out)
+        return _dataset(name, out, read.classes)
+    return _mapped(name, cache)
+
+
+def _mapped(name: str, cache: Path) -> Dataset:
+    tensors, metadata = decoded.read(cache)
+    return _dataset(name, tensors, json.loads(metadata["classes"]))
+
+
+def _dataset(name: str, tensors: dict[str, Tensor], classes: Iterable[str]) -> Dataset:
+    train, test = tensors["train"], tensors["test"]
+    return Dataset(name, train, tensors.get("train_labels"), test, tensors.get("test_labels"), tuple(classes))
 
 
 def stratified(labels: Tensor, share: float) -> Tensor:
@@ -159,16 +190,18 @@ def _some(images, labels, limit):
     return images[rows], labels
 
 
-def _finish(images: Tensor | Encoded, size: int, channels: int, workers: int, title: str | None) -> Tensor:
-    """uint8 `[N, channels, size, size]`."""
-    if isinstance(images, Encoded):
-        return _decode(images, size, channels, workers, title)
-    from torchvision.transforms.v2 import functional as transforms
+def _fit(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 `[N, *shape]`."""
+    channels, *size = shape
 
     def fit(chunk):
         if chunk.shape[1] != channels:
             chunk = chunk.expand(-1, 3, -1, -1) if channels == 3 else _luma(chunk)
-        return chunk if chunk.shape[-2:] == (size, size) else transforms.resize(chunk, [size, size], antialias=True)
+        if list(chunk.shape[-2:]) == size:
+            return chunk
+        from torchvision.transforms.v2 import functional as transforms  # takes seconds to import
+
+        return transforms.resize(chunk, size, antialias=True)
 
     return torch.cat([fit(chunk) for chunk in images.split(4096)]).contiguous()
 
@@ -179,11 +212,12 @@ def _luma(images: Tensor) -> Tensor:
     return (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8)
 
 
-def _decode(images: Encoded, size: int, channels: int, workers: int, title: str | None) -> Tensor:
+def _decode(images: Encoded, out: Tensor, workers: int, title: str | None) -> None:
+    """Fill `out`, uint8 `[N, C, S, S]`."""
     import numpy as np
     from PIL import Image
 
-    out = torch.empty(len(images.keys), channels, size, size, dtype=torch.uint8)
+    channels, size = out.shape[1:3]
 
     def decode(row):
         key = images.keys[row]
@@ -215,27 +249,3 @@ def _decode(images: Encoded, size: int, channels: int, workers: int, title: str 
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return out
-
-
-def _to_cache(dataset: Dataset, path: Path) -> None:
-    tensors = {k: v for k, v in dataset._asdict().items() if isinstance(v, Tensor)}
-    partial = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, metadata={"classes": json.dumps(dataset.classes)})
-        partial.replace(path)
-    except OSError as error:
-        warnings.warn(f"{path} could not be written, so the next start decodes again: {error}", stacklevel=3)
-
-
-def _from_cache(name: str, path: Path) -> Dataset:
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
-            classes = json.loads(file.metadata()["classes"])
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and start again") from error
-    return Dataset(
-        name, tensors["train"], tensors.get("train_labels"), tensors["test"], tensors.get("test_labels"), tuple(classes)
-    )

@@ -50,7 +50,9 @@ def ivfast(*arguments, code=0):
 
 
 def subprocess_of(*arguments, **keywords):
+    """With SIGINT as a terminal's programs have it: a shell's background jobs start with it ignored."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    keywords["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
         [sys.executable, "-c", MAIN, *map(str, arguments)],
         env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords,
@@ -90,16 +92,17 @@ def test_options_reach_the_settings_and_training_improves(run):
     assert (saved["width"], saved["tensorboard"]) == (64, False)
     losses = [record["losses"]["autoencoder/recon"] for record in log(run) if record["kind"] == "losses"]
     assert losses[-1] < 0.7 * losses[0]
-    ivfast(
-        "train", "aae", "--epochs", 1, "--batch-size", 100, "--latent-dim", 8, "--image-size", 12, "--ema", 0.9,
+    text = ivfast(
+        "train", "aae", "--flip", "--data-memory", 0, "--epochs", 1, "--batch-size", 100, "--latent-dim", 8, "--image-size", 12, "--ema", 0.9,
         "--fld-weight", 0.5, "--precision", "bf16", "--set", 'learning_rates={"default": 0.002}', "--out", "other", *SMALL,
     )  # fmt: skip
     saved = json.loads(Path("other/config.json").read_text())
     expected = {
         "system": "wae-gan", "batch_size": 100, "latent_dim": 8, "image_size": 12, "ema": 0.9, "precision": "bf16",
-        "fld_weight": 0.5, "learning_rates": {"default": 0.002},
+        "fld_weight": 0.5, "learning_rates": {"default": 0.002}, "flip": True, "data_memory": 0,
     }  # fmt: skip
     assert {name: saved[name] for name in expected} == expected
+    assert "the 1,497 training images stay on the host, their batches are prefetched" in text
     system, _ = load_system("other")
     assert system.image_shape == (1, 12, 12)
 

@@ -1,19 +1,23 @@
 """Every loader on small files in the data set's own format on disk, against the pixels that were written."""
 
 import csv
+import fcntl
 import hashlib
 import os
 import pickle
+import resource
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from ivfast import points, sources
+from ivfast import decoded, points, sources
 from ivfast.data import DataNotFound, load
 
 
@@ -290,11 +294,63 @@ def test_folder_crops_the_central_square_and_converts(tmp_path):
     assert (dataset.train.float() - 200).abs().max() <= 1
 
 
-def test_folder_that_cannot_be_written_still_loads(tmp_path, monkeypatch):
-    write_images(tmp_path, random_images(3, 3, 8, 8))
-    (tmp_path / ".ivfast").write_text("in the way")
-    with pytest.warns(UserWarning, match=r"could not be written"):
-        assert len(load("folder", tmp_path, image_size=8).train) == 2
+@pytest.mark.parametrize("problem", ["no folder", "disk full"])
+def test_folder_that_cannot_be_written_still_loads(problem, tmp_path):
+    images = random_images(60, 3, 32, 32)
+    for folder, part in (("a", images[:40]), ("b", images[40:])):
+        write_images(tmp_path / folder, part)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if problem == "no folder":
+        (tmp_path / ".ivfast").write_text("in the way")
+    else:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (images.nbytes // 2, hard))
+    try:
+        with pytest.warns(UserWarning, match=r"could not be written"):
+            dataset = load("folder", tmp_path, image_size=32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    held_out, labels = torch.arange(60) % 10 == 0, (torch.arange(60) >= 40).long()
+    assert_equal(dataset, images[~held_out], labels[~held_out], images[held_out], labels[held_out])
+    assert problem == "no folder" or not list((tmp_path / ".ivfast").iterdir())
+
+
+def test_decoded_images_are_mapped_from_a_safetensors_file(tmp_path):
+    images = random_images(11, 3, 7, 7)  # 147 bytes each: nothing is aligned by itself
+    write_images(tmp_path / "only", images)
+    first = load("folder", tmp_path, image_size=7)
+    (cache,) = (tmp_path / ".ivfast").iterdir()
+    stored = load_file(cache)
+    for key in ("train", "train_labels", "test", "test_labels"):
+        assert torch.equal(getattr(first, key), stored[key])
+    mapped = Path("/proc/self/maps")
+    assert not mapped.exists() or str(cache) in mapped.read_text()
+    before = cache.read_bytes()
+    first.train.fill_(0)  # the caller's copy, not the file
+    assert cache.read_bytes() == before
+
+
+def test_what_a_killed_decoder_left_is_removed_but_not_the_file_of_a_living_one(tmp_path):
+    path, like = tmp_path / "set-1x2x2-abc.safetensors", {"train": (torch.uint8, (3, 1, 2, 2))}
+    killed, living, of_another_set = tmp_path / f"{path.stem}.1.part", f"{path.stem}.2.part", "set-1x3x3-abc.1.part"
+    killed.write_bytes(bytes(100))
+    (tmp_path / of_another_set).write_bytes(bytes(100))
+    with open(tmp_path / living, "wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with decoded.create(path, like, {}) as out:
+            own = f"{path.stem}.{os.getpid()}.part"
+            assert {file.name for file in tmp_path.iterdir()} == {living, own, of_another_set}
+            out["train"].fill_(7)
+            decoded._sweep(path)  # of another process that begins now
+        assert {file.name for file in tmp_path.iterdir()} == {living, path.name, of_another_set}
+    assert (decoded.read(path)[0]["train"] == 7).all()
+
+
+def test_what_is_not_an_image_leaves_no_file_behind(tmp_path):
+    write_images(tmp_path, random_images(5, 3, 8, 8))
+    (tmp_path / "bad.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"bad\.png is not a readable image"):
+        load("folder", tmp_path, image_size=8)
+    assert not list((tmp_path / ".ivfast").iterdir())
 
 
 def test_damaged_cache_names_itself(tmp_path):

@@ -1,6 +1,7 @@
 """The training loop: exact resume, the guard against NaN, Ctrl-C, atomic checkpoints, EMA, precision, compilation."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -19,8 +20,9 @@ from ivfast.models import SYSTEMS, build, preset
 from ivfast.models.ivaae import IvaaeRadial
 from ivfast.runs import load_system
 from ivfast.train import Settings, checkpoint
-from ivfast.train.batches import Batches, as_images
+from ivfast.train.batches import as_images
 from ivfast.train.checkpoint import CheckpointError
+from ivfast.train.log import Log
 from ivfast.train.loop import Interrupted, NonFiniteLoss, NonFiniteWeights, fit
 from ivfast.train.phase import Phase, System
 from ivfast.train.run import Run
@@ -106,6 +108,47 @@ def test_resume_drops_log_lines_that_the_checkpoint_does_not_cover(images, tmp_p
         log.write(json.dumps({"kind": "losses", "step": 18, "losses": {}}) + '\n{"kind": "los')
     _, history = train(settings, images, tmp_path / "killed", resume=True)
     assert losses(history) == losses(straight)
+
+
+@pytest.mark.parametrize("looks", [0, 1, 2])  # after one, two and three epochs; the last is the run's end
+def test_stopped_between_a_checkpoint_and_its_metrics_they_are_made_up_for(looks, images, tmp_path):
+    settings = small(steps=3 * PER_EPOCH, save_every=1, evaluate_every=1)
+    seen = []
+
+    def evaluate(system):
+        seen.append(float(next(iter(system.modules["encoder"].parameters())).sum()))
+        return {"weights": seen[-1]}
+
+    def stopping(system):
+        if len(seen) == looks:
+            raise KeyboardInterrupt
+        return evaluate(system)
+
+    _, straight = train(settings, images, tmp_path / "straight", evaluate=evaluate)
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, images, tmp_path / "stopped", evaluate=stopping)
+    for _ in range(2):  # the second time, nothing is left to do
+        _, history = train(settings, images, tmp_path / "stopped", resume=True, evaluate=evaluate)
+        assert len(seen) == 3
+    metrics = [[line for line in lines if line["kind"] == "metrics"] for lines in (straight, history)]
+    assert metrics[0] == metrics[1]
+    assert [line["epoch"] for line in metrics[1]] == [1, 2, 3]
+
+
+def test_events_that_cannot_be_written_are_said_unless_there_is_worse(tmp_path):
+    class Full:
+        def close(self):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*tensorboard"),
+        Log(tmp_path, tensorboard=False, resume_at=None) as log,
+    ):
+        log.writer = Full()
+    with pytest.raises(CheckpointError, match="worse"), Log(tmp_path, tensorboard=False, resume_at=None) as log:  # noqa: PT012
+        log.writer = Full()
+        raise CheckpointError(tmp_path, "worse")
 
 
 def test_seed_decides_the_run_and_the_callers_generator_is_left_alone(images, tmp_path):
@@ -394,20 +437,6 @@ def test_compiled_run_follows_the_eager_one(images, tmp_path):
     assert all(p.requires_grad for module in compiled.modules.values() for p in module.parameters())
 
 
-def test_batches_cover_an_epoch_without_repeats_and_say_what_they_need():
-    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).expand(60, 1, 8, 8)
-    batches = Batches(images, 8, seed=1, labels=torch.arange(60))
-    for _ in range(2):
-        labels = torch.cat([batches.next()[1] for _ in range(PER_EPOCH)])
-        assert len(labels.unique()) == 8 * PER_EPOCH
-    x, y = batches.next()
-    assert torch.equal(x[:, 0, 0, 0], y / 127.5 - 1)
-    with pytest.raises(ValueError, match="batch_size must be at most the number of images, 60, got 61"):
-        Batches(images, 61, seed=1)
-    with pytest.raises(ValueError, match="labels must match images: 60, got 59"):
-        Batches(images, 8, seed=1, labels=torch.arange(59))
-
-
 def test_settings_go_through_json_and_reject_what_makes_no_sense(tmp_path):
     for name in (*SYSTEMS, "aae"):
         for data in ("digits", "mnist", "celeba", "cifar10", "svhn"):
@@ -439,7 +468,7 @@ def test_fit_refuses_what_it_cannot_do(images, tmp_path):
         train(dataclasses.replace(settings, steps=4), images[:59], tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match=r"images must have shape \[N, 1, 8, 8\], got \(60, 1, 8, 4\)"):
         train(settings, images[..., :4], tmp_path / "x")
-    with pytest.raises(ValueError, match="images must be on the system's device cpu, got meta"):
+    with pytest.raises(ValueError, match="images must be on the host or on cpu, got meta"):
         train(settings, images.to("meta"), tmp_path / "x")
     other = dataclasses.replace(settings, seed=settings.seed + 1)
     with pytest.raises(ValueError, match=r"settings\.seed must match those the system was built from"):

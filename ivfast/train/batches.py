@@ -1,7 +1,12 @@
-"""Batches of a data set that lives on the device: a permutation per epoch, the last partial batch dropped."""
+"""Batches of a data set, on the device: gathered, mirrored and normalised there, or prefetched from the host."""
+
+import math
+import os
 
 import torch
 from torch import Tensor
+
+from .prefetch import Prefetch
 
 
 def as_images(x: Tensor) -> Tensor:
@@ -9,14 +14,87 @@ def as_images(x: Tensor) -> Tensor:
     return x.float().div_(127.5).sub_(1) if x.dtype == torch.uint8 else x
 
 
+def fits(images: Tensor, device: torch.device, budget: float | None) -> bool:
+    """Whether images of the host may live on `device`, in `budget` GiB.
+
+    None is half of what is free on a GPU, and half of the machine's memory on a CPU, where images may be a mapped file.
+    """
+    if budget is not None:
+        return images.nbytes <= budget * 2**30
+    if device.type == "cuda":
+        return images.nbytes <= torch.cuda.mem_get_info(device)[0] / 2
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    return images.nbytes <= memory / 2
+
+
+class Order:
+    """The rows of each batch: a permutation of n images per epoch, the last partial batch dropped.
+
+    With `flip`, each image of an epoch is mirrored with probability ½: row n + i is image i mirrored.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, device: torch.device | str = "cpu", *, flip: bool = False):
+        self.n, self.batch_size, self.device, self.flip = n, batch_size, device, flip
+        self.per_epoch = n // batch_size
+        self.position = self.per_epoch  # batches taken of this epoch
+        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: one order on every device
+        self.rows = torch.empty(0, dtype=torch.int64)
+
+    def next(self) -> Tensor:
+        """`[B]` on `device`."""
+        if self.position == self.per_epoch:
+            rows = torch.randperm(self.n, generator=self.generator)
+            if self.flip:
+                rows += self.n * torch.randint(2, (self.n,), generator=self.generator)
+            self.rows, self.position = rows.to(self.device), 0
+        start = self.position * self.batch_size
+        self.position += 1
+        return self.rows[start : start + self.batch_size]
+
+    def ahead(self) -> "Order":
+        """A copy on the CPU, which gives the rows that this one will give."""
+        other = Order(self.n, self.batch_size, 0, flip=self.flip)
+        other.load(self.state())
+        return other
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            "generator": self.generator.get_state(),
+            "order": self.rows,
+            "position": torch.tensor(self.position),
+        }
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Raises ValueError where the state is of a data set of another size."""
+        rows = state["order"]
+        if len(rows) not in (0, self.n):
+            raise ValueError(f"its data order is of {len(rows)} images, not {self.n}")
+        self.generator.set_state(state["generator"].cpu())
+        self.rows, self.position = rows.to(self.device), int(state["position"])
+
+
 class Batches:
     """Endless batches of `images [N, ...]`, and of `labels [N]` where given, in an order that `seed` alone decides.
 
+    Args:
+        flip: mirror images `[N, C, H, W]` from left to right, each with probability ½ in each epoch.
+        stream_to: leave the images on the host and bring the batches, the same ones, to this device, prefetched by a
+            thread until `close`; None gathers them where the images are.
+
     Raises:
-        ValueError: fewer images than one batch, or labels of another number.
+        ValueError: fewer images than one batch, labels of another number, or points to mirror.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, seed: int, labels: Tensor | None = None):
+    def __init__(
+        self,
+        images: Tensor,
+        batch_size: int,
+        seed: int,
+        labels: Tensor | None = None,
+        *,
+        flip: bool = False,
+        stream_to: torch.device | None = None,
+    ):
         if len(images) < batch_size:
             raise ValueError(
                 f"batch_size must be at most the number of images, {len(images)}, got {batch_size}: "
@@ -24,12 +102,16 @@ class Batches:
             )
         if labels is not None and len(labels) != len(images):
             raise ValueError(f"labels must match images: {len(images)}, got {len(labels)}")
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.per_epoch = len(images) // batch_size
-        self.position = self.per_epoch  # batches taken of this epoch
-        self.generator = torch.Generator().manual_seed(seed)  # on the CPU: one order on every device
-        self.order = torch.empty(0, dtype=torch.int64)
-        self.rows = torch.zeros(batch_size, dtype=torch.int64, device=images.device)  # of the batch; stays in place
+        if flip and images.dim() != 4:
+            raise ValueError(f"flip needs images [N, C, H, W], got shape {tuple(images.shape)}")
+        self.stream_to, self.prefetch = stream_to, None
+        device = images.device if stream_to is None else stream_to
+        self.images, self.labels = images, None if labels is None else labels.to(device)
+        self.order = Order(len(images), batch_size, seed, device, flip=flip)
+        self.per_epoch = self.order.per_epoch
+        # the batch's rows, and its images where they are streamed; they stay in place
+        self.rows = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.streamed = None if stream_to is None else images.new_empty(batch_size, *images.shape[1:], device=device)
 
     def next(self) -> tuple[Tensor, ...]:
         """Turn to the next batch: `(x,)` or `(x, labels)`, x float `[B, ...]`."""
@@ -37,31 +119,36 @@ class Batches:
         return self.gather()
 
     def turn(self) -> None:
-        """Choose the rows of the next batch."""
-        if self.position == self.per_epoch:
-            self.order = torch.randperm(len(self.images), generator=self.generator).to(self.images.device)
-            self.position = 0
-        start = self.position * self.batch_size
-        self.rows.copy_(self.order[start : start + self.batch_size])
-        self.position += 1
+        """Choose the rows of the next batch, and bring its images where they are streamed."""
+        if self.stream_to is not None and self.prefetch is None:
+            n, ahead = self.order.n, self.order.ahead()
+            pin = self.stream_to.type == "cuda"
+            self.prefetch = Prefetch(self.images, lambda: ahead.next() % n, pin=pin)
+        self.rows.copy_(self.order.next())
+        if self.prefetch is not None:
+            self.streamed.copy_(self.prefetch.next(), non_blocking=True)
 
     def gather(self) -> tuple[Tensor, ...]:
         """The batch of the chosen rows."""
-        x = as_images(self.images.index_select(0, self.rows))
-        return (x,) if self.labels is None else (x, self.labels.index_select(0, self.rows))
+        n, flip = self.order.n, self.order.flip
+        rows = self.rows % n if flip else self.rows
+        x = self.images.index_select(0, rows) if self.streamed is None else self.streamed
+        if flip:
+            x = torch.where((self.rows >= n)[:, None, None, None], x.flip(-1), x)
+        x = as_images(x)
+        return (x,) if self.labels is None else (x, self.labels.index_select(0, rows))
 
     def state(self) -> dict[str, Tensor]:
-        return {
-            "generator": self.generator.get_state(),
-            "order": self.order,
-            "position": torch.tensor(self.position),
-        }
+        """What has been taken, not what has been prefetched."""
+        return self.order.state()
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Raises ValueError where the state is of a data set of another size."""
-        order = state["order"]
-        if len(order) not in (0, len(self.images)):
-            raise ValueError(f"its data order is of {len(order)} images, not {len(self.images)}")
-        self.generator.set_state(state["generator"].cpu())
-        self.order = order.to(self.images.device)
-        self.position = int(state["position"])
+        self.close()
+        self.order.load(state)
+
+    def close(self) -> None:
+        """End the thread that prefetches; the next batch would start it anew."""
+        if self.prefetch is not None:
+            self.prefetch.close()
+            self.prefetch = None

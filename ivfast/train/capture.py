@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .phase import System
@@ -25,6 +26,10 @@ Due = tuple[bool, ...]  # which phases run
 
 def choose(settings: Settings) -> tuple[bool, str]:
     """Whether to capture, and why; ValueError where it is asked for and the device has no graphs."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if settings.capture:
+            raise ValueError("capture is for one process: the exchange between ranks is not captured")
+        return False, "several ranks exchange between kernels"
     if torch.device(settings.device).type != "cuda":
         if settings.capture:
             raise ValueError(f"capture needs a CUDA device, the run is on {settings.device}; take --no-capture")

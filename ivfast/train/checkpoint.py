@@ -4,9 +4,7 @@ Tensors: `weights/*`, `average/*` (EMA), `optimizer/<phase>/<parameter>/*`, `bat
 not yet logged), `random/*` (PyTorch's generators). The rest is JSON under the metadata key "ivfast".
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from . import files
 from .phase import System
 from .settings import Settings
 
@@ -51,31 +50,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]
         {name: x.detach().to("cpu", copy=True).contiguous() for name, x in tensors.items()},
         {"ivfast": json.dumps({"format": FORMAT, **about})},
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        files.replace(path, data)
     except OSError as error:
         kept = "the one written before is untouched" if path.exists() else "there was none before"
         raise CheckpointError(path, f"the checkpoint could not be written ({error}); {kept}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()  # gone already where the rename succeeded
-
-
-def _sync_folder(folder: Path) -> None:
-    """The rename itself reaches the disk; folders cannot be opened on every system."""
-    with contextlib.suppress(PermissionError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read(path: Path) -> Checkpoint:

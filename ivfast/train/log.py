@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from . import files
+
 FILE = "log.jsonl"
 
 
@@ -21,29 +23,49 @@ class Log:
     """
 
     def __init__(self, out: Path, *, tensorboard: bool, resume_at: int | None):
-        path = Path(out) / FILE
-        self.history = _kept(path, resume_at)
-        path.write_text("".join(json.dumps(line) + "\n" for line in self.history))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115  closed by close()
-        self.writer = None
+        self.path = Path(out) / FILE
+        self.history = _kept(self.path, resume_at)
+        files.replace(self.path, "".join(json.dumps(line) + "\n" for line in self.history).encode())
+        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115  closed by __exit__
+        self.events, self.writer = Path(out) / "tensorboard", None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
             purge = None if resume_at is None else resume_at + 1
-            self.writer = SummaryWriter(str(Path(out) / "tensorboard"), purge_step=purge)
+            self.writer = SummaryWriter(str(self.events), purge_step=purge)
 
     def write(self, line: dict[str, object]) -> None:
         self.history.append(line)
-        self.file.write(json.dumps(line) + "\n")
+        with _named(self.path):
+            self.file.write(json.dumps(line) + "\n")
         if self.writer is not None:
-            for group in ("losses", "learning_rates", "metrics"):
-                for name, value in line.get(group, {}).items():
-                    self.writer.add_scalar(f"{group}/{name}", value, line["step"])
+            with _named(self.events):
+                for group in ("losses", "learning_rates", "metrics"):
+                    for name, value in line.get(group, {}).items():
+                        self.writer.add_scalar(f"{group}/{name}", value, line["step"])
 
-    def close(self) -> None:
-        self.file.close()
+    def has_metrics(self, step: int) -> bool:
+        return any(line["kind"] == "metrics" and line["step"] == step for line in self.history)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        with contextlib.suppress(OSError):  # of a line that `write` could not write
+            self.file.close()
         if self.writer is not None:
-            self.writer.close()
+            # what is wrong with the run comes before what that does to the rest of its events
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError), _named(self.events):
+                self.writer.close()
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError says of which file it is."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Quiet:
@@ -55,7 +77,13 @@ class Quiet:
     def write(self, line: dict[str, object]) -> None:
         self.history.append(line)
 
-    def close(self) -> None:
+    def has_metrics(self, step: int) -> bool:
+        return True  # which the first rank looks after
+
+    def __enter__(self) -> "Quiet":
+        return self
+
+    def __exit__(self, *_) -> None:
         pass
 
 

@@ -22,10 +22,10 @@ __all__ = ["CannotCapture", "CheckpointError", "Interrupted", "NonFiniteLoss", "
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C: the step was finished and the run saved. `out` and `step` say where it stands."""
+    """Ctrl-C or SIGTERM: the step was finished and the run saved. `out` and `step` say where it stands."""
 
-    def __init__(self, out: Path, step: int):
-        self.out, self.step = out, step
+    def __init__(self, out: Path, step: int, number: int = signal.SIGINT):
+        self.out, self.step, self.signal = out, step, number
         super().__init__(f"stopped after step {step}; resume with: ivfast train --resume --out {out}")
 
 
@@ -44,8 +44,8 @@ def fit(
     """Train `system` on `images` and keep the run in the folder `out`.
 
     Writes `config.json`, `log.jsonl`, `tensorboard/`, `pictures/` and `checkpoints/last.safetensors`. PyTorch's global
-    generators are left as they were. The same settings give the same run, and on the CPU a run that was stopped and
-    resumed gives the same bits.
+    generators are left as they were. The same settings give the same run, and on the CPU a run that was stopped, or
+    killed at any moment, and resumed gives the same bits.
 
     Where a group of `torch.distributed` is there, every rank calls with all the images, trains on its rows of each
     batch of `settings.batch_size`, and the first writes the run, which can be resumed on another number of ranks. Only
@@ -54,12 +54,13 @@ def fit(
 
     Args:
         system: what `ivfast.models.build(settings, image_shape)` returned.
-        images: uint8 `[N, C, H, W]` on the system's device (floating tensors `[N, ...]` are passed on unscaled).
+        images: uint8 `[N, C, H, W]` on the system's device or on the host, from where they are moved if they fit into
+            `settings.data_memory`, else prefetched (floating tensors `[N, ...]` are passed on unscaled).
         settings: those that the system was built from.
         out: the run's folder; made where it does not exist.
         labels: int64 `[N]` for systems that read them (`System.labels`), None for others; `System.share` then gets
             (x, labels).
-        resume: go on from the checkpoint in `out`.
+        resume: go on from the checkpoint in `out`; from the beginning where the run was killed before its first.
         evaluate: called with the system in evaluation mode, without gradients and on the averaged weights where EMA is
             on; returns metrics by name. Every `settings.evaluate_every` epochs and at the end.
         draw: called beside it with the system, the folder for pictures and the number of epochs completed.
@@ -77,7 +78,7 @@ def fit(
         FileExistsError: `out` holds a run already and `resume` is False.
         NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
         CheckpointError: a checkpoint cannot be written or read.
-        Interrupted: a KeyboardInterrupt, after Ctrl-C; a second Ctrl-C stops at once.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C or SIGTERM; a further Ctrl-C stops at once.
     """
     out = Path(out)
     same_settings(settings, system.settings, "those the system was built from", RESUMABLE - {"device"})
@@ -87,10 +88,9 @@ def fit(
         raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
     with torch.random.fork_rng(devices=cuda_devices(settings.device)):
         run = Run(system, images, settings, out, labels)
-        if resume:
+        if resume and ((out / checkpoint.LAST).exists() or not (out / "config.json").exists()):
             run.load()
         if run.ranks.first:
-            out.mkdir(parents=True, exist_ok=True)
             settings.save(out / "config.json")
         return _train(run, resume, evaluate, draw, progress)
 
@@ -98,8 +98,8 @@ def fit(
 def _check_images(images: Tensor, system: System) -> None:
     if tuple(images.shape[1:]) != system.image_shape:
         raise ValueError(f"images must have shape [N, {str(system.image_shape)[1:-1]}], got {tuple(images.shape)}")
-    if images.device.type != torch.device(system.settings.device).type:
-        raise ValueError(f"images must be on the system's device {system.settings.device}, got {images.device}")
+    if images.device.type not in ("cpu", torch.device(system.settings.device).type):
+        raise ValueError(f"images must be on the host or on {system.settings.device}, got {images.device}")
 
 
 def _check_labels(labels: Tensor | None, system: System) -> None:
@@ -125,10 +125,24 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
         log = Log(run.out, tensorboard=settings.tensorboard, resume_at=run.step if resume else None)
     run.system.train()
     with (
-        contextlib.closing(log),
+        log,
+        contextlib.closing(run.batches),
         Bar(total, run.step, shown=progress and ranks.first) as bar,
         _Interrupt() as interrupt,
     ):
+        if run.batches.stream_to is not None:
+            bar.note(f"the {len(run.batches.images):,} training images stay on the host, their batches are prefetched")
+
+        def look_is_due() -> bool:
+            return run.step == total or run.step % (per_epoch * settings.evaluate_every) == 0
+
+        def look() -> None:
+            metrics = run.look(evaluate, draw, epoch := run.step // per_epoch)
+            if metrics:
+                log.write({"kind": "metrics", "step": run.step, "epoch": epoch, "metrics": metrics})
+
+        if run.step and look_is_due() and not log.has_metrics(run.step):  # stopped between the checkpoint and the look
+            look()
         clock = Clock(run.seconds, run.step)
         while run.step < total:
             run.advance()
@@ -148,38 +162,35 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
                 log.write(line)
                 bar.report(losses, line["images_per_second"])
             bar.at(run.step)
-            # ranks hear of Ctrl-C at different steps, and agree where they wait for each other anyway
-            if (ranks.world == 1 or logged) and ranks.any(interrupt.requested, run.device):
+            # ranks hear of a signal at different steps, and agree where they wait for each other anyway
+            if (ranks.world == 1 or logged) and (number := ranks.largest(interrupt.signal, run.device)):
                 run.save(clock)
-                raise Interrupted(run.out, run.step)
-            epoch, rest = divmod(run.step, per_epoch)
+                raise Interrupted(run.out, run.step, number)
             with clock.paused():
-                if last or (rest == 0 and epoch % settings.save_every == 0):
+                if last or run.step % (per_epoch * settings.save_every) == 0:
                     run.save(clock)
-                if last or (rest == 0 and epoch % settings.evaluate_every == 0):
-                    metrics = run.look(evaluate, draw, epoch)
-                    if metrics:
-                        log.write({"kind": "metrics", "step": run.step, "epoch": epoch, "metrics": metrics})
+                if look_is_due():
+                    look()
     return log.history
 
 
 class _Interrupt:
-    """Notes the first SIGINT, so that the step can be finished; the second raises KeyboardInterrupt at once."""
+    """Notes a SIGINT or SIGTERM, so that the step can be finished; a SIGINT after that raises KeyboardInterrupt."""
 
     def __init__(self):
-        self.requested = False
+        self.signal = 0  # the first one's number
+        self.previous = {}
 
     def _handle(self, number, frame) -> None:
-        if self.requested:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
+        self.signal = self.signal or number
 
     def __enter__(self) -> "_Interrupt":
-        self.ours = threading.current_thread() is threading.main_thread()
-        if self.ours:
-            self.previous = signal.signal(signal.SIGINT, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_) -> None:
-        if self.ours:
-            signal.signal(signal.SIGINT, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

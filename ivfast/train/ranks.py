@@ -75,12 +75,12 @@ class Ranks:
         dist.all_reduce(x)
         return x / self.world
 
-    def any(self, flag: bool, device: torch.device | str) -> bool:
+    def largest(self, number: int, device: torch.device | str) -> int:
         if self.world == 1:
-            return flag
-        flags = torch.tensor(int(flag), device=device)
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        return bool(flags)
+            return number
+        numbers = torch.tensor(number, device=device)
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return int(numbers)
 
     def same(self, value: object) -> object:
         """The first rank's value."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import checkpoint
 from .average import Average, floating_state
-from .batches import Batches
+from .batches import Batches, fits
 from .capture import Captured, CudaGraphs, choose, fixed_rate
 from .checkpoint import CheckpointError
 from .log import Clock
@@ -23,8 +23,8 @@ from .settings import Settings
 
 # What may differ between a checkpoint and the run that goes on from it: none of it changes a step that has been run.
 RESUMABLE = frozenset(
-    ("epochs", "steps", "root", "device", "compile", "capture", "evaluate_every", "save_every", "tensorboard")
-)  # fmt: skip
+    "epochs steps root device data_memory compile capture evaluate_every save_every tensorboard".split()
+)
 
 
 class NonFiniteWeights(ArithmeticError):
@@ -40,7 +40,7 @@ class Run:
         self.ranks.take(system)
         self.device = torch.device(settings.device)
         _seed(settings.stream("noise"), self.device)
-        self.batches = Batches(images, settings.batch_size, settings.stream("order"), labels)
+        self.batches = self.batches_of(images, labels)
         self.record = Record(settings.log_every, settings.device, self.ranks.mean)
         self.average = Average(system, settings.ema) if settings.ema else None
         self.step, self.seconds = 0, 0.0
@@ -84,6 +84,17 @@ class Run:
             return None
         self.said = now
         return {"kind": "capture", "step": self.step, "captured": now[0], "why": now[1]}
+
+    def batches_of(self, images: Tensor, labels: Tensor | None) -> Batches:
+        """Batches of images that live on the device, or of those that do not fit there."""
+        settings, stream_to = self.settings, None
+        if images.device.type == "cpu":
+            if fits(images, self.device, settings.data_memory):
+                images = images.to(self.device)
+            else:
+                stream_to = self.device
+        seed = settings.stream("order")
+        return Batches(images, settings.batch_size, seed, labels, flip=settings.flip, stream_to=stream_to)
 
     def advance(self) -> None:
         """One step: what changes goes into tensors that stay in place, then `body` runs, or its graph."""

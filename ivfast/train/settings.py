@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from .. import _check
+from . import files
 
 PRECISIONS = ("fp32", "bf16")
 NETS = ("mlp", "conv")
@@ -27,6 +28,9 @@ class Settings:
         batch_size: images per step. The last, partial batch of an epoch is dropped.
         latent_dim: d, the size of a code.
         image_size: side to which images are resized; None keeps the data set's own.
+        flip: mirror training images from left to right, each with probability ½. None of the papers does.
+        data_memory: GiB of the device's memory that the training images may take; larger sets stay on the host, or in
+            their mapped file, and are prefetched. None is half of what is free on a GPU, half of a CPU's memory.
         precision: "fp32", or "bf16" for autocast (weights and optimizer stay in float32).
         compile: compile the shared forward and every loss with `torch.compile`.
         capture: take steps as CUDA graphs; None where the device and the system allow it, and not under `compile`.
@@ -72,6 +76,8 @@ class Settings:
     batch_size: int = 64
     latent_dim: int = 16
     image_size: int | None = None
+    flip: bool = False
+    data_memory: float | None = None
     seed: int = 0
     device: str = "cpu"
     precision: str = "fp32"
@@ -121,7 +127,8 @@ class Settings:
                 _check.count(name, getattr(self, name))
         for name in ("depth", "discriminator_depth", "unroll"):
             _check.count(name, getattr(self, name), at_least=0)
-        for name in ("lam", "lam2", "mu", "mu1", "mu2", "fld_weight", "instance_noise", "penalty"):
+        numbers = ("lam", "lam2", "mu", "mu1", "mu2", "fld_weight", "instance_noise", "penalty", "data_memory")
+        for name in numbers:
             if getattr(self, name) is not None:
                 _check.number(name, getattr(self, name), non_negative=True)
         for name in ("data_share", "label_share"):
@@ -181,7 +188,7 @@ class Settings:
         return cls(**values)
 
     def save(self, path: Path) -> None:
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        files.replace(path, f"{json.dumps(self.to_dict(), indent=2)}\n".encode())
 
     @classmethod
     def load(cls, path: Path) -> "Settings":

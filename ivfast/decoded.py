@@ -1,0 +1,76 @@
+"""Decoded data sets on disk: safetensors files that are mapped, so that a set may be larger than memory."""
+
+import contextlib
+import fcntl
+import glob
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_NAMES = {torch.uint8: "U8", torch.int64: "I64"}
+
+
+@contextlib.contextmanager
+def create(
+    path: Path, like: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
+) -> Iterator[dict[str, Tensor]]:
+    """Tensors of these dtypes and shapes to fill; at the end they are the file `path`, after an error nothing is there.
+
+    Raises:
+        OSError: the file cannot be made, or the disk has no room for it.
+    """
+    header, size = {"__metadata__": dict(metadata)}, 0
+    for name, (dtype, shape) in sorted(like.items(), key=lambda item: -item[1][0].itemsize):  # aligned, without holes
+        bytes_ = torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [size, size + bytes_]}
+        size += bytes_
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(path)
+    partial = path.with_suffix(f".{os.getpid()}.part")
+    with open(partial, "xb") as file:
+        try:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.flush()
+            _reserve(file.fileno(), begin + size)
+            whole = torch.from_file(str(partial), shared=True, size=begin + size, dtype=torch.uint8)
+            parts = {name: whole[slice(*(begin + i for i in header[name]["data_offsets"]))] for name in like}
+            yield {name: parts[name].view(dtype).view(*shape) for name, (dtype, shape) in like.items()}
+            os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes have left of `path`; the living hold a lock on theirs."""
+    for partial in path.parent.glob(f"{glob.escape(path.stem)}.*.part"):
+        with contextlib.suppress(OSError), open(partial, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+
+
+def _reserve(file: int, size: int) -> None:
+    """A mapped page for which the disk has no room left kills the process: let it be an error before."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, mapped until they are looked at, and metadata; ValueError for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118  not a dict
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and start again") from error
