@@ -132,7 +132,7 @@ class Batches:
         """The batch of the chosen rows."""
         n, flip = self.order.n, self.order.flip
         rows = self.rows % n if flip else self.rows
-        x = self.images.index_select(0, rows) if self.streamed is None else self.streamed
+        x = self.images.index_select(0, rows) if self.streamed is None else self.streamed.clone()
         if flip:
             x = torch.where((self.rows >= n)[:, None, None, None], x.flip(-1), x)
         x = as_images(x)

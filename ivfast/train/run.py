@@ -23,8 +23,9 @@ from .settings import Settings
 
 # What may differ between a checkpoint and the run that goes on from it: none of it changes a step that has been run.
 RESUMABLE = frozenset(
-    "epochs steps root device data_memory compile capture evaluate_every save_every tensorboard".split()
-)
+    ("epochs", "steps", "root", "device", "data_memory", "compile", "capture", "evaluate_every", "save_every",
+     "tensorboard")
+)  # fmt: skip
 
 
 class NonFiniteWeights(ArithmeticError):
