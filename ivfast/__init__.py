@@ -2,7 +2,7 @@
 
 import torch  # noqa: F401  loads libtorch, which the extensions link against
 
-from . import distributed, nn, patch
+from . import distributed, nn, optim, patch
 from ._registry import load_extensions, use
 from .ops.as_distance import as_distance, log_gaussian_kernel_sums
 from .ops.bridge import block_substitute, blockwise_bridge, radial_bridge
@@ -45,6 +45,7 @@ __all__ = [
     "multi_js_divergence",
     "multi_js_loss",
     "nn",
+    "optim",
     "patch",
     "polar",
     "radial_bridge",

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 from torch import nn
 
+from .nn import Linear
+
 SMALLEST_IMAGE = 8
 
 
@@ -20,9 +22,9 @@ def mlp(inputs: int, outputs: int, width: int, depth: int) -> nn.Sequential:
     """`depth` hidden layers of `width` with ReLU, then a linear layer: `[B, inputs]` -> `[B, outputs]`."""
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [nn.Linear(inputs, width), nn.ReLU()]
+        layers += [Linear(inputs, width), nn.ReLU()]
         inputs = width
-    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
+    return nn.Sequential(*layers, Linear(inputs, outputs))
 
 
 def mlp_encoder(image_shape: tuple[int, ...], latent_dim: int, width: int = 1024, depth: int = 2) -> nn.Module:
@@ -92,7 +94,7 @@ def mlp_features(image_shape: tuple[int, ...], width: int, depth: int, packing: 
     layers: list[nn.Module] = [nn.Flatten()]
     inputs = packing * math.prod(image_shape)
     for _ in range(depth):
-        layers += [nn.Linear(inputs, width), nn.LeakyReLU(0.2)]
+        layers += [Linear(inputs, width), nn.LeakyReLU(0.2)]
         inputs = width
     return nn.Sequential(*layers)
 

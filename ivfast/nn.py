@@ -1,6 +1,8 @@
-"""The losses as modules, with the habits of torch.nn."""
+"""The losses as modules, with the habits of torch.nn, and a linear layer whose gradient an optimizer may take over."""
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .ops.as_distance import as_distance
 from .ops.mmd import mmd
@@ -54,3 +56,41 @@ class ASDistance(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.form.items())
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear`, whose weight gradient `ivfast.optim.Adam.fuse` may leave to the optimizer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pending = getattr(self.weight, "pending", None)
+        if pending is None or not torch.is_grad_enabled() or x.dtype != torch.float32 or x.dim() != 2:
+            return F.linear(x, self.weight, self.bias)
+        return _Linear.apply(x, self.weight, self.bias, pending)
+
+
+class Pending(list):
+    """What a weight's gradient is a sum over: pairs of the layer's output gradient and its input."""
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        grads, inputs = zip(*self, strict=True)
+        self.clear()
+        return (grads[0], inputs[0]) if len(grads) == 1 else (torch.cat(grads), torch.cat(inputs))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, pending):
+        ctx.save_for_backward(x, weight)
+        ctx.pending = pending
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        dx = grad @ weight if ctx.needs_input_grad[0] else None
+        dbias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            return dx, grad.t() @ x, dbias, None
+        if ctx.needs_input_grad[1]:
+            ctx.pending.append((grad, x))
+        return dx, None, dbias, None

@@ -126,7 +126,7 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
     run.system.train()
     with (
         log,
-        contextlib.closing(run.batches),
+        contextlib.closing(run),
         Bar(total, run.step, shown=progress and ranks.first) as bar,
         _Interrupt() as interrupt,
     ):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import ivfast
 
+from ..optim import Adam
 from .settings import Settings
 
 
@@ -86,7 +87,7 @@ class System:
         for module in self.modules.values():
             module.train(mode)
 
-    def adam(self, *names: str) -> torch.optim.Adam:
+    def adam(self, *names: str) -> Adam:
         """Adam on the named modules, each at its own learning rate from the settings, fused where the device can.
 
         Rates are tensors there, so that a captured step can follow them: in float64, or in float32 as CUDA wants them.
@@ -99,4 +100,4 @@ class System:
             dtype = torch.float32 if device.type == "cuda" else torch.float64
             tensor = torch.tensor(rate, dtype=dtype, device=device) if fused else rate
             groups.append({"params": list(self.modules[name].parameters()), "lr": tensor, "initial_lr": rate})
-        return torch.optim.Adam(groups, betas=tuple(self.settings.betas), fused=fused, capturable=device.type == "cuda")
+        return Adam(groups, betas=tuple(self.settings.betas), fused=fused, capturable=device.type == "cuda")

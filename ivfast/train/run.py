@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..optim import Adam
 from . import checkpoint
 from .average import Average, floating_state
 from .batches import Batches, fits
@@ -54,6 +55,7 @@ class Run:
         prepare = functools.partial(torch.compile, dynamic=False) if settings.compile else (lambda f: f)
         self.share = prepare(system.share)
         self.losses = [prepare(phase.loss) if phase.compile else phase.loss for phase in system.phases]
+        self.fuse()
         self.every_parameter = {p for phase in system.phases for p in phase.parameters}
         self.place = "the batch"  # the part of the step that runs
         captures, self.why = choose(settings)
@@ -96,6 +98,22 @@ class Run:
                 stream_to = self.device
         seed = settings.stream("order")
         return Batches(images, settings.batch_size, seed, labels, flip=settings.flip, stream_to=stream_to)
+
+    def fuse(self) -> None:
+        """Let optimizers make the gradients of large linear layers, where nothing else looks at those."""
+        settings = self.settings
+        if self.device.type != "cpu" or settings.precision != "fp32" or settings.compile or self.ranks.world > 1:
+            return
+        for phase in self.system.phases:
+            if phase.compile and isinstance(phase.optimizer, Adam):  # not where a loss differentiates twice
+                phase.optimizer.fuse(self.system.modules.values())
+
+    def close(self) -> None:
+        """End what runs beside the steps, and leave the system as others take it."""
+        self.batches.close()
+        for phase in self.system.phases:
+            if isinstance(phase.optimizer, Adam):
+                phase.optimizer.unfuse()
 
     def advance(self) -> None:
         """One step: what changes goes into tensors that stay in place, then `body` runs, or its graph."""
