@@ -77,7 +77,9 @@ class Avb(Bernoulli):
 
     def share(self, x: Tensor) -> Encoded:
         z = self.draw_codes(x)
-        return Encoded(x, z, self.randn_like(z), *(self.moments(x) if self.adaptive else ()))
+        return Encoded(
+            x, z, self.randn_like(z), *(self.moments(x, self.settings.contrast_draws) if self.adaptive else ())
+        )
 
     def draw_codes(self, x: Tensor) -> Tensor:
         """z_φ(x, ε) `[n, d]`, ε ~ N(0, I)."""
@@ -88,10 +90,14 @@ class Avb(Bernoulli):
         """Images -> a code from the posterior of each `[n, d]`."""
         return self.draw_codes(x)
 
+    def proposal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and log σ² `[n, d]` of the Gaussian that `ivfast.metrics.importance_log_likelihood` draws codes from."""
+        mean, deviation = self.moments(x, 64)
+        return mean, 2 * deviation.log()
+
     @torch.no_grad()
-    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, x: Tensor, draws: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation `[n, d]` of z_φ(x, ε) over draws of ε."""
-        draws = self.settings.contrast_draws
         noise = self.randn_like(x.new_empty(len(x), draws * self.settings.noise_dim))
         z = self.modules["encoder"](x.repeat_interleave(draws, 0), noise.view(len(x) * draws, -1)).float()
         z = z.view(len(x), draws, -1)

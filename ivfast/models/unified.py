@@ -139,7 +139,7 @@ FOUR_POINTS = {
     "width": 128,
     "discriminator_width": 128,
     "latent_dim": 2,
-    "batch_size": 256,
+    "batch_size": 128,
     "learning_rates": {"default": 1e-3},
     "steps": 10_000,
     "log_every": 100,

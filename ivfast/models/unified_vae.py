@@ -82,6 +82,10 @@ class Vae(Bounded):
         """Images -> a code from the posterior of each `[n, d]`."""
         return ivfast.reparameterize(*self.posterior(x))[0]
 
+    def proposal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and log σ² `[n, d]` of the Gaussian that `ivfast.metrics.importance_log_likelihood` draws codes from."""
+        return self.posterior(x)
+
     def terms(self, images: Images) -> dict[str, Tensor]:
         return self.gaussian_terms(images.x)
 
@@ -93,6 +97,10 @@ class Cvae(Bounded):
     """The VAE of each class: q(z|x, y) and p(x|z, y). Its fakes have the classes of the batch."""
 
     labels = "all"
+
+    def proposal(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """As the VAE's, of classes `[n, classes]`."""
+        return self.posterior(x, y)
 
     def terms(self, images: Images) -> dict[str, Tensor]:
         return self.gaussian_terms(images.x, self.one_hot(images.labels))
