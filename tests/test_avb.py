@@ -98,6 +98,21 @@ def test_losses_are_equations_3_3_and_3_9(form, net):
     assert error(system.bound(x), -(recon + known + ratio)) < 2e-5
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look
+@pytest.mark.parametrize("form", FORMS[::3], ids=lambda form: "-".join(form.values()))
+def test_losses_are_one_graph_for_a_compiler(form):
+    system = build(small(discriminator_steps=2, **form), SHAPE)
+    x, state = torch.rand(N, *SHAPE) * 2 - 1, torch.get_rng_state()
+    shared = system.share(x)
+    torch.set_rng_state(state)
+    traced = torch.compile(system.share, backend="eager", fullgraph=True)(x)
+    assert all(map(torch.equal, traced, shared) if system.adaptive else map(torch.equal, traced[:3], shared[:3]))
+    for phase in system.phases:
+        found = torch.compile(phase.loss, backend="eager", fullgraph=True)(shared)
+        for name, value in phase.loss(shared).items():
+            assert torch.equal(found[name], value)
+
+
 def test_four_points_are_their_own_bernoulli_outcomes():
     for name in ("avb", "vae"):
         system = build(small(system=name, data="four-points"), (4,))

@@ -141,7 +141,7 @@ FOUR_POINTS = {
     "latent_dim": 2,
     "batch_size": 128,
     "learning_rates": {"default": 1e-3},
-    "steps": 10_000,
+    "steps": 6000,
     "log_every": 100,
     "evaluate_every": 10,
     "save_every": 10,
