@@ -91,6 +91,10 @@ class Avb(Bernoulli):
         """Images -> a code from the posterior of each `[n, d]`."""
         return self.draw_codes(x)
 
+    def decode(self, z: Tensor) -> Tensor:
+        """Codes `[n, d]` -> images in [-1, 1], or points."""
+        return self.image(self.write(z))
+
     def proposal(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """μ and log σ² `[n, d]` of the Gaussian that `ivfast.metrics.importance_log_likelihood` draws codes from."""
         mean, deviation = self.moments(x, 64)

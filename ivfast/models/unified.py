@@ -100,10 +100,6 @@ class Bernoulli(Generative):
     def image(self, logits: Tensor) -> Tensor:
         return (0.5 * logits).tanh() if logits.dim() > 2 else logits.sigmoid()  # 2 σ(l) − 1
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Codes `[n, d]` -> images in [-1, 1], or points."""
-        return self.image(self.write(z))
-
     def surprise(self, x: Tensor, z: Tensor, y: Tensor | None = None) -> Tensor:
         """−log p(x|z, y) `[n]`, nats."""
         return ivfast.reconstruction_loss(self.write(z, y), 0.5 * (x + 1) if x.dim() > 2 else x, kind="bce")

@@ -78,6 +78,10 @@ class Vae(Bounded):
         """Images -> the means of their posteriors `[n, d]`."""
         return self.posterior(x)[0]
 
+    def decode(self, z: Tensor) -> Tensor:
+        """Codes `[n, d]` -> images in [-1, 1], or points."""
+        return self.image(self.write(z))
+
     def draw_codes(self, x: Tensor) -> Tensor:
         """Images -> a code from the posterior of each `[n, d]`."""
         return ivfast.reparameterize(*self.posterior(x))[0]
