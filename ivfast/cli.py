@@ -53,6 +53,7 @@ SYSTEMS = {
     "aacvae": "the same, adversary activated; reads labels (S3, section 5.2)",
     "svae": "semi-supervised VAE, M2; reads a --label-share (Kingma et al. 2014; S3)",
     "aasvae": "the same, adversary activated; reads a --label-share (S3, section 5.2)",
+    "avb": "VAE of a black-box posterior, whose KL T learns (S4 Alg. 1)",
 }
 DATA = {
     "digits": "scikit-learn's handwritten digits, 8x8, embedded",
@@ -72,14 +73,19 @@ METRICS = {
     "reconstruction": "mean squared error and PSNR on test images",
     "classifier-distance": "Fréchet distance in a classifier's features; not FID",
     "classifier-score": "the Inception score's formula, by that classifier",
-    "bound": "variational lower bound on test images, nats (S3)",
+    "bound": "variational lower bound on test images, nats (S3); avb's own estimate (S4)",
+    "likelihood": "of test images, by importance-weighted codes, nats",
+    "kl-to-prior": "KL of the aggregated posterior to the prior, nats (S4)",
     "accuracy": "of a system's own classifier on test images (S3)",
     "conditional-accuracy": "samples that a classifier takes for their class (S3)",
     "fid": "Inception FID; needs pytorch-fid's weights",
     "modes": "modes covered of stacked digits or Gaussians, KL to uniform (S2)",
 }
 _DATA, _LENGTH, _MODEL, _MACHINE, _RUN = "Data", "Length", "Model", "Machine", "Run"
-PAPERS = "S1: Intervention Adversarial Auto-Encoder. S2: Intervention GAN. S3: On Unifying Deep Generative Models."
+PAPERS = (
+    "S1: Intervention Adversarial Auto-Encoder. S2: Intervention GAN. S3: On Unifying Deep Generative Models. "
+    "S4: Adversarial Variational Bayes."
+)
 
 
 def option(*names: str, panel: str | None = None, **keywords):
@@ -149,6 +155,7 @@ save, and say how to go on; a run that was killed goes on from its checkpoint.
   [green]ivfast train wae-mmd --epochs 50 --seed 1[/green]
   [green]ivfast train ivaae-bw --data celeba --root ~/data --device cuda --compile[/green]
   [green]ivfast train aasvae --label-share 0.1 --temperature 3[/green]
+  [green]ivfast train avb --data four-points[/green]
   [green]ivfast train --data folder --root ~/photos --image-size 64[/green]
   [green]ivfast train --resume --out runs/ivaae-rad-digits-1 --epochs 400[/green]
 """
@@ -228,6 +235,14 @@ def train(
         float | None,
         option(metavar="T", panel=_MODEL, help="Of the aa... systems: above 1, their samples weigh more; default: 1."),
     ] = None,
+    contrast: Annotated[
+        Literal["prior", "adaptive"] | None,
+        option(panel=_MODEL, help="AVB tells codes from the prior (default), or from Gaussians of their moments."),
+    ] = None,
+    divergence: Annotated[
+        Literal["js", "kl"] | None,
+        option(panel=_MODEL, help="AVB's discriminator: a GAN's objective (js, the default), or Eq. 5.10's (kl)."),
+    ] = None,
     ema: Annotated[
         float | None, option(min=0, max=1, metavar="DECAY", panel=_MODEL, help="Average the weights, as in 0.999.")
     ] = None,
@@ -267,7 +282,8 @@ def train(
         "batch_size": batch_size, "latent_dim": latent_dim, "image_size": image_size, "seed": seed, "device": device,
         "precision": precision, "compile": compile_, "capture": capture, "ema": ema, "encoder_loss": encoder_loss,
         "fld_weight": fld_weight, "k": k, "mu": mu, "lam": lam, "packing": packing, "temperature": temperature,
-        "data_share": data_share, "label_share": label_share, "flip": flip, "data_memory": data_memory,
+        "contrast": contrast, "divergence": divergence, "data_share": data_share, "label_share": label_share,
+        "flip": flip, "data_memory": data_memory,
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs

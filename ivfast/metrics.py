@@ -8,6 +8,7 @@ raises ImportError where it is not installed.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -66,21 +67,36 @@ def to_bytes(images: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(system) -> Iterator[torch.device]:
-    """Evaluation mode without gradients, and the mode of before afterwards; yields the system's device."""
+def _evaluating(system, seed: int = 0) -> Iterator[torch.device]:
+    """Evaluation mode without gradients, noise from `seed`, and mode and generators of before afterwards.
+
+    Yields the system's device.
+    """
     training = any(module.training for module in system.modules.values())
+    device = torch.device(system.settings.device)
     system.train(False)
     try:
-        with torch.no_grad():
-            yield torch.device(system.settings.device)
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield device
     finally:
         system.train(training)
 
 
 def codes(system, images: Tensor) -> Tensor:
-    """E(x) of every image, float32 `[n, d]` on the CPU."""
+    """E(x) of every image, float32 `[n, d]` on the CPU; of a stochastic encoder one draw."""
     with _evaluating(system) as device:
         return torch.cat([system.encode(to_float(x.to(device))).float().cpu() for x in images.split(BATCH)])
+
+
+def posterior_codes(system, images: Tensor, seed: int = 0) -> Tensor:
+    """A code from the posterior of every image, float32 `[n, d]` on the CPU; E(x) of systems without a posterior.
+
+    Over images of the data these are a sample of the aggregated posterior q(z).
+    """
+    draw = getattr(system, "draw_codes", None) or system.encode
+    with _evaluating(system, seed) as device:
+        return torch.cat([draw(to_float(x.to(device))).float().cpu() for x in images.split(BATCH)])
 
 
 def decoded(system, z: Tensor) -> Tensor:
@@ -98,6 +114,36 @@ def latent_frechet_distance(z: Tensor) -> float:
     if not bool(z.isfinite().all()):
         raise ValueError("codes must be finite; the encoder has diverged")
     return float(distance_to_prior(GaussianStatistics(z.shape[1]).update(z.double())))
+
+
+def kl_to_prior(z: Tensor, neighbours: int = 5) -> float:
+    """KL(q(z) ‖ N(0, I)) of codes `[n, d]` drawn from q, nats, by the distances r to the k-th nearest neighbours:
+
+    ½ E‖z‖² + (d/2) log 2π − [ψ(n) − ψ(k) + log(volume of the unit ball) + d E log r], the bracket an estimate of q's
+    entropy. Consistent, not unbiased: in many dimensions it needs many codes, and codes on top of each other (k + 1
+    equal ones) make it infinite, as the divergence of a distribution with atoms is.
+
+    Raises:
+        ValueError: a code that is not finite, or no more codes than `neighbours`.
+
+    Source: Kozachenko & Leonenko 1987. S4 Table 1 takes KL(q(z), p) from the ITE toolbox and does not say by which of
+    its estimators.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    n, d = z.shape
+    _check.count("neighbours", neighbours)
+    if n <= neighbours:
+        raise ValueError(f"codes must be more than neighbours = {neighbours}, got {n}")
+    if not bool(z.isfinite().all()):
+        raise ValueError("codes must be finite; the encoder has diverged")
+    z = z.double().cpu()
+    distance, _ = NearestNeighbors(n_neighbors=neighbours).fit(z.numpy()).kneighbors()
+    log_r = torch.from_numpy(distance[:, -1].copy()).log().mean()
+    log_ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
+    counts = torch.tensor([n, neighbours], dtype=torch.float64).digamma()
+    entropy = counts[0] - counts[1] + log_ball + d * log_r
+    return float(0.5 * z.square().sum(1).mean() + d / 2 * math.log(2 * math.pi) - entropy)
 
 
 def distance_to_prior(codes: GaussianStatistics) -> Tensor:
@@ -155,11 +201,66 @@ def lower_bound(system, images: Tensor, labels: Tensor | None = None, seed: int 
     """
     images, bounds = images.split(BATCH), []
     labels = [None] * len(images) if labels is None else labels.split(BATCH)
-    with _evaluating(system) as device, torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with _evaluating(system, seed) as device:
         for x, y in zip(images, labels, strict=True):
             bounds.append(system.bound(to_float(x.to(device)), None if y is None else y.to(device)).double().cpu())
     return float(torch.cat(bounds).mean())
+
+
+def importance_log_likelihood(
+    system, images: Tensor, labels: Tensor | None = None, *, draws: int = 100, seed: int = 0
+) -> float:
+    """Mean of log (1/K) Σ_k p(x|z_k) p(z_k) / r(z_k|x) over images, in nats, z_k from the Gaussian r of `proposal`.
+
+    A lower bound of log p(x) on average, tight as K grows; at K = 1 and with r = q(z|x) the variational bound.
+
+    Args:
+        system: with Bernoulli pixels and a Gaussian to draw codes from: a VAE's posterior, AVB's moments of it.
+        labels: int64 `[n]`, for systems that need them all: it is log p(x|y).
+        draws: K.
+
+    Source: Burda et al. 2015, Eq. 8.
+    """
+    _check.count("draws", draws)
+    images, values = images.split(BATCH), []
+    labels = [None] * len(images) if labels is None else labels.split(BATCH)
+    with _evaluating(system, seed) as device:
+        for x, y in zip(images, labels, strict=True):
+            x = to_float(x.to(device))
+            given = () if y is None else (system.one_hot(y.to(device)),)
+            mu, logvar = (moment.double() for moment in system.proposal(x, *given))
+            total = mu.new_full((len(x),), -math.inf)
+            for _ in range(draws):
+                noise = torch.randn_like(mu)
+                z = mu + (0.5 * logvar).exp() * noise
+                log_ratio = 0.5 * (noise.square() + logvar - z.square()).sum(1)  # log p(z) − log r(z|x)
+                total = torch.logaddexp(total, log_ratio - system.surprise(x, z.float(), *given))
+            values.append((total - math.log(draws)).cpu())
+    return float(torch.cat(values).mean())
+
+
+def quadrature_log_likelihood(system, x: Tensor, *, span: float = 6.0, cells: int = 300) -> Tensor:
+    """log ∫ p(x|z) p(z) dz of images or points `[n]`, float64, over a grid of codes of one or two dimensions.
+
+    Args:
+        span, cells: the grid reaches to ±span, in so many steps a dimension.
+
+    Raises:
+        ValueError: codes of more dimensions.
+    """
+    d = system.latent_dim
+    if d > 2:
+        raise ValueError(f"quadrature is over codes of one or two dimensions, got {d}")
+    with _evaluating(system) as device:
+        axis = torch.linspace(-span, span, cells + 1, dtype=torch.float64, device=device)
+        z = torch.cartesian_prod(*[axis] * d).view(-1, d)
+        log_prior = -0.5 * z.square().sum(1) + d * math.log(2 * span / cells) - d / 2 * math.log(2 * math.pi)
+        values = []
+        for row in to_float(x.to(device)):
+            parts = z.float().split(16 * BATCH)
+            surprise = torch.cat([system.surprise(row.expand(len(part), *row.shape), part).double() for part in parts])
+            values.append(torch.logsumexp(log_prior - surprise, 0))
+    return torch.stack(values).cpu()
 
 
 def accuracy(system, images: Tensor, labels: Tensor) -> float:

@@ -14,10 +14,12 @@ from torch import Tensor
 from . import metrics, pictures
 from .classifier import classifier_of
 from .data import Dataset, load, target_of
+from .models.avb import Avb
 from .points import POINTS, Mixture
 from .train.settings import Settings
 
 CODES = 60_000  # FLD is taken on so many codes (S1, section 4)
+NEAREST = 20_000  # codes whose nearest neighbours estimate their divergence from the prior
 LOOK = 2_500  # points drawn to count modes while training (Srivastava et al. 2017)
 REFERENCE = 50_000  # real images behind FID and the classifier distance
 
@@ -95,7 +97,7 @@ def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
         drawn["reconstructions"] = pictures.reconstructions(
             x, metrics.decoded(system, z), folder / "reconstructions.png"
         )
-        drawn["interpolations"] = pictures.interpolations(_lines(system, z), folder / "interpolations.png")
+        drawn["interpolations"] = pictures.interpolations(interpolated(system, z), folder / "interpolations.png")
     if has_encoder(system):
         codes = metrics.codes(system, dataset.train[:CODES])
         drawn["covariance of the codes"] = pictures.covariance(codes, folder / "covariance.png", title)
@@ -105,7 +107,7 @@ def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
     return drawn
 
 
-def _lines(system, z: Tensor, rows: int = 6, columns: int = 12) -> Tensor:
+def interpolated(system, z: Tensor, rows: int = 6, columns: int = 12) -> Tensor:
     """Decoded z_i + a (z_j − z_i), a = 0..1, for the first pairs of codes: `[rows, columns, C, H, W]`."""
     rows = min(rows, len(z) // 2)
     first, second = z[:rows, None], z[rows : 2 * rows, None]
@@ -170,7 +172,12 @@ def _metrics_by_epoch(looks: list[dict]) -> Table:
     return table
 
 
-METHODS = {"bound": "bound", "accuracy": "classify"}  # metric -> what a system must have for it
+METHODS = {  # metric -> what a system must have for it
+    "bound": "bound",
+    "likelihood": "proposal",
+    "kl-to-prior": "encode",
+    "accuracy": "classify",
+}
 
 
 class Evaluation:
@@ -223,7 +230,7 @@ class Evaluation:
         """The values of one metric of `METRICS`; ValueError where it does not apply."""
         if name in ("fld", "reconstruction") and not has_encoder(self.system):
             raise ValueError(f"metrics: {name} needs an encoder, which {self.system.settings.system} has not")
-        if name not in ("fld", "modes") and self.dataset.name in POINTS:
+        if name not in ("fld", "modes", "kl-to-prior") and self.dataset.name in POINTS:
             raise ValueError(f"metrics: {name} is of images, and {self.dataset.name} holds points")
         if name in METHODS and not hasattr(self.system, METHODS[name]):
             raise ValueError(
@@ -245,8 +252,23 @@ class Evaluation:
 
     def bound(self):
         given = "log p(x|y)" if self.system.labels == "all" else "log p(x)"
-        meaning = f"nats, variational lower bound of {given}, {len(self.dataset.test):,} test images"
+        whose = "as its discriminator estimates it, " if isinstance(self.system, Avb) else ""
+        meaning = f"nats, variational lower bound of {given}, {whose}{len(self.dataset.test):,} test images"
         return [Value("bound", bound_of(self.system, self.dataset), meaning)]
+
+    def likelihood(self):
+        images, conditional = self.dataset.test, self.system.labels == "all"
+        labels = self.dataset.test_labels if conditional else None
+        value = metrics.importance_log_likelihood(self.system, images, labels)
+        given = "log p(x|y)" if conditional else "log p(x)"
+        return [
+            Value("likelihood", value, f"nats, {given} by 100 importance-weighted codes, {len(images):,} test images")
+        ]
+
+    def kl_to_prior(self):
+        z = metrics.posterior_codes(self.system, self.dataset.train[:NEAREST])
+        meaning = f"nats, KL(q(z), p) by nearest neighbours, {len(z):,} training codes (S4)"
+        return [Value("kl_to_prior", metrics.kl_to_prior(z), meaning)]
 
     def accuracy(self):
         where = "target's test images" if self.system.labels == "source" else "test images"
@@ -315,6 +337,8 @@ METRICS: dict[str, Callable[[Evaluation], list[Value]]] = {
     "fld": Evaluation.fld,
     "reconstruction": Evaluation.reconstruction,
     "bound": Evaluation.bound,
+    "likelihood": Evaluation.likelihood,
+    "kl-to-prior": Evaluation.kl_to_prior,
     "accuracy": Evaluation.accuracy,
     "conditional-accuracy": Evaluation.conditional_accuracy,
     "fid": Evaluation.fid,

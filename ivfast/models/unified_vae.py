@@ -14,7 +14,7 @@ import ivfast
 
 from ..train.phase import Phase
 from ..train.settings import Settings
-from .unified import Generative
+from .unified import Bernoulli
 
 ALPHA = 0.1  # of the classifier's cross-entropy (Kingma et al. 2014, section 3.1.2)
 
@@ -24,7 +24,7 @@ class Images(NamedTuple):
     labels: Tensor | None = None  # [n], −1 where unknown
 
 
-class Bounded(Generative):
+class Bounded(Bernoulli):
     """Minimises the mean of `terms` over the images; those named in `bound_terms` are a bound of the log-likelihood."""
 
     readers: tuple[str, ...] = ()
@@ -38,9 +38,6 @@ class Bounded(Generative):
             self.modules[name] = self.reader(self.classes)
         self.to_device()
         self.phases = [Phase("autoencoder", self.adam("encoder", "generator", *self.readers), self.autoencoder_loss)]
-
-    def image(self, logits: Tensor) -> Tensor:
-        return (0.5 * logits).tanh()  # 2 σ(l) − 1
 
     def share(self, x: Tensor, labels: Tensor | None = None) -> Images:
         return Images(x, labels)
@@ -56,7 +53,7 @@ class Bounded(Generative):
     def gaussian_terms(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         """−log p(x|z, y) at one z ~ q(z|x, y), and KL(q(z|x, y) ‖ p(z)) (S3 Eq. 17)."""
         z, kl = ivfast.reparameterize(*self.posterior(x, y))
-        return {"recon": ivfast.reconstruction_loss(self.write(z, y), 0.5 * (x + 1), kind="bce"), "kl": kl}
+        return {"recon": self.surprise(x, z, y), "kl": kl}
 
     def autoencoder_loss(self, shared: Images) -> dict[str, Tensor]:
         return {name: term.mean() for name, term in self.terms(shared).items()}
@@ -82,8 +79,16 @@ class Vae(Bounded):
         return self.posterior(x)[0]
 
     def decode(self, z: Tensor) -> Tensor:
-        """Codes `[n, d]` -> images in [-1, 1]."""
+        """Codes `[n, d]` -> images in [-1, 1], or points."""
         return self.image(self.write(z))
+
+    def draw_codes(self, x: Tensor) -> Tensor:
+        """Images -> a code from the posterior of each `[n, d]`."""
+        return ivfast.reparameterize(*self.posterior(x))[0]
+
+    def proposal(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """μ and log σ² `[n, d]` of the Gaussian that `ivfast.metrics.importance_log_likelihood` draws codes from."""
+        return self.posterior(x)
 
     def terms(self, images: Images) -> dict[str, Tensor]:
         return self.gaussian_terms(images.x)
@@ -96,6 +101,10 @@ class Cvae(Bounded):
     """The VAE of each class: q(z|x, y) and p(x|z, y). Its fakes have the classes of the batch."""
 
     labels = "all"
+
+    def proposal(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """As the VAE's, of classes `[n, classes]`."""
+        return self.posterior(x, y)
 
     def terms(self, images: Images) -> dict[str, Tensor]:
         return self.gaussian_terms(images.x, self.one_hot(images.labels))

@@ -14,6 +14,8 @@ PRECISIONS = ("fp32", "bf16")
 NETS = ("mlp", "conv")
 ENCODER_LOSSES = ("ascent", "confusion")
 CODE_RECONSTRUCTIONS = ("prior", "codes")
+CONTRASTS = ("prior", "adaptive")
+DIVERGENCES = ("js", "kl")
 _STREAMS = ("weights", "noise", "order")
 
 
@@ -56,6 +58,10 @@ class Settings:
             above latent_dim.
         encoder_loss: "ascent" on the cross-entropy, S1's and S2's, or "confusion", descent towards the uniform label.
         temperature: τ of S3's adversary activation, 1, 1.5, 3 or 5 there; above 1 fakes weigh more.
+        noise_dim: size of the noise ε that S4's encoder takes beside the image.
+        contrast: what S4's discriminator tells codes from: "prior", or "adaptive", a Gaussian with the mean and the
+            variance of q(z|x) over `contrast_draws` draws of ε.
+        divergence: the objective of S4's discriminator: "js", a GAN's (Eq. 3.3), or "kl", an f-GAN's (Eq. 5.10).
         classes: number of classes, for systems that read labels.
         data_share, label_share: share of the training images that is used, and of those the share that a
             semi-supervised system sees with labels, chosen class by class (`ivfast.data.stratified`).
@@ -108,6 +114,10 @@ class Settings:
     penalty: float = 10.0
     unroll: int = 5
     temperature: float = 1.0
+    noise_dim: int = 16
+    contrast: str = "prior"
+    contrast_draws: int = 8
+    divergence: str = "js"
     classes: int = 10
     data_share: float = 1.0
     label_share: float = 1.0
@@ -120,11 +130,12 @@ class Settings:
     def __post_init__(self):
         for name in ("epochs", "batch_size", "latent_dim", "width", "discriminator_width", "t", "classes"):
             _check.count(name, getattr(self, name))
-        for name in ("log_every", "evaluate_every", "save_every", "k", "packing", "discriminator_steps"):
+        for name in ("log_every", "evaluate_every", "save_every", "k", "packing", "discriminator_steps", "noise_dim"):
             _check.count(name, getattr(self, name))
         for name in ("steps", "image_size"):
             if getattr(self, name) is not None:
                 _check.count(name, getattr(self, name))
+        _check.count("contrast_draws", self.contrast_draws, at_least=2)
         for name in ("depth", "discriminator_depth", "unroll"):
             _check.count(name, getattr(self, name), at_least=0)
         numbers = ("lam", "lam2", "mu", "mu1", "mu2", "fld_weight", "instance_noise", "penalty", "data_memory")
@@ -143,6 +154,8 @@ class Settings:
         _check.choice("net", self.net, NETS)
         _check.choice("encoder_loss", self.encoder_loss, ENCODER_LOSSES)
         _check.choice("code_reconstruction", self.code_reconstruction, CODE_RECONSTRUCTIONS)
+        _check.choice("contrast", self.contrast, CONTRASTS)
+        _check.choice("divergence", self.divergence, DIVERGENCES)
         for name, rate in self.learning_rates.items():
             _check.number(f"learning_rates[{name!r}]", rate, positive=True)
 

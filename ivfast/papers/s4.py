@@ -1,0 +1,151 @@
+"""S4, Adversarial Variational Bayes: Table 1 and Figures 3 and 6.
+
+Table 1's reconstruction error is per pixel: of sums over the four pixels, −ELBO − reconstruction − KL(q(z), p) would
+be an information between x and z of 1.43 nats, for both systems, and four points have no more than log 4 = 1.39.
+"""
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .. import metrics, pictures, points, report
+from ..data import Dataset
+from ..models import build, preset
+from ..models.avb import Avb
+from ..train.phase import System
+from ..train.run import Run
+
+DRAWS = 20_000  # codes from the posterior of each point
+OPTIMUM = -math.log(4)  # of the log-likelihood
+NAMES = "reconstruction", "elbo", "kl"
+
+
+class Row(NamedTuple):
+    system: str
+    seed: int | None  # None: the paper's values
+    log_likelihood: float  # mean of log p(x) over the four points
+    reconstruction: float  # E −log p(x|z), z from the posterior, per pixel
+    elbo: float
+    kl: float  # KL(q(z), p)
+    claimed: float  # the system's own ELBO: AVB's is T's word for it
+    seconds: float
+
+
+PAPER = (
+    Row("vae", None, -1.593, 0.091, -1.700, 0.175, -1.700, math.nan),
+    Row("avb", None, -1.462, 0.021, math.nan, 0.028, -1.483, math.nan),
+)
+
+
+def table1(*, seeds: Iterable[int] = (0, 1), steps: int = 6000, width: int = 128, **changes) -> list[Row]:
+    """S4 Table 1: the paper's rows, then a VAE with a Gaussian posterior and AVB for each seed, trained here.
+
+    Log-likelihoods are by quadrature over the codes. The ELBO is −E[−log p(x|z)] − KL(q(z|x), p): the divergence of a
+    Gaussian by its formula, AVB's by nearest neighbours (`ivfast.metrics.kl_to_prior`), as is KL(q(z), p) of both.
+
+    Args:
+        steps, width: of both systems; the paper's layers have 512 units.
+        changes: more of their settings, as in `contrast="adaptive"`, which does nothing to the VAE.
+    """
+    changes = {"steps": steps, "width": width, "discriminator_width": width, **changes}
+    rows = list(PAPER)
+    for seed in seeds:
+        for name in ("vae", "avb"):
+            begin = time.perf_counter()
+            system = trained(name, seed=seed, **changes)
+            rows.append(measured(system, time.perf_counter() - begin))
+    return rows
+
+
+def trained(name: str, **changes) -> System:
+    """The system after training on the four points with its preset and `changes`, on the CPU, in evaluation mode."""
+    settings = dataclasses.replace(preset(name, "four-points"), device="cpu", **changes)
+    x = points.load("four-points", 50_000)
+    with torch.random.fork_rng(devices=[]):
+        run = Run(build(settings, tuple(x.shape[1:])), x, settings, Path(), None)
+        for step in range(1, settings.steps + 1):
+            run.advance()
+            if step % settings.log_every == 0:
+                run.record.read(step)
+                run.record.clear()
+    run.system.train(False)
+    return run.system
+
+
+def measured(system: System, seconds: float = math.nan) -> Row:
+    """Table 1's row of a system that has been trained on the four points."""
+    x = points.POINTS["four-points"].centers
+    many = x.repeat_interleave(DRAWS, 0)
+    z = metrics.posterior_codes(system, many)
+    with torch.no_grad():
+        surprise = float(system.surprise(many, z).double().mean())
+    claimed = metrics.lower_bound(system, many)
+    if isinstance(system, Avb):
+        elbo = -surprise - statistics.mean(metrics.kl_to_prior(part) for part in z.split(DRAWS))
+    else:
+        elbo = claimed
+    return Row(
+        system.settings.system,
+        system.settings.seed,
+        float(metrics.quadrature_log_likelihood(system, x).mean()),
+        surprise / x.shape[1],
+        elbo,
+        metrics.kl_to_prior(z),
+        claimed,
+        seconds,
+    )
+
+
+def markdown(rows: Iterable[Row]) -> str:
+    """The paper's values and the mean ± standard deviation over the seeds, a line for each system."""
+    lines = [
+        "| | seeds | log-likelihood | reconstruction error | ELBO | the system's own ELBO | KL(q(z), p) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    groups: dict[tuple[str, bool], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.system, row.seed is None), []).append(row)
+    for (system, papers), group in groups.items():
+        cells = []
+        for name in ("log_likelihood", "reconstruction", "elbo", "claimed", "kl"):
+            values = [getattr(row, name) for row in group]
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append("–" if math.isnan(values[0]) else f"{statistics.mean(values):.3f}{spread}")
+        who = f"{system}, S4" if papers else system
+        lines.append(f"| {who} | {'–' if papers else len(group)} | {' | '.join(cells)} |")
+    lines.append(f"| optimum | – | {OPTIMUM:.3f} | 0 | {OPTIMUM:.3f} | {OPTIMUM:.3f} | 0 |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(systems: Mapping[str, System], out: Path, draws: int = 2500) -> Path:
+    """S4 Figure 3: codes from q(z|x_i) of the four points, a colour each, one panel for each system of two codes."""
+    from matplotlib.figure import Figure
+
+    x = points.POINTS["four-points"].centers
+    drawn = Figure(figsize=(4.6 * len(systems), 4.9), dpi=110, layout="constrained")
+    for i, (title, system) in enumerate(systems.items()):
+        axes = drawn.add_subplot(1, len(systems), i + 1, aspect="equal")
+        z = metrics.posterior_codes(system, x.repeat_interleave(draws, 0))
+        if z.shape[1] != 2:
+            raise ValueError(f"systems must have codes of two dimensions, {title} has {z.shape[1]}")
+        for point, codes in enumerate(z.split(draws)):
+            axes.scatter(codes[:, 0], codes[:, 1], s=3, linewidths=0, alpha=0.6, color=f"C{point}")
+        axes.set(xlim=(-4, 4), ylim=(-4, 4))
+        axes.grid(**pictures.GRID)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(title, fontsize=12)
+    drawn.savefig(out)
+    return Path(out)
+
+
+def interpolation(system: System, dataset: Dataset, out: Path, rows: int = 6) -> Path:
+    """S4 Figure 6: decoded straight lines between the codes of pairs of test images."""
+    z = metrics.codes(system, dataset.test[: 2 * rows])
+    return pictures.interpolations(report.interpolated(system, z, rows), Path(out))

@@ -1,0 +1,380 @@
+"""S4's system: losses against the equations in float64, known optima, likelihoods and divergences with known values."""
+
+import copy
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+from torch import distributions
+from torch.nn import functional as F
+from typer.testing import CliRunner
+
+from ivfast import cli, data, metrics, points, report
+from ivfast.models import build, preset
+from ivfast.models.avb import Encoded
+from ivfast.papers import s4
+from ivfast.runs import load_system
+from ivfast.testing import error
+from ivfast.train import Settings
+from ivfast.train.checkpoint import LAST, read
+from ivfast.train.loop import fit
+from ivfast.train.run import Run
+
+SHAPE = (1, 8, 8)
+N, D, E, DRAWS = 24, 6, 5, 7
+FORMS = [{"contrast": c, "divergence": d} for c in ("prior", "adaptive") for d in ("js", "kl")]
+NORMAL = distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def small(**changes) -> Settings:
+    values = {"system": "avb", "batch_size": N, "latent_dim": D, "noise_dim": E, "contrast_draws": DRAWS}
+    values |= {"width": 32, "discriminator_width": 24, "tensorboard": False, "seed": int(torch.randint(1000, ()))}
+    return Settings(**{**values, **changes})
+
+
+def gradients(terms, parameters):
+    return torch.autograd.grad(sum(terms.values()), parameters, retain_graph=True)
+
+
+def assert_is(phase, shared, expected, networks):
+    """The phase's terms and gradients are those of `expected`, terms of the float64 `networks`."""
+    terms = phase.loss(shared)
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        assert error(terms[name], value, unit=1e-2) < 2e-5, name
+    theirs = gradients(expected, [p for n in networks for p in n.parameters()])
+    for a, b in zip(gradients(terms, phase.parameters), theirs, strict=True):
+        assert error(a, b) < 2e-4
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
+def test_losses_are_equations_3_3_and_3_9(form, net):
+    """With adaptive contrast those of the whitened codes, and log r − log p; with "kl" Eq. 5.10."""
+    system = build(small(net=net, width=4 if net == "conv" else 32, **form), SHAPE)
+    encoder, G, T = (copy.deepcopy(system.modules[m]).double() for m in ("encoder", "generator", "discriminator"))
+    x, state = torch.rand(N, *SHAPE) * 2 - 1, torch.get_rng_state()
+    shared = system.share(x)
+    torch.set_rng_state(state)
+    x64, noise, prior = x.double(), torch.randn(N, E).double(), torch.randn(N, D).double()
+    z = encoder(x64, noise)
+    assert error(shared.z, z) < 2e-5
+
+    w, ratio = z, torch.zeros(N).double()
+    if form["contrast"] == "adaptive":
+        noise = torch.randn(N, DRAWS * E).double().view(N, DRAWS, E)
+        with torch.no_grad():
+            draws = encoder(x64.repeat_interleave(DRAWS, 0), noise.flatten(0, 1)).view(N, DRAWS, D)
+            mean = draws.mean(1)
+            deviation = ((draws - mean[:, None]).square().sum(1) / (DRAWS - 1)).sqrt()
+        w = (z - mean) / deviation
+        ratio = (distributions.Normal(mean, deviation).log_prob(z) - NORMAL.log_prob(z)).sum(1)
+
+    def score(codes):
+        return (T.of_image(x64) * T.of_code(codes)).sum(1)
+
+    if form["divergence"] == "js":
+        of_code, of_contrast = -torch.sigmoid(score(w.detach())).log(), -(1 - torch.sigmoid(score(prior))).log()
+    else:
+        of_code, of_contrast = -score(w.detach()), torch.exp(score(prior) - 1)
+    expected = {"code": of_code.mean(), "contrast": of_contrast.mean()}
+    assert_is(system.phases[0], shared, expected, [T])
+
+    p, t = torch.sigmoid(G(z)), (x64 + 1) / 2
+    recon = -(t * p.log() + (1 - t) * (1 - p).log()).sum((1, 2, 3))
+    known = score(w) - (form["divergence"] == "kl") * torch.ones(N)
+    expected = {"recon": recon.mean(), "adversarial": known.mean()}
+    if form["contrast"] == "adaptive":
+        expected["contrast"] = ratio.mean()
+    assert_is(system.phases[1], shared, expected, [encoder, G])
+    torch.set_rng_state(state)
+    assert error(system.bound(x), -(recon + known + ratio)) < 2e-5
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look
+@pytest.mark.parametrize("form", FORMS[::3], ids=lambda form: "-".join(form.values()))
+def test_losses_are_one_graph_for_a_compiler(form):
+    system = build(small(discriminator_steps=2, **form), SHAPE)
+    x, state = torch.rand(N, *SHAPE) * 2 - 1, torch.get_rng_state()
+    shared = system.share(x)
+    torch.set_rng_state(state)
+    traced = torch.compile(system.share, backend="eager", fullgraph=True)(x)
+    assert all(map(torch.equal, traced, shared) if system.adaptive else map(torch.equal, traced[:3], shared[:3]))
+    for phase in system.phases:
+        found = torch.compile(phase.loss, backend="eager", fullgraph=True)(shared)
+        for name, value in phase.loss(shared).items():
+            assert torch.equal(found[name], value)
+
+
+def test_four_points_are_their_own_bernoulli_outcomes():
+    for name in ("avb", "vae"):
+        system = build(small(system=name, data="four-points"), (4,))
+        x, z = torch.eye(4), torch.randn(4, D)
+        p = torch.sigmoid(copy.deepcopy(system.modules["generator"]).double()(z.double()))
+        assert error(system.surprise(x, z), -(x * p.log() + (1 - x) * (1 - p).log()).sum(1)) < 2e-5
+        assert error(system.decode(z), p) < 2e-5
+        with pytest.raises(ValueError, match="ring is not of 0 and 1"):
+            build(small(system=name, data="ring"), (2,))
+
+
+MEANS = torch.tensor([[-1.0, 0.5], [1.2, 0.0], [0.0, -1.5], [0.3, 0.9]], dtype=torch.float64)
+DEVIATIONS = torch.tensor([[0.6, 0.9], [0.5, 0.7], [1.1, 0.4], [0.8, 0.8]], dtype=torch.float64)
+
+
+def known_codes(system, n):
+    """x and codes of the four Gaussians N(MEANS, DEVIATIONS²), with what adaptive contrast has to know of them."""
+    i = torch.randint(4, (n,))
+    z = (MEANS[i] + DEVIATIONS[i] * torch.randn(n, 2)).float()
+    moments = (MEANS[i].float(), DEVIATIONS[i].float()) if system.adaptive else ()
+    return i, Encoded(torch.eye(4)[i], z, torch.randn(n, 2), *moments)
+
+
+def log_ratio(i, z, mean=0.0, deviation=1.0):
+    """log q(z|x_i) − log N(z; mean, deviation²)."""
+    contrast = distributions.Normal(mean, torch.as_tensor(deviation, dtype=torch.float64))
+    return (distributions.Normal(MEANS[i], DEVIATIONS[i]).log_prob(z) - contrast.log_prob(z)).sum(1)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
+def test_the_optimal_discriminator_is_the_log_ratio(form):
+    """T* is stationary: the mean gradient by a shift of T in any direction h(x, z) vanishes, and elsewhere does not."""
+    system = build(small(data="four-points", latent_dim=2, **form), (4,))
+    n = 100_000
+    i, shared = known_codes(system, n)
+    offset = 1.0 if form["divergence"] == "kl" else 0.0
+
+    def optimal(z):  # T is of whitened codes
+        if system.adaptive:
+            return torch.zeros(n, dtype=torch.float64) + offset
+        return log_ratio(i, z.double()) + offset
+
+    def slopes(change):
+        """Of L_T by a, T = T* + change + a h, in standard errors."""
+        found = []
+        for h in (lambda z: z[:, 0], lambda z: z.prod(1).tanh(), lambda z: (z[:, 1] > 0.3).float()):
+            steps = []
+
+            def discriminator(x, *codes, h=h, steps=steps):
+                t = []
+                for z in codes:
+                    a = torch.zeros(n, dtype=torch.float64, requires_grad=True)
+                    steps.append(a)
+                    t.append(optimal(z) + change * z[:, 0].double() + a * h(z).double())
+                return t
+
+            system.modules["discriminator"] = discriminator
+            sum(system.discriminator_loss(shared).values()).backward()
+            each = n * sum(a.grad for a in steps)
+            found.append(abs(float(each.mean() / each.std())) * math.sqrt(n))
+        return found
+
+    assert max(slopes(0.0)) < 5
+    assert max(slopes(0.3)) > 20
+
+    # L_θφ's estimate of KL(q, p) at T*, with and without the Gaussian in between
+    system.modules["discriminator"] = lambda x, *codes: [optimal(z) for z in codes]
+    terms = system.terms(shared)
+    assert error(sum(terms.values()) - terms["recon"], log_ratio(i, shared.z.double())) < 2e-5
+
+
+def test_a_trained_discriminator_comes_to_the_log_ratio():
+    settings = small(data="four-points", latent_dim=2, discriminator_width=64, learning_rates={"default": 3e-3})
+    system = build(settings, (4,))
+    phase = system.phases[0]
+    i, shared = known_codes(system, 4000)
+    before = (system.modules["discriminator"](shared.x, shared.z)[0] - log_ratio(i, shared.z.double())).std()
+    for _ in range(250):
+        _, fresh = known_codes(system, 512)
+        phase.optimizer.zero_grad()
+        sum(phase.loss(fresh).values()).backward(inputs=phase.parameters)
+        phase.optimizer.step()
+    with torch.no_grad():
+        (t,) = system.modules["discriminator"](shared.x, shared.z)
+    truth = log_ratio(i, shared.z.double())
+    assert (t - truth).std() < 0.4 * before
+    assert abs(float((t - truth).mean())) < 0.25 * float(truth.mean())  # of the divergence
+
+
+def test_whitened_gaussians_leave_the_discriminator_nothing():
+    """An encoder whose q is Gaussian: z̃ is normal, T* = 0, and log r − log p alone is KL(q, p)."""
+    system = build(small(data="four-points", latent_dim=2, noise_dim=2, contrast="adaptive", contrast_draws=2000), (4,))
+    system.modules["encoder"] = lambda x, noise: (x @ MEANS.float()) + (x @ DEVIATIONS.float()) * noise
+    shared = system.share(torch.eye(4).repeat(200, 1))
+    assert error(shared.mean, MEANS.repeat(200, 1)) < 0.15  # six errors of a mean of 2000
+    assert error(shared.deviation, DEVIATIONS.repeat(200, 1)) < 0.12
+    w = system.whitened(shared)
+    assert w.mean(0).abs().max() < 6 / math.sqrt(800)
+    assert (w.std(0) - 1).abs().max() < 6 / math.sqrt(1600)
+    kl = distributions.kl_divergence(distributions.Normal(MEANS, DEVIATIONS), NORMAL).sum(1).mean()
+    term = system.terms(shared)["contrast"].double()
+    assert abs(float(term.mean() - kl)) < 6 * float(term.std()) / math.sqrt(800)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
+def test_digits_train_and_resume(form, digits, tmp_path):
+    settings = small(steps=50, ema=0.9, log_every=10, width=64, discriminator_steps=2, **form)
+    straight, parts = tmp_path / "straight", tmp_path / "parts"
+    history = fit(build(settings, SHAPE), digits.train, settings, straight, progress=False)
+    losses = [line["losses"] for line in history if line["kind"] == "losses"]
+    assert all(math.isfinite(value) for line in losses for value in line.values())
+    (recon,) = (name for name in losses[0] if name.endswith("recon"))
+    assert losses[-1][recon] < 0.95 * losses[0][recon]  # means of the last and the first ten steps
+    first = dataclasses.replace(settings, steps=21)
+    fit(build(first, SHAPE), digits.train, first, parts, progress=False)
+    fit(build(settings, SHAPE), digits.train, settings, parts, progress=False, resume=True)
+    one, other = (read(out / LAST).tensors for out in (straight, parts))
+    assert one.keys() == other.keys()
+    assert not [key for key in one if not torch.equal(one[key], other[key])]
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 13), (1, 28, 28), (3, 64, 64)])
+def test_convolutions_take_any_image_and_feel_the_noise(shape):
+    system = build(small(net="conv", width=4, discriminator_width=16, contrast="adaptive", contrast_draws=2), shape)
+    x = torch.rand(4, *shape) * 2 - 1
+    shared = system.share(x)
+    assert system.decode(shared.z).shape == x.shape
+    for phase in system.phases:
+        for g in gradients(phase.loss(shared), phase.parameters):
+            assert g.isfinite().all()
+            assert g.abs().max() > 0
+    assert not torch.equal(system.encode(x), system.encode(x))
+    if max(shape) >= 28:  # five layers
+        encoder, G = system.modules["encoder"], system.modules["generator"]
+        assert len(encoder.convolutions) == 4
+        assert sum(isinstance(m, torch.nn.ConvTranspose2d) for m in G) == 4
+        assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in G.modules())
+
+
+def test_kl_to_prior_is_that_of_gaussians():
+    for d, n in ((1, 20_000), (2, 20_000), (6, 8_000)):
+        mean, deviation = 0.5 * torch.randn(d), 0.5 + torch.rand(d)
+        z = mean + deviation * torch.randn(n, d)
+        truth = float(
+            distributions.kl_divergence(distributions.Normal(mean, deviation), distributions.Normal(0.0, 1.0)).sum()
+        )
+        # noise of the mean of log q/p + d log r, and a bias that grows with d
+        assert metrics.kl_to_prior(z) == pytest.approx(truth, abs=0.05 if d < 6 else 0.15)
+    assert metrics.kl_to_prior(torch.zeros(10, 2)) == math.inf
+    with pytest.raises(ValueError, match="codes must be more than neighbours = 5, got 5"):
+        metrics.kl_to_prior(torch.randn(5, 2))
+    with pytest.raises(ValueError, match="codes must be finite"):
+        metrics.kl_to_prior(torch.full((9, 2), math.nan))
+
+
+def known_decoder(system):
+    """p(x|z) of four Bernoullis: σ(±4) by the quadrant of z, as a sharp but known function."""
+
+    def write(z, y=None):
+        quadrant = 2 * (z[:, 0] > 0).long() + (z[:, 1] > 0).long()
+        return 8.0 * F.one_hot(quadrant, 4).float() - 4
+
+    system.write = write
+    a = torch.sigmoid(torch.tensor(4.0, dtype=torch.float64))
+    return math.log(float(0.25 * a**4 + 0.75 * a**2 * (1 - a) ** 2))  # every quadrant has a quarter of the prior
+
+
+def test_quadrature_and_importance_weighting_know_the_likelihood():
+    for name in ("avb", "vae"):
+        system = build(small(system=name, data="four-points", latent_dim=2), (4,))
+        truth = known_decoder(system)
+        # an even number of points a side leaves out the edges, on which the trapezoid rule would be of two minds
+        found = metrics.quadrature_log_likelihood(system, torch.eye(4), cells=301)
+        assert error(found, torch.full((4,), truth).double()) < 1e-3
+        system.proposal = lambda x: (torch.zeros(len(x), 2), torch.full((len(x), 2), 0.3))
+        value = metrics.importance_log_likelihood(system, torch.eye(4).repeat(50, 1), draws=400)
+        assert value == pytest.approx(truth, abs=0.02)  # 200 values with an error of 1/√400 each, and its bias
+    with pytest.raises(ValueError, match="one or two dimensions, got 6"):
+        metrics.quadrature_log_likelihood(build(small(), SHAPE), torch.zeros(1, *SHAPE))
+
+
+def test_importance_weighting_is_the_bound_at_one_draw_and_rises_from_there(digits):
+    for name in ("vae", "cvae", "avb"):
+        settings = small(system=name, steps=40)
+        run = Run(build(settings, SHAPE), digits.train, settings, None, digits.train_labels if name == "cvae" else None)
+        for _ in range(40):
+            run.advance()
+            run.record.clear()
+        x, labels = digits.test[:200], digits.test_labels[:200] if name == "cvae" else None
+        one, many = (metrics.importance_log_likelihood(run.system, x, labels, draws=k) for k in (1, 30))
+        assert many > one
+        if name != "avb":
+            assert one == pytest.approx(metrics.lower_bound(run.system, x, labels), abs=1.0)  # other noise, 200 images
+        assert many == metrics.importance_log_likelihood(run.system, x, labels, draws=30)
+
+
+def test_table_1_measures_what_it_says(tmp_path, monkeypatch):
+    """On nets of a few steps: the identities between its columns, and the VAE's ELBO by both of its estimators."""
+    monkeypatch.setattr(s4, "DRAWS", 4000)
+    rows = s4.table1(seeds=(1,), steps=60, width=16)
+    assert rows[:2] == list(s4.PAPER)
+    vae, avb = rows[2:]
+    assert (vae.system, avb.system, vae.seed) == ("vae", "avb", 1)
+    for row in (vae, avb):
+        assert row.elbo < row.log_likelihood + 0.03  # the error of the estimate by nearest neighbours
+        assert row.log_likelihood < s4.OPTIMUM
+    system = s4.trained("vae", seed=1, steps=60, width=16, discriminator_width=16)
+    many = torch.eye(4).repeat_interleave(5000, 0)
+    z = metrics.posterior_codes(system, many)
+    kl = sum(metrics.kl_to_prior(part) for part in z.split(5000)) / 4
+    assert -4 * vae.reconstruction - kl == pytest.approx(vae.elbo, abs=0.06)
+    text = s4.markdown(rows)
+    assert "| vae, S4 | – | -1.593 | 0.091 | -1.700 | -1.700 | 0.175 |" in text
+    assert f"{avb.log_likelihood:.3f}" in text
+    other = s4.trained("avb", seed=1, steps=5, width=16, discriminator_width=16)
+    assert s4.figure({"VAE": system, "AVB": other}, tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_the_command_line_trains_and_evaluates(tmp_path, monkeypatch, threads):
+    threads(1)
+    monkeypatch.chdir(tmp_path)
+
+    def ivfast(*arguments):
+        result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    changes = ("--contrast", "adaptive", "--divergence", "js", "--set", "tensorboard=false", "--device", "cpu")
+    ivfast("train", "avb", "--data", "four-points", "--steps", 4, "--out", "points", *changes)
+    system, settings = load_system("points")
+    assert (settings.contrast, settings.divergence, settings.latent_dim) == ("adaptive", "js", 2)
+    assert system.sample(3).shape == (3, 4)
+    ivfast("evaluate", "points", "--metrics", "kl-to-prior,modes")
+    assert {"kl_to_prior", "modes"} <= json.loads((tmp_path / "points" / "metrics.json").read_text()).keys()
+
+
+def test_evaluation_on_images(digits, tmp_path):
+    system = build(small(), SHAPE)
+    evaluation = report.Evaluation(system, digits)
+    assert {"bound", "likelihood", "kl-to-prior", "fld", "reconstruction"} <= set(evaluation.default())
+    (bound,), (likelihood,), (kl,) = map(evaluation.run, ("bound", "likelihood", "kl-to-prior"))
+    assert "as its discriminator estimates it" in bound.meaning
+    assert bound.value == metrics.lower_bound(system, digits.test)
+    assert likelihood.value == metrics.importance_log_likelihood(system, digits.test)
+    assert kl.value == metrics.kl_to_prior(metrics.posterior_codes(system, digits.train))
+    assert s4.interpolation(system, digits, tmp_path / "lines.png", rows=2).stat().st_size > 5000
+
+
+def test_presets_build_for_every_kind_of_data():
+    shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "celeba": (3, 64, 64), "four-points": (4,)}
+    for name, shape in shapes.items():
+        settings = dataclasses.replace(preset("avb", name), device="cpu")
+        assert settings.image_size == (None if name == "four-points" else shape[-1])
+        assert (settings.net == "conv") == (shape[-1] >= 28)
+        if name != "celeba":
+            system = build(settings, shape)
+            assert system.sample(2).shape == (2, *shape)
+    assert preset("vae", "four-points").steps == preset("avb", "four-points").steps
+    with pytest.raises(ValueError, match="contrast must be one of 'prior', 'adaptive', got 'posterior'"):
+        small(contrast="posterior")
+    with pytest.raises(ValueError, match="divergence must be one of 'js', 'kl', got 'tv'"):
+        small(divergence="tv")
+    with pytest.raises(ValueError, match="contrast_draws must be an integer >= 2, got 1"):
+        small(contrast_draws=1)
+    assert points.load("four-points", 10).unique().tolist() == [0, 1]
