@@ -217,7 +217,7 @@ def test_error_in_one_line(arguments, message):
         (("train", "--latent-dim", "3", "--resume", "--out"), r"--latent-dim: the run .* has 16"),
         (("train", "--out"), r"holds a run already; add --resume"),
         (("evaluate", "--metrics", "flt"), r"no metric 'flt'; did you mean fld\?"),
-        (("evaluate", "--metrics", "modes"), r"modes needs a stacked data set, got digits"),
+        (("evaluate", "--metrics", "modes"), r"modes needs a stacked data set or a mixture, got digits"),
         (
             ("evaluate", "--metrics", "fid", "--inception-weights", "none.pth"),
             r"none\.pth is not there.*classifier-dis",
