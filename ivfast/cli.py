@@ -486,6 +486,9 @@ command goes on. The report is [b]report.md[/b], its numbers [b]report.json[/b].
         steps: Annotated[
             int | None, option(min=1, metavar="N", help="Steps of every training, in place of the experiment's.")
         ] = None,
+        samples: Annotated[
+            int | None, option(min=2, metavar="N", help="Samples behind each value, in place of the experiment's.")
+        ] = None,
         device: Device = None,
         workers: Annotated[
             int | None, option(min=1, metavar="N", help="Runs side by side; default: one per core, one on a GPU.")
@@ -499,7 +502,7 @@ command goes on. The report is [b]report.md[/b], its numbers [b]report.json[/b].
 
         report.run(
             experiment.name, console=console, seeds=_seeds(seeds), full=full, data=data, root=root, device=device,
-            out=out, steps=steps, workers=workers, download=download,
+            out=out, steps=steps, samples=samples, workers=workers, download=download,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ def panels(path: Path, count: int, title: str, size: tuple[float, float] = (4.6,
     """Axes of `count` panels side by side; the figure is written to `path` at the end."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(size[0] * count, size[1] + 0.4), dpi=110, layout="constrained")
+    figure = Figure(figsize=(max(size[0] * count, 0.085 * len(title)), size[1] + 0.4), dpi=110, layout="constrained")
     axes = figure.subplots(1, count, squeeze=False)[0]
     yield axes
     figure.suptitle(title, fontsize=12)
@@ -38,6 +38,8 @@ def curve(axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str,
     if not runs:
         return
     y = np.asarray(runs, dtype=float)
+    if len(x) == 1:
+        keywords["marker"] = "o"
     (line,) = axes.plot(x, y.mean(0), label=label, linewidth=1.5, **keywords)
     if len(y) > 1:
         axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
@@ -53,6 +55,17 @@ def points(axes, labels: Sequence[str], runs: Sequence[Sequence[float]], label: 
         axes.errorbar(x, mean, reach, fmt="o", markersize=5, capsize=3, label=label, **keywords)
     axes.set_xticks(range(len(labels)), labels)
     axes.set_xlim(-0.5, len(labels) - 0.5)
+
+
+def logarithmic(axes) -> None:
+    """A logarithmic axis of values, with plain numbers, between the powers too where it spans few."""
+    from matplotlib.ticker import NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
+    axes.tick_params(which="minor", labelsize=8)
 
 
 def grid(axes, images: Tensor, title: str) -> None:

@@ -1,6 +1,7 @@
 """An experiment's tables on a terminal, in Markdown and in JSON."""
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -44,9 +45,10 @@ def heading(session: Session, seconds: float) -> tuple[str, str]:
     if not experiment.data:
         return title, f"Exact, {seconds:.1f} s."
     size = "the paper's size" if session.full else "a size for two CPU cores"
-    steps = "" if session.steps is None else f", --steps {session.steps}"
+    given = {"steps": session.steps, "samples": session.samples}
+    options = "".join(f", --{name} {value}" for name, value in given.items() if value is not None)
     seeds = ", ".join(map(str, session.seeds))
-    return title, f"At {size}{steps}; seeds {seeds}, ± is the standard deviation over them; {seconds:.0f} s."
+    return title, f"At {size}{options}; seeds {seeds}, ± is the standard deviation over them; {seconds:.0f} s."
 
 
 def show(console: Console, session: Session, found: Findings, seconds: float) -> None:
@@ -88,11 +90,14 @@ def _line(cells) -> str:
 
 def as_json(session: Session, found: Findings, seconds: float) -> dict[str, object]:
     def plain(cell: Cell) -> object:
-        return {"values": list(cell.values), "diverged": cell.diverged} if isinstance(cell, Spread) else cell
+        if isinstance(cell, Spread):
+            return {"values": [plain(value) for value in cell.values], "diverged": cell.diverged}
+        return str(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell  # JSON knows no infinity
 
     return {
         "experiment": session.experiment.name, "source": session.experiment.source, "data": session.data,
-        "full": session.full, "steps": session.steps, "seeds": list(session.seeds), "seconds": round(seconds, 2),
+        "full": session.full, "steps": session.steps, "samples": session.samples, "seeds": list(session.seeds),
+        "seconds": round(seconds, 2),
         "tables": [
             {"title": t.title, "columns": list(t.columns), "rows": [list(map(plain, row)) for row in t.rows]}
             for t in found.tables

@@ -136,7 +136,7 @@ def tables(session: Session) -> Findings:
     kind = choose_distance(session)
     real = distance_of(dataset, kind, session.device)(dataset.train[:20_000])  # trains the classifier, once
     changes = {"evaluate_every": 10} if session.full else SHORTER
-    extra = {"distance": kind, "samples": 20_000 if session.full else 5000}
+    extra = {"distance": kind, "samples": session.count(20_000 if session.full else 5000)}
     jobs = [Job(session.settings(name, seed, **changes), extra) for name in NAMES for seed in session.seeds]
     found = session.values(best_look, jobs)
     by_name = {name: [row for row in found if row.job.settings.system == name] for name in NAMES}
@@ -183,8 +183,7 @@ def _table_figures(session: Session, by_name: dict, kind: str) -> dict:
                     draw.curve(panel, whole[0]["epochs"], [v[value] for v in whole], NAMES[name], marker=".")
         for panel, y in zip(axes, (called(kind), "FLD of the codes"), strict=True):
             draw.style(panel, y, "epochs")
-            panel.set_yscale("log")
-            panel.yaxis.set_major_formatter("{x:g}")
+            draw.logarithmic(panel)
         axes[0].legend(fontsize=8)
     with draw.panels(heat, len(by_name), f"S1 Fig. 6 on {session.data}: |Σ| of the codes; 0 black, 1 white", (2.3, 2.3)) as axes:  # noqa: E501  # fmt: skip
         for panel, (name, rows) in zip(axes, by_name.items(), strict=True):
@@ -222,14 +221,14 @@ def figure5(session: Session) -> Findings:
         mine = [row for row in found if row.job.settings.system == name]
         ends = [[100 * row.values[layer][-1] for row in mine if layer in row.values] for layer in layers]
         lost = sum("diverged" in row.values for row in mine)
-        rows.append((NAMES[name], "curve" if name == "wae-gan" else "below WAE-GAN",
+        rows.append((NAMES[name], "curve",
                      *(Spread(tuple(values), lost) for values in ends)))  # fmt: skip
     rows.append(("pixels, no encoder", None, 100 * pixels["pixels"][-1], 100 * pixels["pixels"][-1]))
     table = Table(f"Test error of the probe after {extra['steps']:,} steps, %",
                   ("encoder of", "S1's curve", *layers.values()), rows)  # fmt: skip
     note = (
-        "S1 prints no numbers. It probes the encoder's last hidden layer; the codes, whose regularity it speaks of, "
-        "are beside it."
+        "S1 prints no numbers, and calls its curves favourable to IVAAE. It probes the encoder's last hidden layer; "
+        "the codes, whose regularity it speaks of, are beside it."
     )
     return Findings([table], {"S1 Fig. 5": path}, [note])
 

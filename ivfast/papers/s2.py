@@ -51,9 +51,9 @@ def example1(session: Session) -> Findings:
         for row in (0, 1):
             squares.fill_between([a, 1], row, row + 1, color="0.85", linewidth=0)
         squares.set_aspect("equal")
-        squares.set_xlim(-0.15, 2.05)
+        squares.set(xlim=(-0.15, 2.6), yticks=(0, 1, 2))
         draw.style(squares, f"the four squares, a = {a}; A is shaded")
-        squares.legend(fontsize=8)
+        squares.legend(fontsize=8, loc="center right")
         curves.plot(shifts, [s.two for s in found], marker="o", label="JS₂(X₀, X₁), the GAN's")
         curves.plot(shifts, [s.four for s in found], marker="o", label="JS₄, the intervention's")
         curves.plot(
@@ -73,7 +73,7 @@ def stacked(session: Session) -> Findings:
     dataset = session.load("dcgan")
     classifier = _digits_of(session.data, session.root, dataset.train.shape[-1], session.device)
     steps = session.length(100_000 if session.full else 2500)
-    samples = 20_000 if session.steps is None else 1000
+    samples = session.count(20_000)
     changes = {"steps": steps, "evaluate_every": 10**6}
     jobs = [
         Job(session.settings(name, seed, **changes), {"samples": samples})
@@ -134,12 +134,12 @@ def ring(session: Session) -> Findings:
     if session.data not in mixtures:
         raise ValueError(f"--data of s2-ring must be one of {', '.join(mixtures)}, got {session.data}")
     names, centers = ("dcgan", "lsgan", "pacdcgan", "ivdcgan", "ivlsgan"), POINTS[session.data].centers
-    steps = session.length(50_000 if session.full else 4000)
-    jobs = [Job(session.settings(name, seed, steps=steps)) for name in names for seed in session.seeds]
+    steps, extra = session.length(50_000 if session.full else 4000), {"samples": session.count(2500)}
+    jobs = [Job(session.settings(name, seed, steps=steps), extra) for name in names for seed in session.seeds]
     found = session.values(covered_points, jobs)
     by_name = {name: [row for row in found if row.job.settings.system == name] for name in names}
     table = Table(
-        f"After {steps:,} steps, of 2,500 samples",
+        f"After {steps:,} steps, of {extra['samples']:,} samples",
         ("system", "in S2", f"modes of {len(centers)}", "KL, nats", "share within 3 s.d. of one"),
         [
             (name, None, spread(rows, "covered"), spread(rows, "kl"), spread(rows, "confident"))
@@ -163,7 +163,7 @@ def ring(session: Session) -> Findings:
 
 def covered_points(job: Job) -> dict[str, object]:
     drawn = []
-    row = modes_after_training(job.settings, draw=drawn.append)
+    row = modes_after_training(job.settings, samples=job.extra["samples"], draw=drawn.append)
     points = [[round(float(v), 3) for v in point] for point in drawn[0][:1000]]
     return {"covered": row.covered, "kl": row.kl, "confident": row.confident, "points": points}
 
@@ -173,7 +173,7 @@ def ablation(session: Session) -> Findings:
     kind = choose_distance(session)
     real = distance_of(dataset, kind, session.device)(dataset.train[:20_000])  # trains the classifier, once
     changes = {"evaluate_every": 10, **({} if session.full else {"epochs": 50, "latent_dim": 100})}
-    extra = {"distance": kind, "samples": 20_000 if session.full else 2000}
+    extra = {"distance": kind, "samples": session.count(20_000 if session.full else 2000)}
     jobs = [
         Job(session.settings("ivlsgan", seed, mu=mu, k=k, **changes), extra)
         for mu, k in TABLE3 for seed in session.seeds

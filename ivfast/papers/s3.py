@@ -153,7 +153,7 @@ def gans(at: Session) -> Findings:
     classifier = classifier_of(dataset, device=at.device)
     changes = {} if at.full else {"steps": at.length(3000)}
     changes = {**changes, "evaluate_every": 10**6}
-    extra = {"samples": SAMPLES if at.steps is None else 200}
+    extra = {"samples": at.count(SAMPLES)}
     names = ("gan", "iwgan", "cgan", "iwcgan")
     jobs = [Job(at.settings(name, seed, **changes), extra) for name in names for seed in at.seeds]
     found = at.values(scored, jobs)
@@ -245,7 +245,8 @@ def _compared(at: Session, jobs: list[Job], value: str, paper: dict, title: str)
     table = Table(title, ("system", "share", "S3, MNIST", f"ours, {at.data}", "temperature"), rows)
     pairs = {base: activated for base, activated in PAIRS.items() if any(base == system for system, _ in groups)}
     path = at.out / f"{at.experiment.name.removeprefix('s3-')}.png"
-    with draw.panels(path, len(pairs), f"What the activated adversary adds, {at.data} and S3's MNIST", (3.6, 3.0)) as axes:  # noqa: E501  # fmt: skip
+    title = f"The activated adversary's gain, {at.data} and S3's MNIST"
+    with draw.panels(path, len(pairs), title, (3.6, 3.0)) as axes:
         for panel, (base, activated) in zip(axes, pairs.items(), strict=True):
             shares = [share for system, share in groups if system == base]
             labels = [f"{share:.0%}" for share in shares]
@@ -291,12 +292,12 @@ def lemma1(at: Session) -> Findings:
     path = at.out / "lemma1.png"
     with draw.panels(path, 2, "S3 Lemma 1 on 1-D Gaussians") as (densities, curves):
         p_data, p_g = _normal(0.0, 1.0), _normal(torch.tensor(3.0), 1.3)
-        q = torch.sigmoid(_logits("optimal", p_data, p_g)) * (p_data + p_g) / 2
+        q = torch.sigmoid(_logits("logistic", p_data, p_g)) * (p_data + p_g) / 2
         shown = (GRID > -5) & (GRID < 8)
         for p, label, line in (
             (p_data, "p_data", "-"),
             (p_g, "p_g, θ₀ = 3", "-"),
-            (q / _integral(q), "qʳ(x | y = 0)", "--"),
+            (q / _integral(q), "qʳ(x | y = 0), logistic D", "--"),
         ):
             densities.plot(GRID[shown], p[shown], line, label=label)
         draw.style(densities, "S3 Fig. 2: p_g moves towards qʳ(x|y = 0)", "x")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -38,6 +39,8 @@ class Spread(NamedTuple):
         lost = f"{self.diverged} diverged" if self.diverged else ""
         if not self.values:
             return lost or "–"
+        if not all(map(math.isfinite, self.values)):  # as the KL of a histogram without samples
+            return ", ".join(filter(None, (*(f"{value:.4g}" for value in self.values), lost)))
         text = f"{statistics.fmean(self.values):.4g}"
         if len(self.values) > 1:
             text += f" ± {statistics.stdev(self.values):.2g}"
@@ -85,7 +88,7 @@ class Session:
         seeds: those that each system is trained with.
         full: the paper's size; False after the paper's data was not found.
         data: name of the data set.
-        steps: of each training and each probe, in place of the experiment's own.
+        steps, samples: of each training and each probe, and behind each value, in place of the experiment's own.
         workers: processes that train side by side.
     """
 
@@ -97,6 +100,7 @@ class Session:
     device: str
     out: Path
     steps: int | None
+    samples: int | None
     workers: int
     download: bool
     console: Console
@@ -134,6 +138,9 @@ class Session:
     def length(self, steps: int) -> int:
         return steps if self.steps is None else self.steps
 
+    def count(self, samples: int) -> int:
+        return samples if self.samples is None else self.samples
+
     def values(self, function: Callable[[Job], dict[str, object]], jobs: Sequence[Job]) -> list[Values]:
         """`function(job)` of each job, in their order; what rows.jsonl has of the same settings is not run again."""
         path = self.out / ROWS
@@ -166,6 +173,7 @@ def start(
     device: str | None = None,
     out: Path | None = None,
     steps: int | None = None,
+    samples: int | None = None,
     workers: int | None = None,
     download: bool = False,
     console: Console | None = None,
@@ -185,6 +193,8 @@ def start(
         raise ValueError(f"--seeds must be different numbers, one at least, got {', '.join(map(str, seeds)) or 'none'}")
     if steps is not None:
         _check.count("steps", steps)
+    if samples is not None:
+        _check.count("samples", samples, at_least=2)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     runs.check_device(device)
     out = Path(out or Path("papers") / name)
@@ -194,7 +204,7 @@ def start(
     _check.count("workers", workers)
     data = data or (experiment.paper_data if full else experiment.data)
     console = console or Console(quiet=True)
-    return Session(experiment, seeds, full, data, str(root), device, out, steps, workers, download, console)
+    return Session(experiment, seeds, full, data, str(root), device, out, steps, samples, workers, download, console)
 
 
 @functools.lru_cache(1)
