@@ -185,7 +185,8 @@ def _table_figures(session: Session, by_name: dict, kind: str) -> dict:
             draw.style(panel, y, "epochs")
             draw.logarithmic(panel)
         axes[0].legend(fontsize=8)
-    with draw.panels(heat, len(by_name), f"S1 Fig. 6 on {session.data}: |Σ| of the codes; 0 black, 1 white", (2.3, 2.3)) as axes:  # noqa: E501  # fmt: skip
+    title = f"S1 Fig. 6 on {session.data}: |Σ| of the codes; 0 black, 1 white"
+    with draw.panels(heat, len(by_name), title, (2.3, 2.3)) as axes:
         for panel, (name, rows) in zip(axes, by_name.items(), strict=True):
             whole = [row.values["covariance"] for row in rows if "covariance" in row.values]
             if whole:

@@ -1,11 +1,12 @@
-"""S3's tables on any labelled data set: each system beside its importance-weighted or adversary-activated form.
+"""S3, "On Unifying Deep Generative Models": its tables on any labelled data set, and Lemma 1 by quadrature.
+
+Each system beside its importance-weighted or adversary-activated form.
 
 A tenth of the training images is held out; the temperature of an activated system is the one of `TEMPERATURES` with the
 best value there (S3 selects it "through cross-validation", section G.2). Values are of test images, or of samples.
 """
 
 import dataclasses
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -69,25 +70,8 @@ def table2(
             yield Row(name, 1.0, seed, 1.0, measure(classifier.to(device), images, device))
 
 
-def table3(
-    dataset: Dataset, shares: Iterable[float] = (0.01, 0.1, 1.0), seeds: Iterable[int] = (0,), **changes
-) -> Iterator[Row]:
-    """S3 Table 3: variational lower bounds on test images, in nats, trained on shares of the images."""
-    for names in PAIRS.items():
-        semi_supervised = models.SYSTEMS[names[0]].labels == "some"
-        kept = [share for share in shares if share < 1 or not semi_supervised]  # with all labels, it is none
-        yield from compare(dataset, names, bound, kept, seeds, **changes)
-
-
 def bound(system: System, images: Tensor, labels: Tensor) -> float:
     return metrics.lower_bound(system, images, labels if system.labels == "all" else None)
-
-
-def table4(
-    dataset: Dataset, shares: Iterable[float] = (0.01, 0.1), seeds: Iterable[int] = range(5), **changes
-) -> Iterator[Row]:
-    """S3 Table 4 (and 2, right): accuracy of the semi-supervised systems on test images, by the share of labels."""
-    return compare(dataset, ("svae", "aasvae"), metrics.accuracy, shares, seeds, **changes)
 
 
 def compare(
@@ -129,22 +113,6 @@ def trained(name: str, dataset: Dataset, **changes) -> System:
     """The system after its preset's training with `changes`, in batches of no more images than there are."""
     settings = dataclasses.replace(models.preset(name, dataset.name), tensorboard=False, **changes)
     return session.trained(settings, dataset)[0]
-
-
-def markdown(rows: Iterable[Row]) -> str:
-    """Mean ± standard deviation over the seeds, a line for each share and system."""
-    groups: dict[tuple[float, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.share, row.system), []).append(row)
-    lines = ["| share | system | value | seeds | temperatures |", "|---|---|---|---|---|"]
-    for (share, system), group in groups.items():
-        values = [row.value for row in group]
-        spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
-        temperatures = ", ".join(f"{row.temperature:g}" for row in group) if system.startswith("aa") else ""
-        lines.append(
-            f"| {share:.0%} | {system} | {statistics.mean(values):.4g}{spread} | {len(group)} | {temperatures} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def gans(at: Session) -> Findings:
@@ -245,8 +213,8 @@ def _compared(at: Session, jobs: list[Job], value: str, paper: dict, title: str)
     table = Table(title, ("system", "share", "S3, MNIST", f"ours, {at.data}", "temperature"), rows)
     pairs = {base: activated for base, activated in PAIRS.items() if any(base == system for system, _ in groups)}
     path = at.out / f"{at.experiment.name.removeprefix('s3-')}.png"
-    title = f"The activated adversary's gain, {at.data} and S3's MNIST"
-    with draw.panels(path, len(pairs), title, (3.6, 3.0)) as axes:
+    heading = f"The activated adversary's gain, {at.data} and S3's MNIST"
+    with draw.panels(path, len(pairs), heading, (3.6, 3.0)) as axes:
         for panel, (base, activated) in zip(axes, pairs.items(), strict=True):
             shares = [share for system, share in groups if system == base]
             labels = [f"{share:.0%}" for share in shares]

@@ -155,9 +155,9 @@ class Session:
         with path.open("a") as file, Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task("runs", total=len(todo))
             tasks = [(i, function, jobs[i]) for i in todo]
-            for i, values, seconds in _results(tasks, min(self.workers, len(tasks))):
+            for i, values, times in _results(tasks, min(self.workers, len(tasks))):
                 kept[texts[i]] = values
-                file.write(json.dumps({"key": keys[i], "values": values, "seconds": round(seconds, 2)}) + "\n")
+                file.write(json.dumps({"key": keys[i], "values": values, **times}) + "\n")
                 file.flush()
                 bar.advance(task)
         return [Values(job, kept[text]) for job, text in zip(jobs, texts, strict=True)]
@@ -252,7 +252,7 @@ def _read(path: Path) -> list[dict]:
 
 
 def _results(tasks: list, workers: int):
-    """(i, values, seconds) of each task as it ends, in this process or in several."""
+    """(i, values, times) of each task as it ends, in this process or in several."""
     if workers <= 1:
         threads = torch.get_num_threads()
         try:
@@ -280,11 +280,11 @@ def _call_in_worker(task):
         raise SystemExit(130) from None
 
 
-def _call(task: tuple[int, Callable, Job]) -> tuple[int, dict[str, object], float]:
+def _call(task: tuple[int, Callable, Job]) -> tuple[int, dict[str, object], dict[str, float]]:
     i, function, job = task
     if torch.device(job.settings.device).type == "cpu":
         torch.set_num_threads(1)
-    begin = time.perf_counter()
+    begin, spent = time.perf_counter(), time.process_time()
     try:
         values = function(job)
     except (NonFiniteLoss, NonFiniteWeights) as error:
@@ -293,4 +293,5 @@ def _call(task: tuple[int, Callable, Job]) -> tuple[int, dict[str, object], floa
         if "has diverged" not in str(error):  # of metrics, on codes or images that are not finite
             raise
         values = {"diverged": str(error)}
-    return i, values, time.perf_counter() - begin
+    times = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - spent}
+    return i, values, {name: round(value, 2) for name, value in times.items()}
