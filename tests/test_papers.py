@@ -61,6 +61,7 @@ PRINTED = {
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_each_experiment_makes_its_tables_and_figures(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "STACKED", (200, 100))
+    monkeypatch.setattr(s3, "FEWER", (3.0,))
     found = report.run(name, out=tmp_path, **TINY)
     saved = json.loads((tmp_path / "report.json").read_text())
     assert len(saved["tables"]) == len(PRINTED[name])
@@ -80,6 +81,7 @@ def test_each_experiment_makes_its_tables_and_figures(name, tmp_path, monkeypatc
     if EXPERIMENTS[name].data:
         lines = (tmp_path / "rows.jsonl").read_text()
         monkeypatch.setattr(session, "_call", lambda task: pytest.fail("run again"))
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_: None)  # the slowest part, and drawn already
         again = report.run(name, out=tmp_path, **TINY)
         assert again.tables == found.tables
         assert (tmp_path / "rows.jsonl").read_text() == lines

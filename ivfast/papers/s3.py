@@ -22,6 +22,7 @@ from . import draw, session
 from .session import Findings, Job, Session, Table, dataset_of, spread
 
 TEMPERATURES = (1.0, 1.5, 3.0, 5.0)
+FEWER = (1.0, 3.0)  # of the small size
 SAMPLES = 10_000
 # (system, data) -> mean and standard deviation, Table 2
 TABLE2 = {
@@ -168,7 +169,7 @@ def accuracies(at: Session) -> Findings:
 def _paired(at: Session, pairs: dict[str, str], shares: Iterable[float], measure: str) -> list[Job]:
     at.need_labels(at.load("vae"))
     changes = {} if at.full else {"steps": at.length(800)}
-    extra = {"measure": measure, "temperatures": TEMPERATURES if at.full else (1.0, 3.0)}
+    extra = {"measure": measure, "temperatures": TEMPERATURES if at.full else FEWER}
     jobs = []
     for names in pairs.items():
         some = models.SYSTEMS[names[0]].labels == "some"
