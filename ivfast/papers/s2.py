@@ -63,7 +63,7 @@ def example1(session: Session) -> Findings:
         curves.legend(fontsize=8)
     return Findings([table], {"S2 Fig. 2, and both divergences": path}, [
         "S2's claim holds: JS2 is log 2 at every shift, and JS4 depends on it. Its sign does not: S2 prints "
-        "-(log 2) a - Const, and its own squares give (1 + a) log 2, which falls with the shift that is left.",
+        "-(log 2) a - Const, and its own squares give (1 + a) log 2, which falls as β comes to stand above α.",
     ])  # fmt: skip
 
 
