@@ -38,9 +38,9 @@ def jobs() -> list[tuple[str, str, int, int]]:
 
 
 def run(job: tuple[str, str, int, int]) -> dict:
-    from ivfast import metrics, models
-    from ivfast.classifier import classifier_of
+    from ivfast import models
     from ivfast.data import load
+    from ivfast.papers.s1 import quality
     from ivfast.train.loop import NonFiniteLoss, NonFiniteWeights, fit
 
     torch.set_num_threads(1)
@@ -61,24 +61,17 @@ def run(job: tuple[str, str, int, int]) -> dict:
         except (NonFiniteLoss, NonFiniteWeights) as error:
             return {**row, "diverged": str(error)}
     row["seconds"] = round(time.perf_counter() - start, 1)
-    classifier = classifier_of(digits)
-    samples = metrics.generate(system, 5000, seed=seed)
-    return {
-        **row,
-        "fld": metrics.latent_frechet_distance(metrics.codes(system, digits.train)),
-        "fcd": metrics.frechet_classifier_distance(classifier, digits.test, samples),
-        "psnr": metrics.reconstruction(system, digits.test).psnr,
-    }
+    values = quality(system, digits, 5000, seed)
+    return {**row, "fld": values["fld"], "fcd": values["distance"], "psnr": values["psnr"]}
 
 
 def yardstick() -> float:
     """Classifier-feature distance of training to test images: what a perfect generator would score."""
-    from ivfast import metrics
-    from ivfast.classifier import classifier_of
     from ivfast.data import load
+    from ivfast.papers.s1 import distance_of
 
     digits = load("digits")
-    return metrics.frechet_classifier_distance(classifier_of(digits), digits.test, digits.train)
+    return distance_of(digits, "classifier")(digits.train)
 
 
 def rows() -> list[dict]:

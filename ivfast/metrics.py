@@ -351,14 +351,18 @@ def frechet_classifier_distance(classifier: Classifier, real: Tensor, fake: Tens
 
 
 @torch.no_grad()
-def probabilities(classifier: Classifier, images: Tensor, device="cpu") -> Tensor:
+def probabilities(classifier: Callable[[Tensor], Tensor], images: Tensor, device="cpu") -> Tensor:
     """Class probabilities `[n, classes]`, float64."""
     logits = torch.cat([classifier(to_float(x.to(device))).cpu() for x in images.split(BATCH)])
     return logits.double().softmax(1)
 
 
-def classifier_score(classifier: Classifier, images: Tensor, device="cpu") -> float:
-    """exp E KL(p(y|x) ‖ p(y)) under the data set's own classifier: the Inception score's formula, from 1 to classes.
+def classifier_score(classifier: Callable[[Tensor], Tensor], images: Tensor, device="cpu") -> float:
+    """exp E KL(p(y|x) ‖ p(y)): the Inception score's formula, from 1 to classes.
+
+    Args:
+        classifier: any network from images in [-1, 1] to logits `[n, classes]`; under Inception it is the Inception
+            score, under `ivfast.classifier.classifier_of(dataset)` the score of the data set's own classifier.
 
     Source: Salimans et al. 2016; S3 (On Unifying) scores MNIST so.
     """

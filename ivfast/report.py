@@ -16,6 +16,7 @@ from .classifier import classifier_of
 from .data import Dataset, load, target_of
 from .models.avb import Avb
 from .points import POINTS, Mixture
+from .probe import probe
 from .train.settings import Settings
 
 CODES = 60_000  # FLD is taken on so many codes (S1, section 4)
@@ -311,6 +312,17 @@ class Evaluation:
         meaning = f"1 to {len(self.dataset.classes)}; test images have {real:.2f}"
         return [Value("classifier_score", score, meaning)]
 
+    def probe(self):
+        train, test = self.dataset, self.dataset.test
+        if not has_encoder(self.system):
+            raise ValueError(f"metrics: probe needs an encoder, which {self.system.settings.system} has not")
+        if train.train_labels is None or train.test_labels is None or len(train.classes) < 2:
+            raise ValueError(f"metrics: probe learns labels, and {train.name} has none")
+        z, z_test = (metrics.codes(self.system, images) for images in (train.train, test))
+        found = probe(z, train.train_labels, z_test, train.test_labels, seed=self.seed, device=self.device)
+        meaning = f"of 2 x 1000 units on the codes, {found.steps[-1]:,} steps of 60 (S1); {len(test):,} test images"
+        return [Value("probe_error", found.errors[-1], meaning)]
+
     def modes(self):
         mixture = _mixture(self.dataset)
         if mixture:
@@ -344,5 +356,6 @@ METRICS: dict[str, Callable[[Evaluation], list[Value]]] = {
     "fid": Evaluation.fid,
     "classifier-distance": Evaluation.classifier_distance,
     "classifier-score": Evaluation.classifier_score,
+    "probe": Evaluation.probe,
     "modes": Evaluation.modes,
 }

@@ -62,7 +62,7 @@ def system_name(name: str) -> str:
 def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
     """Settings and folder of a new run: the paper's, where `given` does not say otherwise."""
     name, data = system_name(str(given.get("system", "ivaae-rad"))), str(given.get("data", "digits"))
-    _known_data(data)
+    known_data(data)
     defaults = models.preset(name, data)
     settings = Settings.from_dict({**defaults.to_dict(), **given, "system": name})
     check_device(settings.device)
@@ -139,7 +139,7 @@ def config(run: Path) -> Settings:
     return Settings.load(run / "config.json")
 
 
-def _known_data(data: str) -> None:
+def known_data(data: str) -> None:
     if data.partition(":")[0] not in DATASETS:
         raise unknown("data set", data, DATASETS)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from . import metrics, points
 from .models import build, preset
 from .ops.multi_js import multi_js_divergence
-from .train.run import Run
+from .train.run import Run, cuda_devices
+from .train.settings import Settings
 
 
 class Squares(NamedTuple):
@@ -61,22 +62,34 @@ def coverage(
 
     Source: the measure is Srivastava et al. 2017's and Lin et al. 2018's, on 2,500 samples; S2 does not use this set.
     """
-    x, mixture = points.load(data, 50_000), points.find(data)
+    return [
+        modes_after_training(
+            dataclasses.replace(preset(system, data), data=data, seed=seed, device="cpu", **changes), samples=samples
+        )
+        for system, seed in itertools.product(systems, seeds)
+    ]
+
+
+def modes_after_training(
+    settings: Settings, *, samples: int = 2500, draw: Callable[[Tensor], None] | None = None
+) -> Coverage:
+    """Modes of the mixture `settings.data` that a system covers after its training; `draw` gets the samples."""
+    x, mixture = points.load(settings.data, 50_000), points.find(settings.data)
 
     def count(system) -> dict[str, float]:
-        return metrics.point_modes(metrics.generate(system, samples), mixture)._asdict()
+        drawn = metrics.generate(system, samples)
+        if draw is not None:
+            draw(drawn)
+        return metrics.point_modes(drawn, mixture)._asdict()
 
-    found = []
-    for system, seed in itertools.product(systems, seeds):
-        settings = dataclasses.replace(preset(system, data), seed=seed, device="cpu", **changes)
-        begin = time.perf_counter()
-        with torch.random.fork_rng(devices=[]):
-            run = Run(build(settings, tuple(x.shape[1:])), x, settings, Path(), None)
-            for step in range(1, (settings.steps or settings.epochs * run.batches.per_epoch) + 1):
-                run.advance()
-                if step % settings.log_every == 0:
-                    run.record.read(step)
-                    run.record.clear()
-            modes = run.look(count, None, 0)
-        found.append(Coverage(system, seed, **modes, seconds=time.perf_counter() - begin))
-    return found
+    begin = time.perf_counter()
+    with torch.random.fork_rng(devices=cuda_devices(settings.device)):
+        system = build(settings, tuple(x.shape[1:]))
+        run = Run(system, x.to(settings.device), settings, Path(), None)
+        for step in range(1, (settings.steps or settings.epochs * run.batches.per_epoch) + 1):
+            run.advance()
+            if step % settings.log_every == 0:
+                run.record.read(step)
+                run.record.clear()
+        modes = run.look(count, None, 0)
+    return Coverage(settings.system, settings.seed, **modes, seconds=time.perf_counter() - begin)

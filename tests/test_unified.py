@@ -12,8 +12,9 @@ from torch import distributions
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from ivfast import cli, data, metrics, runs, unified_tables
+from ivfast import cli, data, metrics, runs
 from ivfast.models import SYSTEMS, build, preset
+from ivfast.papers import s3
 from ivfast.testing import error
 from ivfast.train import Settings
 from ivfast.train.loop import fit
@@ -523,20 +524,13 @@ def test_bound_and_accuracy_of_test_images(digits):
 def test_tables_train_every_pair_and_choose_the_temperature_on_held_out_images(digits, monkeypatch):
     few = digits._replace(train=digits.train[:200], train_labels=digits.train_labels[:200], test=digits.test[:50],
                           test_labels=digits.test_labels[:50])  # fmt: skip
-    rest, images, _ = unified_tables.held_out(few)
+    rest, images, _ = s3.held_out(few)
     assert len(rest.train) + len(images) == 200
     assert torch.equal(images, few.train[data.stratified(few.train_labels, 0.1)])
     tiny = {"steps": 2, "batch_size": 16, "width": 8, "discriminator_width": 8, "device": "cpu"}
-    rows = list(unified_tables.table3(few, shares=(0.5, 1.0), **tiny))
-    assert [(row.system, row.share) for row in rows] == [
-        *((name, share) for pair in (("vae", "aavae"), ("cvae", "aacvae")) for share in (0.5, 1.0) for name in pair),
-        ("svae", 0.5),
-        ("aasvae", 0.5),
-    ]
+    rows = [row for pair in s3.PAIRS.items() for row in s3.compare(few, pair, s3.bound, (0.5,), (0,), **tiny)]
+    assert [(row.system, row.share) for row in rows] == [(name, 0.5) for pair in s3.PAIRS.items() for name in pair]
     assert all(-500 < row.value < 0 for row in rows)
-    text = unified_tables.markdown([*rows, rows[0]._replace(seed=1)])
-    assert len(text.splitlines()) == 2 + len(rows)
-    assert "| 50% | vae |" in text
 
     trained_at = []
 
@@ -545,15 +539,15 @@ def test_tables_train_every_pair_and_choose_the_temperature_on_held_out_images(d
         trained_at.append((name, temperature, changes))
         return build(small(name, temperature=temperature), SHAPE)
 
-    monkeypatch.setattr(unified_tables, "trained", trained)
+    monkeypatch.setattr(s3, "trained", trained)
 
     def measure(system, x, y):
         t = system.settings.temperature
         return -abs(t - 3.0) if x.shape == images.shape and torch.equal(x, images) else 10 * t
 
-    rows = list(unified_tables.compare(few, ("vae", "aavae"), measure, (0.5,), (7,)))
+    rows = list(s3.compare(few, ("vae", "aavae"), measure, (0.5,), (7,)))
     assert [row[1:] for row in rows] == [(0.5, 7, 1.0, 10.0), (0.5, 7, 3.0, 30.0)]
-    assert [t for name, t, _ in trained_at] == [1.0, *unified_tables.TEMPERATURES]
+    assert [t for name, t, _ in trained_at] == [1.0, *s3.TEMPERATURES]
     assert trained_at[0][2] == {"seed": 7, "data_share": 0.5}
 
 

@@ -1,1 +1,130 @@
-"""What each paper reports, measured again: a module for each, its tables and figures as functions."""
+"""The papers' experiments by name: each prints the paper's numbers beside ours and draws the paper's figure.
+
+An experiment is a row here and a function `(Session) -> Findings` in its paper's file, which is imported when it runs.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Experiment(NamedTuple):
+    """One table or figure of a paper.
+
+    Attributes:
+        name, source: on the command line, and where the paper has it.
+        about: what it shows, in a sentence.
+        data: the data set of the small size, "" where there is none to load.
+        paper_data: the data set of the paper, for `--full`.
+        seeds, full_seeds: how many, by default.
+        small, full: the two sizes, in words.
+        run: "file:function" below this folder.
+    """
+
+    name: str
+    source: str
+    about: str
+    data: str
+    paper_data: str
+    seeds: int
+    full_seeds: int
+    small: str
+    full: str
+    run: str
+
+    def function(self) -> Callable:
+        module, _, name = self.run.partition(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+_ROWS = (
+    Experiment(
+        "s1-fig2", "S1 Fig. 2",
+        "With E and G frozen, the discriminator's loss falls towards 0 for AAE and much less for IVAAE.",
+        "digits", "mnist", 2, 3,
+        "50 epochs on digits, then 2,000 steps of D alone; d = 16, 32, 64",
+        "50 epochs on MNIST at 64x64 with S1's settings, then 5,000 steps of D alone; d = 16, 32, 64",
+        "s1:figure2",
+    ),
+    Experiment(
+        "s1-tables", "S1 Tables 1 and 2, Figs. 4 and 6",
+        "How far codes are from the prior (FLD) and samples from images, for the five auto-encoders.",
+        "digits", "mnist", 2, 1,
+        "100 epochs on digits, 5,000 samples at each look",
+        "300 epochs with S1's settings, 20,000 samples every 10 epochs; FID where Inception's weights are",
+        "s1:tables",
+    ),
+    Experiment(
+        "s1-fig5", "S1 Fig. 5",
+        "A perceptron on the frozen encoder's last hidden layer: its error rate as it learns the labels.",
+        "digits", "mnist", 2, 3,
+        "100 epochs on digits, then 1,500 steps of the probe",
+        "300 epochs on MNIST with S1's settings, then 10,000 steps of the probe",
+        "s1:figure5",
+    ),
+    Experiment(
+        "s2-example1", "S2 Example 1",
+        "Two shifted squares: the GAN's divergence is the same at every shift, the intervention's is not.",
+        "", "", 1, 1, "exact, a second", "the same", "s2:example1",
+    ),
+    Experiment(
+        "s2-stacked", "S2 Table 2, Fig. 6",
+        "How many of 1,000 modes the GANs cover, and the KL of their histogram to the uniform one.",
+        "stacked-digits", "stacked-mnist", 1, 1,
+        "2,500 steps on stacked digits, seven systems",
+        "100,000 steps on stacked MNIST at 64x64",
+        "s2:stacked",
+    ),
+    Experiment(
+        "s2-ring", "Lin et al. 2018, Fig. 2 (a proof for S2's systems)",
+        "How many of 8 Gaussians on a ring the GANs cover, and how many samples lie on one.",
+        "ring", "ring", 2, 10, "4,000 steps", "50,000 steps",
+        "s2:ring",
+    ),
+    Experiment(
+        "s2-ablation", "S2 Table 3, Fig. 7",
+        "IVLSGAN by the number of blocks k and the weight of the intervention loss.",
+        "digits", "cifar10", 2, 1,
+        "50 epochs on digits, d = 100, 2,000 samples at each look",
+        "100 epochs on CIFAR-10 at 64x64; FID where Inception's weights are",
+        "s2:ablation",
+    ),
+    Experiment(
+        "s3-table2", "S3 Table 2, left and middle",
+        "GANs beside their importance-weighted forms: classifier score, accuracy of conditional samples.",
+        "digits", "mnist", 2, 5, "3,000 steps on digits", "S3's settings on MNIST",
+        "s3:gans",
+    ),
+    Experiment(
+        "s3-table3", "S3 Table 3",
+        "Lower bounds on test images of VAEs beside their adversary-activated forms, by share of the data.",
+        "digits", "mnist", 1, 1,
+        "800 steps on digits at temperatures 1 and 3",
+        "S3's settings on MNIST at temperatures 1, 1.5, 3 and 5",
+        "s3:bounds",
+    ),
+    Experiment(
+        "s3-table4", "S3 Table 4 and Table 2, right",
+        "Accuracy of the semi-supervised VAE beside its adversary-activated form, by share of the labels.",
+        "digits", "mnist", 2, 5,
+        "800 steps on digits at temperatures 1 and 3",
+        "S3's settings on MNIST at temperatures 1, 1.5, 3 and 5",
+        "s3:accuracies",
+    ),
+    Experiment(
+        "s3-lemma1", "S3 Lemma 1 and Eq. 14, Fig. 2",
+        "The generator's gradient is that of a KL less a JSD: both sides by quadrature on 1-D Gaussians.",
+        "", "", 1, 1, "exact, a second", "the same", "s3:lemma1",
+    ),
+)  # fmt: skip
+EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in _ROWS}
+
+
+def find(name: str) -> Experiment:
+    """The experiment of that name; ValueError names the nearest and all others."""
+    if name in EXPERIMENTS:
+        return EXPERIMENTS[name]
+    near = difflib.get_close_matches(name, EXPERIMENTS, 1, 0.4)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise ValueError(f"there is no experiment {name!r}{hint} Known: {', '.join(EXPERIMENTS)}")
