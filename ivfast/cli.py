@@ -52,6 +52,9 @@ SYSTEMS = {
     "aacvae": "the same, adversary activated; reads labels (S3, section 5.2)",
     "svae": "semi-supervised VAE, M2; reads a --label-share (Kingma et al. 2014; S3)",
     "aasvae": "the same, adversary activated; reads a --label-share (S3, section 5.2)",
+    "introvae": "IntroVAE: the encoder judges by a KL with a margin (Huang et al. 2018; S5)",
+    "s-introvae": "Soft-IntroVAE: it judges by exponential ELBOs (Daniel & Tamar 2021; S5)",
+    "as-introvae": "AS-IntroVAE: it starts from an AS-Distance, --as-kernel (S5 Eq. 9)",
 }
 DATA = {
     "digits": "scikit-learn's handwritten digits, 8x8, embedded",
@@ -78,7 +81,10 @@ METRICS = {
     "modes": "modes covered of stacked digits or Gaussians, KL to uniform (S2)",
 }
 _DATA, _LENGTH, _MODEL, _MACHINE, _RUN = "Data", "Length", "Model", "Machine", "Run"
-PAPERS = "S1: Intervention Adversarial Auto-Encoder. S2: Intervention GAN. S3: On Unifying Deep Generative Models."
+PAPERS = (
+    "S1: Intervention Adversarial Auto-Encoder. S2: Intervention GAN. S3: On Unifying Deep Generative Models.\n"
+    "S5: AS-IntroVAE."
+)
 
 
 def option(*names: str, panel: str | None = None, **keywords):
@@ -214,6 +220,31 @@ def train(
         float | None,
         option(metavar="T", panel=_MODEL, help="Of the aa... systems: above 1, their samples weigh more; default: 1."),
     ] = None,
+    beta_rec: Annotated[
+        float | None, option(min=0, metavar="B", panel=_MODEL, help="Introspective VAEs: weight of the reconstruction.")
+    ] = None,
+    beta_kl: Annotated[
+        float | None,
+        option(min=0, metavar="B", panel=_MODEL, help="Likewise of the KL: of images, and for G of fakes."),
+    ] = None,
+    beta_neg: Annotated[
+        float | None, option(min=0, metavar="B", panel=_MODEL, help="Likewise of the fakes' KL, which E raises.")
+    ] = None,
+    margin: Annotated[
+        float | None,
+        option(min=0, metavar="M", panel=_MODEL, help="Of introvae's hinge: E raises a KL up to here, nats."),
+    ] = None,
+    vae_steps: Annotated[
+        int | None, option(min=0, metavar="N", panel=_MODEL, help="Introspective VAEs: first steps, as a plain VAE.")
+    ] = None,
+    anneal_steps: Annotated[
+        int | None,
+        option(min=0, metavar="N", panel=_MODEL, help="AS-IntroVAE: steps from the AS-Distance to the KL; S5: T/5."),
+    ] = None,
+    as_kernel: Annotated[
+        Literal["product", "additive"] | None,
+        option(panel=_MODEL, help="Its AS-Distance: S5's Eq. 8, or dimension by dimension as its authors' code."),
+    ] = None,
     ema: Annotated[
         float | None, option(min=0, max=1, metavar="DECAY", panel=_MODEL, help="Average the weights, as in 0.999.")
     ] = None,
@@ -253,7 +284,9 @@ def train(
         "batch_size": batch_size, "latent_dim": latent_dim, "image_size": image_size, "seed": seed, "device": device,
         "precision": precision, "compile": compile_, "capture": capture, "ema": ema, "encoder_loss": encoder_loss,
         "fld_weight": fld_weight, "k": k, "mu": mu, "lam": lam, "packing": packing, "temperature": temperature,
-        "data_share": data_share, "label_share": label_share,
+        "data_share": data_share, "label_share": label_share, "beta_rec": beta_rec, "beta_kl": beta_kl,
+        "beta_neg": beta_neg, "margin": margin, "vae_steps": vae_steps, "anneal_steps": anneal_steps,
+        "as_kernel": as_kernel,
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs

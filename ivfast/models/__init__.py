@@ -4,6 +4,7 @@ import torch
 
 from ..train.phase import System
 from ..train.settings import Settings
+from .introvae import AsIntroVae, IntroVae, SoftIntroVae
 from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
 from .ivgan import Gan as Dcgan
 from .ivgan import IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
@@ -37,6 +38,9 @@ SYSTEMS: dict[str, type[System]] = {
     "aacvae": AaCvae,
     "svae": Svae,
     "aasvae": AaSvae,
+    "introvae": IntroVae,
+    "s-introvae": SoftIntroVae,
+    "as-introvae": AsIntroVae,
 }
 ALIASES = {"aae": "wae-gan"}
 

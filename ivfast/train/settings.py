@@ -13,6 +13,7 @@ PRECISIONS = ("fp32", "bf16")
 NETS = ("mlp", "conv")
 ENCODER_LOSSES = ("ascent", "confusion")
 CODE_RECONSTRUCTIONS = ("prior", "codes")
+AS_KERNELS = ("product", "additive")
 _STREAMS = ("weights", "noise", "order")
 
 
@@ -52,6 +53,14 @@ class Settings:
             above latent_dim.
         encoder_loss: "ascent" on the cross-entropy, S1's and S2's, or "confusion", descent towards the uniform label.
         temperature: τ of S3's adversary activation, 1, 1.5, 3 or 5 there; above 1 fakes weigh more.
+        beta_rec, beta_kl, beta_neg: S5's β on the reconstruction, on the KL of images (of fakes in G's loss), and on
+            the fakes' KL in E's (in both losses of introvae).
+        gamma_r: γ_r on the reconstruction of fakes in Soft-IntroVAE's generator.
+        margin: m of IntroVAE's hinge, nats; it has to lie above the KL of the images.
+        vae_steps: steps of a plain VAE before S5's systems become introspective.
+        anneal_steps: steps in which AS-IntroVAE's c grows from 0 to 1, S5's T/5; 0 makes it Soft-IntroVAE.
+        as_kernel: kernel of its AS-Distance, "product", S5's Eq. 8, or "additive", of the authors' code: per dimension
+            of the code. The product is of use in few dimensions: in 64 it is below float32's range, or at its bound.
         classes: number of classes, for systems that read labels.
         data_share, label_share: share of the training images that is used, and of those the share that a
             semi-supervised system sees with labels, chosen class by class (`ivfast.data.stratified`).
@@ -102,6 +111,14 @@ class Settings:
     penalty: float = 10.0
     unroll: int = 5
     temperature: float = 1.0
+    beta_rec: float = 1.0
+    beta_kl: float = 1.0
+    beta_neg: float = 1.0
+    gamma_r: float = 1e-8
+    margin: float = 10.0
+    vae_steps: int = 0
+    anneal_steps: int = 1000
+    as_kernel: str = "product"
     classes: int = 10
     data_share: float = 1.0
     label_share: float = 1.0
@@ -119,11 +136,13 @@ class Settings:
         for name in ("steps", "image_size"):
             if getattr(self, name) is not None:
                 _check.count(name, getattr(self, name))
-        for name in ("depth", "discriminator_depth", "unroll"):
+        for name in ("depth", "discriminator_depth", "unroll", "vae_steps", "anneal_steps"):
             _check.count(name, getattr(self, name), at_least=0)
         for name in ("lam", "lam2", "mu", "mu1", "mu2", "fld_weight", "instance_noise", "penalty"):
             if getattr(self, name) is not None:
                 _check.number(name, getattr(self, name), non_negative=True)
+        for name in ("beta_rec", "beta_kl", "beta_neg", "gamma_r", "margin"):
+            _check.number(name, getattr(self, name), non_negative=True)
         for name in ("data_share", "label_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
@@ -136,6 +155,7 @@ class Settings:
         _check.choice("net", self.net, NETS)
         _check.choice("encoder_loss", self.encoder_loss, ENCODER_LOSSES)
         _check.choice("code_reconstruction", self.code_reconstruction, CODE_RECONSTRUCTIONS)
+        _check.choice("as_kernel", self.as_kernel, AS_KERNELS)
         for name, rate in self.learning_rates.items():
             _check.number(f"learning_rates[{name!r}]", rate, positive=True)
 

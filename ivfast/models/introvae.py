@@ -1,0 +1,348 @@
+"""S5: introspective VAEs, whose encoder is the discriminator, and what AS-IntroVAE puts in the place of their KL.
+
+x_r = G(z), z ~ q(z|x), is a reconstruction and x_g = G(z), z ~ N(0, I), a sample: the fakes x_s, s = r, g. KL_s is
+KL(q(z|x_s) ‖ N(0, I)), rec_s = ‖G(z_s) − x_s‖² with z_s ~ q(z|x_s), images in [0, 1] and points as they are. E meets
+the fakes as constants and G meets them again after E's step, through E as that has left it. All losses are minimised.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+import ivfast
+
+from .. import nets
+from ..points import POINTS
+from ..train.phase import Phase, System
+from ..train.settings import Settings
+
+LOGVAR = 10.0  # log-variances are kept within ±10: a standard deviation of e^±5 is far from any posterior's
+DISTANCE = 30.0  # no kernel of the AS-Distance exceeds e^30: the square of its gradient, which Adam keeps, is finite
+
+
+class Posterior(NamedTuple):
+    mu: Tensor  # [n, d]
+    logvar: Tensor  # [n, d]
+    z: Tensor  # [n, d]
+    kl: Tensor  # [n], to the prior
+
+
+class Encoded(NamedTuple):
+    x: Tensor  # [n, ...]
+    q: Posterior  # q(z|x)
+    noise: Tensor  # [n, d], from the prior
+    c: Tensor  # the share of KL in AS-IntroVAE's energy at this step
+    adversarial: Tensor  # whether the steps of a plain VAE are over
+
+
+class Judged(NamedTuple):
+    """Reconstructions and samples as E and G see them."""
+
+    r: Posterior
+    g: Posterior
+    recon_r: Tensor | None  # [n]
+    recon_g: Tensor | None
+
+
+class Schedule(nn.Module):
+    """The number i of the step, on the device and in the checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+
+class Introspective(System):
+    """The networks and the two phases that introspective VAEs have in common.
+
+    For its first `vae_steps` steps a system is a VAE: neither network meets the fakes.
+    """
+
+    def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
+        super().__init__(settings, image_shape)
+        self.latent_dim = d = settings.latent_dim
+        shape, width = self.image_shape, settings.width
+        if settings.net == "mlp":
+            self.modules["encoder"] = nets.mlp_encoder(shape, 2 * d, width, settings.depth)
+            self.modules["decoder"] = nets.mlp_decoder(shape, d, width, settings.depth)
+        else:
+            self.modules["encoder"] = nets.conv_encoder(shape, 2 * d, width)
+            self.modules["decoder"] = nets.conv_decoder(shape, d, width)
+        self.modules["schedule"] = Schedule()
+        self.to_device()
+        self.pixel = 0.25 if len(shape) == 3 else 1.0  # a squared difference within [-1, 1] as one within [0, 1]
+        self.phases = [
+            Phase("encoder", self.adam("encoder"), self.encoder_loss),
+            Phase("generator", self.adam("decoder"), self.generator_loss),
+        ]
+
+    @classmethod
+    def preset(cls, data: str) -> dict[str, object]:
+        name = data.partition(":")[0]
+        return {**_S5, **(_points(name) if name in POINTS else _DATA.get(name, _IMAGES)), **cls.own(name)}
+
+    @classmethod
+    def own(cls, data: str) -> dict[str, object]:
+        """What a system's preset has beside the others'."""
+        return {}
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images `[n, C, H, W]` in [-1, 1], or points -> the means of their posteriors `[n, d]`."""
+        return self.modules["encoder"](x).float().chunk(2, 1)[0]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Codes `[n, d]` -> images in [-1, 1], or points."""
+        return self.modules["decoder"](z).float()
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n images from the prior. The generator may live on the CPU while the system does not."""
+        place = self.settings.device if generator is None else generator.device
+        z = torch.randn(n, self.latent_dim, generator=generator, device=place)
+        return self.decode(z.to(self.settings.device))
+
+    def posterior(self, x: Tensor) -> Posterior:
+        mu, logvar = self.modules["encoder"](x).float().chunk(2, 1)
+        logvar = returning_clamp(logvar, -LOGVAR, LOGVAR)
+        return Posterior(mu, logvar, *ivfast.reparameterize(mu, logvar, draws=self.randn_like(mu)))
+
+    def share(self, x: Tensor) -> Encoded:
+        s, step = self.settings, self.modules["schedule"].step
+        c = (step / s.anneal_steps).clamp(max=1) if s.anneal_steps else torch.ones_like(step, dtype=torch.float32)
+        adversarial = step >= s.vae_steps
+        q = self.posterior(x)
+        step.add_(1)
+        return Encoded(x, q, self.randn_like(q.mu), c, adversarial)
+
+    def distance(self, x: Tensor, target: Tensor) -> Tensor:
+        """‖x − target‖² `[n]`."""
+        return self.pixel * ivfast.reconstruction_loss(x, target)
+
+    def judge(self, x_r: Tensor, x_g: Tensor, *, again: bool, detach: bool = False) -> Judged:
+        """The posteriors of both kinds of fakes and, where asked for, how they are reconstructed `again`.
+
+        The fakes are constants in rec_s and, with `detach`, so is the code that they are reconstructed from.
+        """
+        q = [self.posterior(x) for x in (x_r, x_g)]
+        recon: list[Tensor | None] = [None, None]
+        if again:
+            codes = [p.z.detach() if detach else p.z for p in q]
+            recon = [self.distance(self.decode(z), x.detach()) for z, x in zip(codes, (x_r, x_g), strict=True)]
+        return Judged(*q, *recon)
+
+    def autoencoding(self, shared: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
+        """x_r and the terms β_rec rec + β_kl KL of the images."""
+        s, x_r = self.settings, self.decode(shared.q.z)
+        recon, kl = self.distance(x_r, shared.x).mean(), shared.q.kl.mean()
+        return x_r, {"recon": self.scale * s.beta_rec * recon, "kl": self.scale * s.beta_kl * kl}
+
+    def encoder_loss(self, shared: Encoded) -> dict[str, Tensor]:
+        x_r, terms = self.autoencoding(shared)
+        with torch.no_grad():
+            x_g = self.decode(shared.noise)
+        return {**terms, **self.after_vae(shared, self.rejecting(shared, x_r.detach(), x_g))}
+
+    def generator_loss(self, shared: Encoded) -> dict[str, Tensor]:
+        x_r, x_g = self.decode(shared.q.z.detach()), self.decode(shared.noise)
+        recon = self.scale * self.settings.beta_rec * self.distance(x_r, shared.x).mean()
+        return {"recon": recon, **self.after_vae(shared, self.deceiving(shared, x_r, x_g))}
+
+    def after_vae(self, shared: Encoded, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.settings.vae_steps:
+            return terms
+        return {name: torch.where(shared.adversarial, term, 0) for name, term in terms.items()}
+
+    scale = 1.0  # s
+
+    def rejecting(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+        """E's terms of the fakes."""
+        raise NotImplementedError
+
+    def deceiving(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+        """G's terms of the fakes."""
+        raise NotImplementedError
+
+
+class Vae(Introspective):
+    """A VAE on the same networks, of rec and KL weighted alike: the first column of S5's Table 1."""
+
+    def rejecting(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+        return {}
+
+    deceiving = rejecting
+
+
+class IntroVae(Introspective):
+    """L_E = β_rec rec + β_kl KL(x) + ½ β_neg Σ_s [m − KL_s]₊,  L_G = β_rec rec + ½ β_neg Σ_s KL_s.
+
+    S5 prints it at β_rec = β_kl = 1, and adds a bound that it means to subtract. β_neg is IntroVAE's α, m the `margin`.
+
+    Source: S5 Eq. 3; Huang et al. 2018, Eqs. 11 and 12.
+    """
+
+    @classmethod
+    def own(cls, data: str) -> dict[str, object]:
+        return {"beta_neg": 1.0}
+
+    def rejecting(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+        fakes, s = self.judge(x_r, x_g, again=False), self.settings
+        return {
+            f"hinge_{name}": 0.5 * s.beta_neg * (s.margin - q.kl).relu().mean()
+            for name, q in (("rec", fakes.r), ("fake", fakes.g))
+        }
+
+    def deceiving(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+        fakes, beta = self.judge(x_r, x_g, again=False), self.settings.beta_neg
+        return {"kl_rec": 0.5 * beta * fakes.r.kl.mean(), "kl_fake": 0.5 * beta * fakes.g.kl.mean()}
+
+
+class SoftIntroVae(Introspective):
+    """L_E = s (β_rec rec + β_kl KL(x)) + ¼ Σ_s E exp(−2 s (β_rec rec_s + β_neg KL_s)),
+    L_G = s (β_rec rec + ½ β_kl Σ_s KL_s + ½ γ_r β_rec Σ_s rec_s),  s = 1/dim x.
+
+    Energies are never negative, so the exponentials lie in [0, 1]: one of a huge or infinite energy is 0, and so is its
+    gradient. G reconstructs its fakes from codes held constant.
+
+    Source: S5 Eq. 4; Daniel & Tamar 2021, Algorithm 1.
+    """
+
+    def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
+        super().__init__(settings, image_shape)
+        self.scale = 1 / math.prod(self.image_shape)
+
+    def energies(self, shared: Encoded, fakes: Judged) -> tuple[Tensor, Tensor]:
+        """What stands for the KL of reconstructions and of samples, `[n]` each."""
+        return fakes.r.kl, fakes.g.kl
+
+    def rejecting(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+        fakes, s = self.judge(x_r, x_g, again=True), self.settings
+        energies = zip(("rec", "fake"), (fakes.recon_r, fakes.recon_g), self.energies(shared, fakes), strict=True)
+        betas = {"beta_reconstruction": s.beta_rec, "beta_kl": s.beta_neg}
+        return {  # the op's is ½ E exp(−2 …)
+            f"exp_{name}": 0.5 * ivfast.exp_elbo_loss(recon, kl, scale=self.scale, alpha=2.0, **betas)
+            for name, recon, kl in energies
+        }
+
+    def deceiving(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+        s = self.settings
+        fakes = self.judge(x_r, x_g, again=s.gamma_r > 0, detach=True)
+        r, g = self.energies(shared, fakes)
+        half = 0.5 * self.scale
+        terms = {"kl_rec": half * s.beta_kl * r.mean(), "kl_fake": half * s.beta_kl * g.mean()}
+        if s.gamma_r:
+            weight = half * s.gamma_r * s.beta_rec
+            terms |= {"again_rec": weight * fakes.recon_r.mean(), "again_fake": weight * fakes.recon_g.mean()}
+        return terms
+
+
+class AsIntroVae(SoftIntroVae):
+    """Soft-IntroVAE whose KL_s is c KL_s + (1 − c) D(x_r, x_g), c = min(i/`anneal_steps`, 1), D the AS-Distance.
+
+    S5 takes c = min(5 i/T, 1), so `anneal_steps` = T/5; from there on this is Soft-IntroVAE. E maximises D through its
+    exponentials and G minimises it. Inside D log-variances are kept above a floor under which a product kernel could
+    exceed e^30; below it D looks at the means alone, and its gradient for the variance is 0.
+
+    Source: S5 Eqs. 7 to 9. Eq. 9 prints + before c KL and (1 − c) D, which are costs.
+    """
+
+    def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
+        super().__init__(settings, image_shape)
+        dims = settings.latent_dim if settings.as_kernel == "product" else 1
+        # Π_d (2π · 2 e^floor)^(−½) = e^DISTANCE
+        self.floor = max(-LOGVAR, -2 * DISTANCE / dims - math.log(4 * math.pi))
+
+    def energies(self, shared: Encoded, fakes: Judged) -> tuple[Tensor, Tensor]:
+        r, g = fakes.r, fakes.g
+        floors = [q.logvar.clamp(min=self.floor) for q in (r, g)]
+        distance = self.ops.as_distance(r.mu, floors[0], g.mu, floors[1], kernel=self.settings.as_kernel)
+        return tuple(shared.c * q.kl + (1 - shared.c) * distance for q in (r, g))
+
+
+class _ReturningClamp(Function):
+    @staticmethod
+    def forward(ctx, x, least, most):
+        ctx.save_for_backward(x)
+        ctx.bounds = least, most
+        return x.clamp(least, most)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,), (least, most) = ctx.saved_tensors, ctx.bounds
+        leaving = ((x > most) & (grad < 0)) | ((x < least) & (grad > 0))  # a step of descent is −grad
+        return grad.masked_fill(leaving, 0), None, None
+
+
+def returning_clamp(x: Tensor, least: float, most: float) -> Tensor:
+    """x within [least, most]. Outside, gradients that lead back pass and those that lead on do not.
+
+    Under a plain clamp an encoder that has been driven outside, as by fakes whose KL it maximises, could not come back:
+    the KL of its real images would have no gradient there.
+    """
+    return _ReturningClamp.apply(x, least, most)
+
+
+# Daniel & Tamar 2021: their public code, and for images its table of settings. T is 30,000 steps for points.
+_S5 = {"learning_rates": {"default": 2e-4}, "beta_rec": 1.0, "beta_kl": 1.0, "beta_neg": 256.0}
+_POINTS = {
+    "net": "mlp",
+    "width": 256,
+    "depth": 3,
+    "latent_dim": 2,
+    "batch_size": 512,
+    "steps": 30_000,
+    "vae_steps": 2000,
+    "margin": 5.0,
+    "anneal_steps": 6000,
+    "evaluate_every": 50,
+    "save_every": 50,
+}
+_BETAS = {  # β_rec, β_kl, β_neg; the sets that they did not use have those of 8 Gaussians
+    "spirals": (0.2, 0.5, 1.0),
+    "checkerboard": (0.2, 0.1, 0.2),
+}
+
+
+def _points(name: str) -> dict[str, object]:
+    betas = _BETAS.get(name, (0.2, 0.3, 0.9))
+    return {**_POINTS, **dict(zip(("beta_rec", "beta_kl", "beta_neg"), betas, strict=True))}
+
+
+_IMAGES = {
+    "net": "conv",
+    "width": 64,
+    "image_size": 64,
+    "latent_dim": 128,
+    "batch_size": 32,
+    "epochs": 250,
+    "as_kernel": "additive",
+    "margin": 20.0,
+    "anneal_steps": 78_000,  # of CIFAR-10's 250 epochs
+}
+_MNIST = {**_IMAGES, "image_size": 28, "latent_dim": 32, "batch_size": 128, "anneal_steps": 23_400}
+_CELEBA = {"image_size": 128, "latent_dim": 256, "batch_size": 8, "beta_rec": 0.5, "beta_neg": 1024.0}
+_DIGITS = {  # not in S5; β_neg weighs a nat as in MNIST's exponentials
+    "net": "mlp",
+    "width": 256,
+    "image_size": 8,
+    "latent_dim": 16,
+    "batch_size": 64,
+    "beta_neg": 16.0,
+    "as_kernel": "additive",
+    "margin": 20.0,
+    "anneal_steps": 1100,
+    "epochs": 250,
+    "evaluate_every": 50,
+    "save_every": 50,
+}
+_DATA = {
+    "mnist": _MNIST,
+    "fashion-mnist": _MNIST,
+    "cifar10": {**_IMAGES, "image_size": 32},
+    "svhn": {**_IMAGES, "image_size": 32},
+    "celeba": {**_IMAGES, **_CELEBA, "anneal_steps": 1_000_000},
+    "digits": _DIGITS,
+    "stacked-digits": {**_DIGITS, "epochs": 10, "evaluate_every": 2, "save_every": 1},
+}
