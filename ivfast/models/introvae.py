@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import ivfast
 
@@ -39,12 +40,10 @@ class Encoded(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Reconstructions and samples as E and G see them."""
+    """Fakes as E and G see them: n reconstructions, then n samples."""
 
-    r: Posterior
-    g: Posterior
-    recon_r: Tensor | None  # [n]
-    recon_g: Tensor | None
+    q: Posterior  # of 2n
+    recon: Tensor | None  # rec_s [2n]
 
 
 class Schedule(nn.Module):
@@ -73,6 +72,7 @@ class Introspective(System):
             self.modules["decoder"] = nets.conv_decoder(shape, d, width)
         self.modules["schedule"] = Schedule()
         self.to_device()
+        self.normalises = any(isinstance(m, _BatchNorm) for m in nn.ModuleDict(self.modules).modules())
         self.pixel = 0.25 if len(shape) == 3 else 1.0  # a squared difference within [-1, 1] as one within [0, 1]
         self.phases = [
             Phase("encoder", self.adam("encoder"), self.encoder_loss),
@@ -104,10 +104,18 @@ class Introspective(System):
         z = torch.randn(n, self.latent_dim, generator=generator, device=place)
         return self.decode(z.to(self.settings.device))
 
-    def posterior(self, x: Tensor) -> Posterior:
-        mu, logvar = self.modules["encoder"](x).float().chunk(2, 1)
+    def run(self, network: str, batches: Tensor, kinds: int) -> Tensor:
+        """The network on so many kinds of batches `[kinds n, ...]`: each by itself where it normalises over a batch."""
+        module = self.modules[network]
+        if not self.normalises or kinds == 1:
+            return module(batches).float()
+        return torch.cat([module(x) for x in batches.chunk(kinds)]).float()
+
+    def posterior(self, x: Tensor, kinds: int = 1) -> Posterior:
+        mu, logvar = self.run("encoder", x, kinds).chunk(2, 1)
         logvar = returning_clamp(logvar, -LOGVAR, LOGVAR)
-        return Posterior(mu, logvar, *ivfast.reparameterize(mu, logvar, draws=self.randn_like(mu)))
+        noise = torch.cat([self.randn_like(part) for part in mu.chunk(kinds)])
+        return Posterior(mu, logvar, *ivfast.reparameterize(mu, logvar, draws=noise))
 
     def share(self, x: Tensor) -> Encoded:
         s, step = self.settings, self.modules["schedule"].step
@@ -121,34 +129,29 @@ class Introspective(System):
         """‖x − target‖² `[n]`."""
         return self.pixel * ivfast.reconstruction_loss(x, target)
 
-    def judge(self, x_r: Tensor, x_g: Tensor, *, again: bool, detach: bool = False) -> Judged:
-        """The posteriors of both kinds of fakes and, where asked for, how they are reconstructed `again`.
+    def judge(self, fakes: Tensor, *, again: bool, detach: bool = False) -> Judged:
+        """The posteriors of reconstructions and samples `[2n, ...]` and, where asked for, how they come out `again`.
 
-        The fakes are constants in rec_s and, with `detach`, so is the code that they are reconstructed from.
+        Fakes are constants in rec_s and, with `detach`, so are the codes that they are reconstructed from.
         """
-        q = [self.posterior(x) for x in (x_r, x_g)]
-        recon: list[Tensor | None] = [None, None]
-        if again:
-            codes = [p.z.detach() if detach else p.z for p in q]
-            recon = [self.distance(self.decode(z), x.detach()) for z, x in zip(codes, (x_r, x_g), strict=True)]
-        return Judged(*q, *recon)
-
-    def autoencoding(self, shared: Encoded) -> tuple[Tensor, dict[str, Tensor]]:
-        """x_r and the terms β_rec rec + β_kl KL of the images."""
-        s, x_r = self.settings, self.decode(shared.q.z)
-        recon, kl = self.distance(x_r, shared.x).mean(), shared.q.kl.mean()
-        return x_r, {"recon": self.scale * s.beta_rec * recon, "kl": self.scale * s.beta_kl * kl}
+        q = self.posterior(fakes, 2)
+        if not again:
+            return Judged(q, None)
+        back = self.run("decoder", q.z.detach() if detach else q.z, 2)
+        return Judged(q, self.distance(back, fakes.detach()))
 
     def encoder_loss(self, shared: Encoded) -> dict[str, Tensor]:
-        x_r, terms = self.autoencoding(shared)
+        s, x_r = self.settings, self.decode(shared.q.z)
+        recon, kl = self.distance(x_r, shared.x).mean(), shared.q.kl.mean()
         with torch.no_grad():
-            x_g = self.decode(shared.noise)
-        return {**terms, **self.after_vae(shared, self.rejecting(shared, x_r.detach(), x_g))}
+            fakes = torch.cat([x_r, self.decode(shared.noise)])
+        terms = {"recon": self.scale * s.beta_rec * recon, "kl": self.scale * s.beta_kl * kl}
+        return {**terms, **self.after_vae(shared, self.rejecting(shared, fakes))}
 
     def generator_loss(self, shared: Encoded) -> dict[str, Tensor]:
-        x_r, x_g = self.decode(shared.q.z.detach()), self.decode(shared.noise)
-        recon = self.scale * self.settings.beta_rec * self.distance(x_r, shared.x).mean()
-        return {"recon": recon, **self.after_vae(shared, self.deceiving(shared, x_r, x_g))}
+        fakes = self.run("decoder", torch.cat([shared.q.z.detach(), shared.noise]), 2)
+        recon = self.scale * self.settings.beta_rec * self.distance(fakes[: len(shared.x)], shared.x).mean()
+        return {"recon": recon, **self.after_vae(shared, self.deceiving(shared, fakes))}
 
     def after_vae(self, shared: Encoded, terms: dict[str, Tensor]) -> dict[str, Tensor]:
         if not self.settings.vae_steps:
@@ -157,11 +160,11 @@ class Introspective(System):
 
     scale = 1.0  # s
 
-    def rejecting(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+    def rejecting(self, shared: Encoded, fakes: Tensor) -> dict[str, Tensor]:
         """E's terms of the fakes."""
         raise NotImplementedError
 
-    def deceiving(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+    def deceiving(self, shared: Encoded, fakes: Tensor) -> dict[str, Tensor]:
         """G's terms of the fakes."""
         raise NotImplementedError
 
@@ -169,7 +172,7 @@ class Introspective(System):
 class Vae(Introspective):
     """A VAE on the same networks, of rec and KL weighted alike: the first column of S5's Table 1."""
 
-    def rejecting(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
+    def rejecting(self, shared: Encoded, fakes: Tensor) -> dict[str, Tensor]:
         return {}
 
     deceiving = rejecting
@@ -187,16 +190,13 @@ class IntroVae(Introspective):
     def own(cls, data: str) -> dict[str, object]:
         return {"beta_neg": 1.0}
 
-    def rejecting(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
-        fakes, s = self.judge(x_r, x_g, again=False), self.settings
-        return {
-            f"hinge_{name}": 0.5 * s.beta_neg * (s.margin - q.kl).relu().mean()
-            for name, q in (("rec", fakes.r), ("fake", fakes.g))
-        }
+    def rejecting(self, shared: Encoded, fakes: Tensor) -> dict[str, Tensor]:
+        s, kl = self.settings, self.judge(fakes, again=False).q.kl
+        return by_kind("hinge", 0.5 * s.beta_neg * mean_by_kind((s.margin - kl).relu()))
 
-    def deceiving(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
-        fakes, beta = self.judge(x_r, x_g, again=False), self.settings.beta_neg
-        return {"kl_rec": 0.5 * beta * fakes.r.kl.mean(), "kl_fake": 0.5 * beta * fakes.g.kl.mean()}
+    def deceiving(self, shared: Encoded, fakes: Tensor) -> dict[str, Tensor]:
+        kl = self.judge(fakes, again=False).q.kl
+        return by_kind("kl", 0.5 * self.settings.beta_neg * mean_by_kind(kl))
 
 
 class SoftIntroVae(Introspective):
@@ -213,28 +213,23 @@ class SoftIntroVae(Introspective):
         super().__init__(settings, image_shape)
         self.scale = 1 / math.prod(self.image_shape)
 
-    def energies(self, shared: Encoded, fakes: Judged) -> tuple[Tensor, Tensor]:
-        """What stands for the KL of reconstructions and of samples, `[n]` each."""
-        return fakes.r.kl, fakes.g.kl
+    def energies(self, shared: Encoded, q: Posterior) -> Tensor:
+        """What stands for the KL of reconstructions and of samples `[2n]`."""
+        return q.kl
 
-    def rejecting(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
-        fakes, s = self.judge(x_r, x_g, again=True), self.settings
-        energies = zip(("rec", "fake"), (fakes.recon_r, fakes.recon_g), self.energies(shared, fakes), strict=True)
+    def rejecting(self, shared: Encoded, fakes: Tensor) -> dict[str, Tensor]:
+        s, judged = self.settings, self.judge(fakes, again=True)
+        recon, energies = (x.view(2, -1) for x in (judged.recon, self.energies(shared, judged.q)))
         betas = {"beta_reconstruction": s.beta_rec, "beta_kl": s.beta_neg}
-        return {  # the op's is ½ E exp(−2 …)
-            f"exp_{name}": 0.5 * ivfast.exp_elbo_loss(recon, kl, scale=self.scale, alpha=2.0, **betas)
-            for name, recon, kl in energies
-        }
+        exponentials = ivfast.exp_elbo_loss(recon, energies, scale=self.scale, alpha=2.0, **betas)  # ½ E exp(−2 …)
+        return by_kind("exp", 0.5 * exponentials)
 
-    def deceiving(self, shared: Encoded, x_r: Tensor, x_g: Tensor) -> dict[str, Tensor]:
-        s = self.settings
-        fakes = self.judge(x_r, x_g, again=s.gamma_r > 0, detach=True)
-        r, g = self.energies(shared, fakes)
-        half = 0.5 * self.scale
-        terms = {"kl_rec": half * s.beta_kl * r.mean(), "kl_fake": half * s.beta_kl * g.mean()}
+    def deceiving(self, shared: Encoded, fakes: Tensor) -> dict[str, Tensor]:
+        s, half = self.settings, 0.5 * self.scale
+        judged = self.judge(fakes, again=s.gamma_r > 0, detach=True)
+        terms = by_kind("kl", half * s.beta_kl * mean_by_kind(self.energies(shared, judged.q)))
         if s.gamma_r:
-            weight = half * s.gamma_r * s.beta_rec
-            terms |= {"again_rec": weight * fakes.recon_r.mean(), "again_fake": weight * fakes.recon_g.mean()}
+            terms |= by_kind("again", half * s.gamma_r * s.beta_rec * mean_by_kind(judged.recon))
         return terms
 
 
@@ -254,11 +249,20 @@ class AsIntroVae(SoftIntroVae):
         # Π_d (2π · 2 e^floor)^(−½) = e^DISTANCE
         self.floor = max(-LOGVAR, -2 * DISTANCE / dims - math.log(4 * math.pi))
 
-    def energies(self, shared: Encoded, fakes: Judged) -> tuple[Tensor, Tensor]:
-        r, g = fakes.r, fakes.g
-        floors = [q.logvar.clamp(min=self.floor) for q in (r, g)]
-        distance = self.ops.as_distance(r.mu, floors[0], g.mu, floors[1], kernel=self.settings.as_kernel)
-        return tuple(shared.c * q.kl + (1 - shared.c) * distance for q in (r, g))
+    def energies(self, shared: Encoded, q: Posterior) -> Tensor:
+        (mu_r, mu_g), (logvar_r, logvar_g) = q.mu.chunk(2), q.logvar.clamp(min=self.floor).chunk(2)
+        distance = self.ops.as_distance(mu_r, logvar_r, mu_g, logvar_g, kernel=self.settings.as_kernel)
+        return shared.c * q.kl + (1 - shared.c) * distance
+
+
+def mean_by_kind(x: Tensor) -> Tensor:
+    """`[2n]` -> `[2]`."""
+    return x.view(2, -1).mean(1)
+
+
+def by_kind(name: str, terms: Tensor) -> dict[str, Tensor]:
+    """A term of reconstructions and one of samples, from `[2]`."""
+    return {f"{name}_rec": terms[0], f"{name}_fake": terms[1]}
 
 
 class _ReturningClamp(Function):
