@@ -71,7 +71,7 @@ DATA = {
 }
 METRICS = {
     "fld": "Fréchet distance of the codes to the prior (S1)",
-    "reconstruction": "mean squared error and PSNR on test images",
+    "reconstruction": "mean squared error, PSNR and SSIM on test images",
     "classifier-distance": "Fréchet distance in a classifier's features; not FID",
     "classifier-score": "the Inception score's formula, by that classifier",
     "bound": "variational lower bound on test images, nats (S3)",
@@ -79,6 +79,7 @@ METRICS = {
     "conditional-accuracy": "samples that a classifier takes for their class (S3)",
     "fid": "Inception FID; needs pytorch-fid's weights",
     "modes": "modes covered of stacked digits or Gaussians, KL to uniform (S2)",
+    "histogram": "KL and JSD of points in the plane, as published and in nats (S5)",
 }
 _DATA, _LENGTH, _MODEL, _MACHINE, _RUN = "Data", "Length", "Model", "Machine", "Run"
 PAPERS = (

@@ -1,0 +1,1 @@
+"""The papers' tables and figures, each from a run of one function: a file per paper."""
