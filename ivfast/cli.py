@@ -155,6 +155,7 @@ says how to go on.
   [green]ivfast train wae-mmd --epochs 50 --seed 1[/green]
   [green]ivfast train ivaae-bw --data celeba --root ~/data --device cuda --compile[/green]
   [green]ivfast train aasvae --label-share 0.1 --temperature 3[/green]
+  [green]ivfast train as-introvae --data 8-gaussians --as-kernel additive[/green]
   [green]ivfast train --data folder --root ~/photos --image-size 64[/green]
   [green]ivfast train --resume --out runs/ivaae-rad-digits-1 --epochs 400[/green]
 """
