@@ -52,9 +52,9 @@ SYSTEMS = {
     "aacvae": "the same, adversary activated; reads labels (S3, section 5.2)",
     "svae": "semi-supervised VAE, M2; reads a --label-share (Kingma et al. 2014; S3)",
     "aasvae": "the same, adversary activated; reads a --label-share (S3, section 5.2)",
-    "introvae": "IntroVAE: the encoder judges by a KL with a margin (Huang et al. 2018; S5)",
-    "s-introvae": "Soft-IntroVAE: it judges by exponential ELBOs (Daniel & Tamar 2021; S5)",
-    "as-introvae": "AS-IntroVAE: it starts from an AS-Distance, --as-kernel (S5 Eq. 9)",
+    "introvae": "IntroVAE: E judges by a KL with a margin (Huang et al. 2018; S5)",
+    "s-introvae": "Soft-IntroVAE: by exponential ELBOs (Daniel & Tamar 2021; S5)",
+    "as-introvae": "AS-IntroVAE: at first by an AS-Distance, --as-kernel (S5 Eq. 9)",
 }
 DATA = {
     "digits": "scikit-learn's handwritten digits, 8x8, embedded",
