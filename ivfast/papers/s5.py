@@ -52,7 +52,7 @@ def table1(
 
     S5 does not print its settings of C1; these are those of Soft-IntroVAE for the set, for all four systems but for
     IntroVAE's β = 1 and margin of 5 nats. On one core of a Xeon 1,000 steps took 5 s of processor time (vae), 8, 11 and
-    12: a seed of all four takes about six minutes, with `full` about two hours.
+    12: a seed of all four takes about six minutes.
 
     Args:
         steps: default 10,000, with `full` 30,000. A fifteenth of them are a plain VAE's, in a fifth AS-IntroVAE's c
