@@ -56,6 +56,9 @@ SYSTEMS = {
     "svae": "semi-supervised VAE, M2; reads a --label-share (Kingma et al. 2014; S3)",
     "aasvae": "the same, adversary activated; reads a --label-share (S3, section 5.2)",
     "avb": "VAE of a black-box posterior, whose KL T learns (S4 Alg. 1)",
+    "introvae": "IntroVAE: E judges by a KL with a margin (Huang et al. 2018; S5)",
+    "s-introvae": "Soft-IntroVAE: by exponential ELBOs (Daniel & Tamar 2021; S5)",
+    "as-introvae": "AS-IntroVAE: at first by an AS-Distance, --as-kernel (S5 Eq. 9)",
 }
 DATA = {
     "digits": "scikit-learn's handwritten digits, 8x8, embedded",
@@ -72,7 +75,7 @@ DATA = {
 }
 METRICS = {
     "fld": "Fréchet distance of the codes to the prior (S1)",
-    "reconstruction": "mean squared error and PSNR on test images",
+    "reconstruction": "mean squared error, PSNR and SSIM on test images",
     "classifier-distance": "Fréchet distance in a classifier's features; not FID",
     "classifier-score": "the Inception score's formula, by that classifier",
     "bound": "variational lower bound on test images, nats (S3); avb's own estimate (S4)",
@@ -83,11 +86,12 @@ METRICS = {
     "fid": "Inception FID; needs pytorch-fid's weights",
     "probe": "error of a perceptron on the frozen codes, learning labels (S1)",
     "modes": "modes covered of stacked digits or Gaussians, KL to uniform (S2)",
+    "histogram": "KL and JSD of points in the plane, as published and in nats (S5)",
 }
 _DATA, _LENGTH, _MODEL, _MACHINE, _RUN = "Data", "Length", "Model", "Machine", "Run"
 PAPERS = (
     "S1: Intervention Adversarial Auto-Encoder. S2: Intervention GAN. S3: On Unifying Deep Generative Models. "
-    "S4: Adversarial Variational Bayes."
+    "S4: Adversarial Variational Bayes. S5: AS-IntroVAE."
 )
 
 
@@ -159,6 +163,7 @@ save, and say how to go on; a run that was killed goes on from its checkpoint.
   [green]ivfast train ivaae-bw --data celeba --root ~/data --device cuda --compile[/green]
   [green]ivfast train aasvae --label-share 0.1 --temperature 3[/green]
   [green]ivfast train avb --data four-points[/green]
+  [green]ivfast train as-introvae --data 8-gaussians --as-kernel additive[/green]
   [green]ivfast train --data folder --root ~/photos --image-size 64[/green]
   [green]ivfast train --resume --out runs/ivaae-rad-digits-1 --epochs 400[/green]
 """
@@ -246,6 +251,31 @@ def train(
         Literal["js", "kl"] | None,
         option(panel=_MODEL, help="AVB's discriminator: a GAN's objective (js, the default), or Eq. 5.10's (kl)."),
     ] = None,
+    beta_rec: Annotated[
+        float | None, option(min=0, metavar="B", panel=_MODEL, help="Introspective VAEs: weight of the reconstruction.")
+    ] = None,
+    beta_kl: Annotated[
+        float | None,
+        option(min=0, metavar="B", panel=_MODEL, help="Likewise of the KL: of images, and for G of fakes."),
+    ] = None,
+    beta_neg: Annotated[
+        float | None, option(min=0, metavar="B", panel=_MODEL, help="Likewise of the fakes' KL, which E raises.")
+    ] = None,
+    margin: Annotated[
+        float | None,
+        option(min=0, metavar="M", panel=_MODEL, help="Of introvae's hinge: E raises a KL up to here, nats."),
+    ] = None,
+    vae_steps: Annotated[
+        int | None, option(min=0, metavar="N", panel=_MODEL, help="Introspective VAEs: first steps, as a plain VAE.")
+    ] = None,
+    anneal_steps: Annotated[
+        int | None,
+        option(min=0, metavar="N", panel=_MODEL, help="AS-IntroVAE: steps from the AS-Distance to the KL; S5: T/5."),
+    ] = None,
+    as_kernel: Annotated[
+        Literal["product", "additive"] | None,
+        option(panel=_MODEL, help="Its AS-Distance: S5's Eq. 8, or dimension by dimension as its authors' code."),
+    ] = None,
     ema: Annotated[
         float | None, option(min=0, max=1, metavar="DECAY", panel=_MODEL, help="Average the weights, as in 0.999.")
     ] = None,
@@ -286,7 +316,8 @@ def train(
         "precision": precision, "compile": compile_, "capture": capture, "ema": ema, "encoder_loss": encoder_loss,
         "fld_weight": fld_weight, "k": k, "mu": mu, "lam": lam, "packing": packing, "temperature": temperature,
         "contrast": contrast, "divergence": divergence, "data_share": data_share, "label_share": label_share,
-        "flip": flip, "data_memory": data_memory,
+        "flip": flip, "data_memory": data_memory, "beta_rec": beta_rec, "beta_kl": beta_kl, "beta_neg": beta_neg,
+        "margin": margin, "vae_steps": vae_steps, "anneal_steps": anneal_steps, "as_kernel": as_kernel,
     }  # fmt: skip
     from . import data as datasets
     from . import models, report, runs

@@ -16,6 +16,7 @@ class Mixture(NamedTuple):
     centers: Tensor  # [modes, d]
     deviation: float
     about: str
+    reach: float = 2.0  # histograms cover [-reach, reach]²
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         mode = torch.randint(len(self.centers), (n,), generator=generator)
@@ -28,6 +29,7 @@ class Shape(NamedTuple):
 
     draw: Callable[[int, torch.Generator], Tensor]
     about: str
+    reach: float = 4.0
 
 
 def _circle(radius: float) -> Tensor:
@@ -54,7 +56,7 @@ def _checkerboard(n: int, generator: torch.Generator) -> Tensor:
 POINTS: dict[str, Mixture | Shape] = {
     "ring": Mixture(_circle(1.0), 0.01, "8 Gaussians on a circle of radius 1, s.d. .01 (PacGAN)"),
     "grid": Mixture(
-        torch.cartesian_prod(*[torch.arange(-4.0, 5.0, 2.0)] * 2), 0.05, "25 Gaussians, 2 apart, s.d. .05 (VEEGAN)"
+        torch.cartesian_prod(*[torch.arange(-4.0, 5.0, 2.0)] * 2), 0.05, "25 Gaussians, 2 apart, s.d. .05 (VEEGAN)", 5.0
     ),
     "8-gaussians": Mixture(
         _circle(math.sqrt(2)), 0.02 / math.sqrt(2), "8 Gaussians, radius 1.41, s.d. .014 (Soft-IntroVAE; S5)"

@@ -22,6 +22,7 @@ from .train.settings import Settings
 CODES = 60_000  # FLD is taken on so many codes (S1, section 4)
 NEAREST = 20_000  # codes whose nearest neighbours estimate their divergence from the prior
 LOOK = 2_500  # points drawn to count modes while training (Srivastava et al. 2017)
+HISTOGRAM = 5_000  # points a side in the published estimator of S5's Table 1
 REFERENCE = 50_000  # real images behind FID and the classifier distance
 
 
@@ -216,7 +217,8 @@ class Evaluation:
         """The metrics that apply to this system and data set and need nothing from outside."""
         names = ["fld", "reconstruction"] if has_encoder(self.system) else []
         if self.dataset.name in POINTS:
-            return [*names[:1], *(["modes"] if _mixture(self.dataset) else [])]
+            planar = ["histogram"] if self.system.image_shape == (2,) and hasattr(self.system, "sample") else []
+            return [*names[:1], *(["modes"] if _mixture(self.dataset) else []), *planar]
         names += [name for name, method in METHODS.items() if hasattr(self.system, method)]
         if not hasattr(self.system, "sample"):
             return names
@@ -231,7 +233,7 @@ class Evaluation:
         """The values of one metric of `METRICS`; ValueError where it does not apply."""
         if name in ("fld", "reconstruction") and not has_encoder(self.system):
             raise ValueError(f"metrics: {name} needs an encoder, which {self.system.settings.system} has not")
-        if name not in ("fld", "modes", "kl-to-prior") and self.dataset.name in POINTS:
+        if name not in ("fld", "modes", "kl-to-prior", "histogram") and self.dataset.name in POINTS:
             raise ValueError(f"metrics: {name} is of images, and {self.dataset.name} holds points")
         if name in METHODS and not hasattr(self.system, METHODS[name]):
             raise ValueError(
@@ -249,6 +251,7 @@ class Evaluation:
         return [
             Value("mse", result.mse, f"per pixel in [0, 1], {n:,} test images"),
             Value("psnr", result.psnr, f"dB, mean over {n:,} test images"),
+            Value("ssim", result.ssim, f"mean over {n:,} test images"),
         ]
 
     def bound(self):
@@ -323,6 +326,19 @@ class Evaluation:
         meaning = f"of 2 x 1000 units on the codes, {found.steps[-1]:,} steps of 60 (S1); {len(test):,} test images"
         return [Value("probe_error", found.errors[-1], meaning)]
 
+    def histogram(self):
+        if self.dataset.name not in POINTS or self.system.image_shape != (2,):
+            raise ValueError(f"metrics: histogram needs points in the plane, got {self.dataset.name}")
+        real, fake = self.dataset.test[:HISTOGRAM], self.samples[:HISTOGRAM]
+        reach = POINTS[self.dataset.name].reach
+        result, floor = (metrics.histogram_divergence(real, x, reach) for x in (fake, self.dataset.test[-HISTOGRAM:]))
+        counted = f"{len(fake):,} samples against {len(real):,} points, 100 x 100 cells on ±{reach:g}"
+        return [
+            Value("histogram_kl", result.kl, f"as published, not in nats; test points have {floor.kl:.2g}"),
+            Value("histogram_jsd", result.jsd, f"as published, not in nats; test points have {floor.jsd:.2g}"),
+            Value("histogram_js", result.js, f"nats, 0 to log 2; test points have {floor.js:.2g}; {counted}"),
+        ]
+
     def modes(self):
         mixture = _mixture(self.dataset)
         if mixture:
@@ -358,4 +374,5 @@ METRICS: dict[str, Callable[[Evaluation], list[Value]]] = {
     "classifier-score": Evaluation.classifier_score,
     "probe": Evaluation.probe,
     "modes": Evaluation.modes,
+    "histogram": Evaluation.histogram,
 }

@@ -111,9 +111,9 @@ def test_the_metrics_of_the_log_are_those_of_the_saved_system(run):
     system, _ = load_system(run)
     digits = data.load("digits")
     last = [record for record in log(run) if record["kind"] == "metrics"][-1]["metrics"]
-    mse, psnr = metrics.reconstruction(system, digits.test)
+    mse, psnr, ssim = metrics.reconstruction(system, digits.test)
     fld = metrics.latent_frechet_distance(metrics.codes(system, digits.train))
-    assert last == pytest.approx({"fld": fld, "mse": mse, "psnr": psnr}, rel=1e-4)
+    assert last == pytest.approx({"fld": fld, "mse": mse, "psnr": psnr, "ssim": ssim}, rel=1e-4)
 
 
 def test_resume_goes_on_where_the_run_stood(run):
@@ -163,11 +163,11 @@ def test_evaluate_writes_and_prints_what_the_metrics_give(run):
     assert values["mse"] == pytest.approx(metrics.reconstruction(system, digits.test).mse)
     assert values["classifier_distance"] > values["classifier_distance_test"] > 0
     assert 1 <= values["classifier_score"] <= 10
-    for name in ("fld", "mse", "psnr", "classifier_distance", "classifier_distance_test", "classifier_score"):
+    for name in ("fld", "mse", "psnr", "ssim", "classifier_distance", "classifier_distance_test", "classifier_score"):
         assert re.search(rf"{name} +{values[name]:.4g} ", text)
     assert 97 < float(re.search(r"accuracy ([\d.]+)%", text)[1]) <= 100
     ivfast("evaluate", run, "--metrics", "reconstruction")
-    assert set(json.loads((run / "metrics.json").read_text())) == {"mse", "psnr", "samples", "seed"}
+    assert set(json.loads((run / "metrics.json").read_text())) == {"mse", "psnr", "ssim", "samples", "seed"}
 
 
 def test_modes_of_a_stacked_run(monkeypatch):

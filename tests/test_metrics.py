@@ -78,7 +78,7 @@ def test_reconstruction_of_a_known_decoder(training):
     images = torch.randint(0, 256, (n, 1, 6, 6), dtype=torch.uint8)
     system = Halving(36)
     system.train(training)
-    mse, psnr = metrics.reconstruction(system, images)
+    mse, psnr, _ = metrics.reconstruction(system, images)
     # x − x/2 in [-1, 1] is a quarter of x on the scale [0, 1]
     errors = ((images.double() / 127.5 - 1) / 4).square().flatten(1).mean(1)
     assert mse == pytest.approx(float(errors.mean()), rel=1e-5)

@@ -156,5 +156,5 @@ def test_the_command_line_trains_samples_and_evaluates(tmp_path, monkeypatch, th
     assert "points are drawn into one picture" in ivfast("sample", "run", "--out", "folder", code=2)
     ivfast("evaluate", "run", "--samples", 500)
     assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == {
-        "fld", "modes", "modes_kl", "modes_confident", "samples", "seed",
+        "fld", "modes", "modes_kl", "modes_confident", "histogram_kl", "histogram_jsd", "histogram_js", "samples", "seed",
     }  # fmt: skip

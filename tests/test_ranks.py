@@ -40,6 +40,7 @@ RUNS = {
     "ivaae-rad": {"encoder_loss": "confusion"},
     "ivaae-bw": {},
     "wae-gan": {},
+    "as-introvae": {"vae_steps": 2, "anneal_steps": 10},
 }
 
 

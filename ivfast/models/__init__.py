@@ -5,6 +5,7 @@ import torch
 from ..train.phase import System
 from ..train.settings import Settings
 from .avb import Avb
+from .introvae import AsIntroVae, IntroVae, SoftIntroVae
 from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
 from .ivgan import Gan as Dcgan
 from .ivgan import IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
@@ -39,6 +40,9 @@ SYSTEMS: dict[str, type[System]] = {
     "svae": Svae,
     "aasvae": AaSvae,
     "avb": Avb,
+    "introvae": IntroVae,
+    "s-introvae": SoftIntroVae,
+    "as-introvae": AsIntroVae,
 }
 ALIASES = {"aae": "wae-gan"}
 

@@ -16,6 +16,7 @@ ENCODER_LOSSES = ("ascent", "confusion")
 CODE_RECONSTRUCTIONS = ("prior", "codes")
 CONTRASTS = ("prior", "adaptive")
 DIVERGENCES = ("js", "kl")
+AS_KERNELS = ("product", "additive")
 _STREAMS = ("weights", "noise", "order")
 
 
@@ -62,6 +63,14 @@ class Settings:
         contrast: what S4's discriminator tells codes from: "prior", or "adaptive", a Gaussian with the mean and the
             variance of q(z|x) over `contrast_draws` draws of ε.
         divergence: the objective of S4's discriminator: "js", a GAN's (Eq. 3.3), or "kl", an f-GAN's (Eq. 5.10).
+        beta_rec, beta_kl, beta_neg: S5's β on the reconstruction, on the KL of images (of fakes in G's loss), and on
+            the fakes' KL in E's (in both losses of introvae).
+        gamma_r: γ_r on the reconstruction of fakes in Soft-IntroVAE's generator.
+        margin: m of IntroVAE's hinge, nats; it has to lie above the KL of the images.
+        vae_steps: steps of a plain VAE before S5's systems become introspective.
+        anneal_steps: steps in which AS-IntroVAE's c grows from 0 to 1, S5's T/5; 0 makes it Soft-IntroVAE.
+        as_kernel: kernel of its AS-Distance, "product", S5's Eq. 8, or "additive", of the authors' code: per dimension
+            of the code. The product is of use in few dimensions: in 64 it is below float32's range, or at its bound.
         classes: number of classes, for systems that read labels.
         data_share, label_share: share of the training images that is used, and of those the share that a
             semi-supervised system sees with labels, chosen class by class (`ivfast.data.stratified`).
@@ -118,6 +127,14 @@ class Settings:
     contrast: str = "prior"
     contrast_draws: int = 8
     divergence: str = "js"
+    beta_rec: float = 1.0
+    beta_kl: float = 1.0
+    beta_neg: float = 1.0
+    gamma_r: float = 1e-8
+    margin: float = 10.0
+    vae_steps: int = 0
+    anneal_steps: int = 1000
+    as_kernel: str = "product"
     classes: int = 10
     data_share: float = 1.0
     label_share: float = 1.0
@@ -136,12 +153,14 @@ class Settings:
             if getattr(self, name) is not None:
                 _check.count(name, getattr(self, name))
         _check.count("contrast_draws", self.contrast_draws, at_least=2)
-        for name in ("depth", "discriminator_depth", "unroll"):
+        for name in ("depth", "discriminator_depth", "unroll", "vae_steps", "anneal_steps"):
             _check.count(name, getattr(self, name), at_least=0)
         numbers = ("lam", "lam2", "mu", "mu1", "mu2", "fld_weight", "instance_noise", "penalty", "data_memory")
         for name in numbers:
             if getattr(self, name) is not None:
                 _check.number(name, getattr(self, name), non_negative=True)
+        for name in ("beta_rec", "beta_kl", "beta_neg", "gamma_r", "margin"):
+            _check.number(name, getattr(self, name), non_negative=True)
         for name in ("data_share", "label_share"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
@@ -156,6 +175,7 @@ class Settings:
         _check.choice("code_reconstruction", self.code_reconstruction, CODE_RECONSTRUCTIONS)
         _check.choice("contrast", self.contrast, CONTRASTS)
         _check.choice("divergence", self.divergence, DIVERGENCES)
+        _check.choice("as_kernel", self.as_kernel, AS_KERNELS)
         for name, rate in self.learning_rates.items():
             _check.number(f"learning_rates[{name!r}]", rate, positive=True)
 
