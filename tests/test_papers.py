@@ -55,6 +55,8 @@ PRINTED = {
     "s3-table3": [["aavae", "10%", -103.05]],
     "s3-table4": [["svae", "1%", 0.9412]],
     "s3-lemma1": [["optimal", 1.0]],
+    "s4-table1": [["vae, S4", -1.593]],
+    "s5-table1": [["vae", 220.2]],
 }
 
 

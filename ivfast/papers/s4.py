@@ -20,6 +20,8 @@ from ..models import build, preset
 from ..models.avb import Avb
 from ..train.phase import System
 from ..train.run import Run
+from . import draw
+from .session import Findings, Job, Session, Table, spread
 
 DRAWS = 20_000  # codes from the posterior of each point
 OPTIMUM = -math.log(4)  # of the log-likelihood
@@ -149,3 +151,42 @@ def interpolation(system: System, dataset: Dataset, out: Path, rows: int = 6) ->
     """S4 Figure 6: decoded straight lines between the codes of pairs of test images."""
     z = metrics.codes(system, dataset.test[: 2 * rows])
     return pictures.interpolations(report.interpolated(system, z, rows), Path(out))
+
+
+def experiment(session: Session) -> Findings:
+    """Table 1 and Figure 3, for `ivfast paper s4-table1`."""
+    steps, width = session.length(30_000 if session.full else 6000), 512 if session.full else 128
+    size = {"steps": steps, "width": width, "discriminator_width": width}
+    jobs = [Job(session.settings(name, seed, **size)) for name in ("vae", "avb") for seed in session.seeds]
+    found = session.values(row_and_codes, jobs)
+    by_name = {name: [row for row in found if row.job.settings.system == name] for name in ("vae", "avb")}
+    columns = ("log_likelihood", "reconstruction", "elbo", "claimed", "kl")
+    rows = []
+    for paper in PAPER:
+        printed = [getattr(paper, name) for name in columns]
+        rows.append((f"{paper.system}, S4", *(None if math.isnan(value) else value for value in printed)))
+        rows.append((f"{paper.system}, ours", *(spread(by_name[paper.system], name) for name in columns)))
+    rows.append(("optimum", OPTIMUM, 0.0, OPTIMUM, OPTIMUM, 0.0))
+    table = Table(
+        f"Table 1: after {steps:,} steps, width {width}",
+        ("", "log-likelihood", "reconstruction error", "ELBO", "the system's own ELBO", "KL(q(z), p)"),
+        rows,
+    )
+    path = session.out / "fig3.png"
+    with draw.panels(path, 2, "S4 Fig. 3: codes of the four points", (4.0, 4.0)) as axes:
+        for panel, (name, rows) in zip(axes, by_name.items(), strict=True):
+            for codes in next((row.values["codes"] for row in rows if "codes" in row.values), []):
+                panel.scatter(*zip(*codes, strict=True), s=3, linewidths=0, alpha=0.6)
+            panel.set(xlim=(-4, 4), ylim=(-4, 4), aspect="equal")
+            draw.style(panel, name)
+    return Findings([table], {"S4 Fig. 3": path})
+
+
+def row_and_codes(job: Job) -> dict[str, object]:
+    s = job.settings
+    system = trained(s.system, seed=s.seed, steps=s.steps, width=s.width, discriminator_width=s.discriminator_width)
+    row = measured(system)
+    z = metrics.posterior_codes(system, points.POINTS["four-points"].centers.repeat_interleave(500, 0))
+    codes = [[[round(float(v), 3) for v in code] for code in part] for part in z.split(500)]
+    names = ("log_likelihood", "reconstruction", "elbo", "claimed", "kl")
+    return {**{name: getattr(row, name) for name in names}, "codes": codes}

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import metrics, points
@@ -15,6 +16,7 @@ from ..models.introvae import Vae
 from ..train.loop import fit
 from ..train.phase import System
 from ..train.settings import Settings
+from .session import Findings, Job, Session, Table, spread
 
 DATA = "8-gaussians"
 SAMPLES = 5000  # of the published estimator
@@ -148,3 +150,39 @@ def draw(panels: dict[str, Tensor], path: Path) -> Path:
 
 def _axes(figure, n: int) -> Iterator:
     return iter(figure.subplots(1, n, squeeze=False)[0])
+
+
+def experiment(session: Session) -> Findings:
+    """Table 1, C1, and Figure 5, for `ivfast paper s5-table1`."""
+    jobs = [
+        Job(settings(name, seed, steps=session.steps, full=session.full, device=session.device), {"system": name})
+        for name in PAPER for seed in session.seeds
+    ]  # fmt: skip
+    found = session.values(row_and_samples, jobs)
+    by_name = {name: [row for row in found if row.job.extra["system"] == name] for name in PAPER}
+    table = Table(
+        f"Table 1, C1: of {SAMPLES:,} samples",
+        ("system", "KL, S5", "KL, ours", "JSD, S5", "JSD, ours", "JS, nats", "modes of 8", "within 3 s.d."),
+        [
+            (name, PAPER[name][0], spread(rows, "kl"), PAPER[name][1],
+             *(spread(rows, value) for value in ("jsd", "js", "modes", "good")))
+            for name, rows in by_name.items()
+        ],
+    )  # fmt: skip
+    panels = {"data": points.load(DATA, 1000, 1)}
+    for name, rows in by_name.items():
+        samples = [row.values["samples"] for row in rows if "samples" in row.values]
+        if samples:
+            panels[name] = torch.tensor(samples[0])
+    return Findings([table], {"S5 Fig. 5": draw(panels, session.out / "fig5.png")}, [
+        "S5's KL and JSD are no divergences in nats (see `ivfast.metrics.histogram_divergence`); the proper JS is at "
+        "most log 2 = .693.",
+    ])  # fmt: skip
+
+
+def row_and_samples(job: Job) -> dict[str, object]:
+    name, seed = job.extra["system"], job.settings.seed
+    system = train(name, job.settings)
+    row = _row(system, name, seed, 0.0)
+    samples = [[round(float(v), 3) for v in point] for point in metrics.generate(system, 1000, seed)]
+    return {**{value: getattr(row, value) for value in ("kl", "jsd", "js", "modes", "good")}, "samples": samples}
