@@ -1,0 +1,93 @@
+"""What every system of the papers passes, at its own settings: training on digits, colours, one graph for a compiler.
+
+Resuming bit for bit is in test_train, capturing in test_capture, several ranks in test_ranks.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ivfast import data, runs
+from ivfast.models import SYSTEMS, build, preset
+from ivfast.train.batches import as_images
+from ivfast.train.loop import fit
+from ivfast.train.run import Run
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def settings_of(name, **changes):
+    seed = int(torch.randint(1000, ()))
+    return dataclasses.replace(preset(name, "digits"), seed=seed, tensorboard=False, **changes)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_fifty_steps_on_digits_are_finite_and_falling(name, digits, tmp_path):
+    settings = settings_of(name, steps=50, log_every=5, evaluate_every=1000, save_every=1000)
+    system = build(settings, digits.train.shape[1:])
+    images, labels = runs.training_set(system, digits)
+    history = fit(system, images, settings, tmp_path, labels=labels, progress=False)
+    lines = [line["losses"] for line in history if line["kind"] == "losses"]
+    assert len(lines) == 10  # of finite losses, or `fit` would have raised
+    # where there is a reconstruction, it is what falls; else the losses of the phase that is trained first
+    names = [n for n in lines[0] if n.endswith(("/recon", "/reconstruction"))]
+    names = names or [n for n in lines[0] if n.startswith(f"{system.phases[0].name}/")]
+    first, last = (sum(line[n] for n in names) for line in (lines[0], lines[-1]))
+    assert last < first, (names, first, last)
+    if hasattr(system, "sample"):
+        samples = system.sample(7)
+        assert samples.shape == (7, 1, 8, 8)
+        assert samples.isfinite().all()
+        assert samples.abs().max() <= 1
+
+
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_three_channels_and_sides_that_differ(name, net):
+    settings = settings_of(name, net=net, batch_size=8, width=16, discriminator_width=16, depth=1, latent_dim=8)
+    system = build(settings, (3, 9, 12))
+    images, labels = torch.randint(256, (24, 3, 9, 12), dtype=torch.uint8), torch.arange(24) % 10
+    if system.labels == "source":
+        labels[::2] = -1
+    run = Run(system, images, settings, None, None if system.labels == "none" else labels)
+    system.train()
+    for _ in range(3):
+        run.advance()
+    assert all(value == value for value in run.record.read(3).values())
+    if hasattr(system, "sample"):
+        system.train(False)
+        assert system.sample(2).shape == (2, 3, 9, 12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_what_is_compiled_is_one_graph_with_the_same_numbers(name, digits):
+    """No break in the graph; that the compiled code trains is test_train's, for one system."""
+    settings = settings_of(name, batch_size=8, width=16, discriminator_width=16, latent_dim=8)
+    system = build(settings, digits.train.shape[1:])
+    batch = [as_images(digits.train[:8])]
+    if system.labels != "none":
+        batch.append(digits.train_labels[:8].clone())
+        if system.labels == "source":
+            batch[1][::2] = -1
+    torch.compiler.reset()
+    with torch.random.fork_rng():
+        start = torch.random.get_rng_state()
+        plain = [system.share(*batch)]
+        plain += [phase.loss(plain[0]) for phase in system.phases if phase.compile]
+        torch.random.set_rng_state(start)
+        share = torch.compile(system.share, backend="eager", fullgraph=True)
+        compiled = [share(*batch)]
+        losses = [
+            torch.compile(phase.loss, backend="eager", fullgraph=True) for phase in system.phases if phase.compile
+        ]
+        compiled += [loss(compiled[0]) for loss in losses]
+    assert len(losses) >= 1
+    for ours, theirs in zip(plain[1:], compiled[1:], strict=True):
+        assert ours.keys() == theirs.keys()
+        for term in ours:
+            torch.testing.assert_close(theirs[term], ours[term], rtol=1e-4, atol=1e-5)
