@@ -84,7 +84,10 @@ def extensions() -> list:
 setup(
     packages=[
         "ivfast",
-        *(f"ivfast.{part}" for part in ("ops", "distributed", "models", "papers", "train", "kernels", "bench")),
+        *(
+            f"ivfast.{part}"
+            for part in ("ops", "distributed", "models", "metrics", "papers", "train", "kernels", "bench")
+        ),
     ],
     package_dir={"ivfast": "ivfast", "ivfast.kernels": "kernels", "ivfast.bench": "bench"},
     ext_modules=extensions(),

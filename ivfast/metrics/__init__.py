@@ -1,0 +1,69 @@
+"""What a trained system is worth: FLD, reconstruction, FID, and distances in a classifier's features.
+
+Images come as uint8 `[n, C, H, W]`; systems take and return floats in [-1, 1]. A system is what
+`ivfast.models.build` returns; those without an encoder have no `encode`.
+
+`FrechetInceptionDistance` and `FrechetLatentDistance` are these distances as metrics of torchmetrics; asking for them
+raises ImportError where it is not installed.
+"""
+
+from .classes import Modes, accuracy, classifier_score, conditional_accuracy, modes, point_modes, probabilities
+from .features import (
+    InceptionFeatures,
+    distance_between,
+    feature_distance,
+    feature_statistics,
+    frechet_classifier_distance,
+    frechet_inception_distance,
+)
+from .histogram import HistogramDivergence, histogram_divergence
+from .images import Reconstruction, reconstruction, structural_similarity
+from .latent import distance_to_prior, kl_to_prior, latent_frechet_distance
+from .likelihood import importance_log_likelihood, lower_bound, quadrature_log_likelihood
+from .systems import BATCH, codes, decoded, generate, posterior_codes, to_bytes, to_float
+
+__all__ = [
+    "BATCH",
+    "HistogramDivergence",
+    "InceptionFeatures",
+    "Modes",
+    "Reconstruction",
+    "accuracy",
+    "classifier_score",
+    "codes",
+    "conditional_accuracy",
+    "decoded",
+    "distance_between",
+    "distance_to_prior",
+    "feature_distance",
+    "feature_statistics",
+    "frechet_classifier_distance",
+    "frechet_inception_distance",
+    "generate",
+    "histogram_divergence",
+    "importance_log_likelihood",
+    "kl_to_prior",
+    "latent_frechet_distance",
+    "lower_bound",
+    "modes",
+    "point_modes",
+    "posterior_codes",
+    "probabilities",
+    "quadrature_log_likelihood",
+    "reconstruction",
+    "structural_similarity",
+    "to_bytes",
+    "to_float",
+]
+
+
+def __getattr__(name: str):
+    if name not in ("FrechetInceptionDistance", "FrechetLatentDistance"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from .. import _torchmetrics
+    except ModuleNotFoundError as error:
+        if error.name != "torchmetrics":
+            raise
+        raise ImportError(f"{__name__}.{name} needs torchmetrics: pip install torchmetrics", name=error.name) from error
+    return getattr(_torchmetrics, name)

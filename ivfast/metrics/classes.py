@@ -1,0 +1,86 @@
+"""What a classifier says of samples: accuracy, score, modes covered."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..classifier import Classifier
+from ..points import Mixture
+from .systems import BATCH, evaluating, to_float
+
+
+@torch.no_grad()
+def probabilities(classifier: Callable[[Tensor], Tensor], images: Tensor, device="cpu") -> Tensor:
+    """Class probabilities `[n, classes]`, float64."""
+    logits = torch.cat([classifier(to_float(x.to(device))).cpu() for x in images.split(BATCH)])
+    return logits.double().softmax(1)
+
+
+def accuracy(system, images: Tensor, labels: Tensor) -> float:
+    """Share of uint8 images to which the system's own classifier gives their label (S3 Table 2, right)."""
+    with evaluating(system) as device:
+        best = torch.cat([system.classify(to_float(x.to(device))).argmax(1).cpu() for x in images.split(BATCH)])
+    return float((best == labels).double().mean())
+
+
+def conditional_accuracy(classifier: Classifier, images: Tensor, device="cpu") -> float:
+    """Share of the images that `generate` drew from a system with classes that a classifier takes for their class.
+
+    Source: S3 Table 2, middle, and section G.1.
+    """
+    p = probabilities(classifier, images, device)
+    return float((p.argmax(1) == torch.arange(len(p)) % p.shape[1]).double().mean())
+
+
+def classifier_score(classifier: Callable[[Tensor], Tensor], images: Tensor, device="cpu") -> float:
+    """exp E KL(p(y|x) ‖ p(y)): the Inception score's formula, from 1 to classes.
+
+    Args:
+        classifier: any network from images in [-1, 1] to logits `[n, classes]`; under Inception it is the Inception
+            score, under `ivfast.classifier.classifier_of(dataset)` the score of the data set's own classifier.
+
+    Source: Salimans et al. 2016; S3 (On Unifying) scores MNIST so.
+    """
+    p = probabilities(classifier, images, device)
+    log_p = p.clamp_min(1e-300).log()
+    return float((p * (log_p - p.mean(0).clamp_min(1e-300).log())).sum(1).mean().exp())
+
+
+class Modes(NamedTuple):
+    covered: int  # modes with a confident sample
+    kl: float  # of the histogram of confident samples to the uniform one, nats
+    confident: float  # share of samples that surely belong to a mode
+
+
+def modes(classifier: Classifier, images: Tensor, *, confidence: float = 0.9, device="cpu") -> Modes:
+    """Mode coverage of stacked images `[n, 3, H, W]`, by a ten-class classifier of each channel.
+
+    Pixel noise too "covers" 1,000 modes, so samples count only where all three digits have `confidence`.
+
+    Source: S2 (IVGAN), stacked MNIST; Metz et al. 2017.
+    """
+    n = len(images)
+    p = probabilities(classifier, images.flatten(0, 1)[:, None], device).view(n, 3, -1)
+    best, digit = p.max(2)
+    sure = (best >= confidence).all(1)
+    return _coverage(digit @ torch.tensor([100, 10, 1]), sure, 1000)
+
+
+def point_modes(points: Tensor, mixture: Mixture, *, within: float = 3.0) -> Modes:
+    """Mode coverage of points `[n, d]`: each counts for its nearest centre, where it lies within so many deviations
+    (of centres without spread, within half the distance of the nearest two).
+
+    Source: Srivastava et al. 2017 and Lin et al. 2018, who call such a point of high quality; both take 3.
+    """
+    distance, mode = torch.cdist(points.double(), mixture.centers.double()).min(1)
+    reach = within * mixture.deviation or float(torch.pdist(mixture.centers).min()) / 2
+    return _coverage(mode, distance <= reach, len(mixture.centers))
+
+
+def _coverage(mode: Tensor, sure: Tensor, modes: int) -> Modes:
+    histogram = torch.bincount(mode[sure], minlength=modes).double()
+    q = histogram / histogram.sum().clamp_min(1)
+    kl = float((q * (q * modes).clamp_min(1e-300).log()).sum()) if bool(sure.any()) else float("inf")
+    return Modes(int((histogram > 0).sum()), kl, float(sure.double().mean()))

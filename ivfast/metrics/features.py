@@ -1,0 +1,94 @@
+"""Fréchet distances between images in the features of a network: FID, and those of any other one."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..classifier import Classifier
+from ..statistics import GaussianStatistics
+from .systems import BATCH, to_float
+
+
+def distance_between(first: GaussianStatistics, second: GaussianStatistics) -> Tensor:
+    """Fréchet distance of two sets of features, a float64 scalar.
+
+    Raises:
+        ValueError: a feature that is not finite, or fewer than two samples.
+    """
+    for statistics in (first, second):
+        if not bool(statistics.mean.isfinite().all()):
+            raise ValueError("features must be finite, got NaN or infinity")
+    return first.frechet_distance(second)
+
+
+def feature_distance(features: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, device="cpu") -> float:
+    """Fréchet distance between the features of two sets of uint8 images, any extractor `[n, C, H, W] -> [n, d]`.
+
+    `features` gets uint8 batches on `device`. Source: Heusel et al. 2017.
+    """
+    first, second = (feature_statistics(features, images, device) for images in (real, fake))
+    return float(distance_between(first, second))
+
+
+@torch.no_grad()
+def feature_statistics(features: Callable[[Tensor], Tensor], images: Tensor, device="cpu") -> GaussianStatistics:
+    """Mean and covariance of the features of uint8 images, streamed."""
+    statistics = None
+    for batch in images.split(BATCH if images.shape[-1] <= 96 else 50):
+        x = features(batch.to(device))
+        statistics = statistics or GaussianStatistics(x.shape[1], device=x.device)
+        statistics.update(x)
+    return statistics
+
+
+def frechet_inception_distance(
+    real: Tensor,
+    fake: Tensor,
+    *,
+    weights: str | Path | None = None,
+    download: bool = False,
+    features: int = 2048,
+    device="cpu",
+) -> float:
+    """FID of two sets of uint8 images; one-channel images are repeated to three.
+
+    Arguments and errors as `ivfast.inception.inception`'s. Below 2,048 images a side the covariances are rank
+    deficient: exact, but biased upwards.
+    """
+    extract = InceptionFeatures(weights, download=download, features=features).to(device)
+    return feature_distance(extract, real, fake, device)
+
+
+class InceptionFeatures(nn.Module):
+    """Inception's features `[n, d]` of uint8 images `[n, C, H, W]` of 1 or 3 channels, never in training mode.
+
+    Arguments and errors as `ivfast.inception.inception`'s.
+    """
+
+    def __init__(self, weights: str | Path | None = None, *, download: bool = False, features: int = 2048):
+        from ..inception import inception
+
+        super().__init__()
+        self.network = inception(weights, download=download, features=features)
+        self.num_features = features
+
+    def train(self, mode: bool = True) -> "InceptionFeatures":
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"images must have 1 or 3 channels, got {images.shape[1]}")
+        # Inception works at 299 x 299: batches of 50, as in pytorch-fid
+        parts = (x.expand(-1, 3, -1, -1).float() / 255 for x in images.split(50))
+        return torch.cat([self.network(x)[0].mean((2, 3)) for x in parts])
+
+
+def frechet_classifier_distance(classifier: Classifier, real: Tensor, fake: Tensor, device="cpu") -> float:
+    """Fréchet distance in the penultimate features of a classifier trained on the data set itself.
+
+    Not FID, and not comparable with it or across data sets: each classifier has its own scale. The distance between
+    training and test images, in the same features, is the yardstick.
+    """
+    return feature_distance(lambda x: classifier.features(to_float(x)), real, fake, device)

@@ -1,0 +1,59 @@
+"""How far codes are from the prior N(0, I)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from ..statistics import GaussianStatistics
+from .features import distance_between
+
+
+def latent_frechet_distance(z: Tensor) -> float:
+    """FLD of codes `[n, d]` to the prior N(0, I) (S1, section 4).
+
+    Raises:
+        ValueError: a code that is not finite.
+    """
+    if not bool(z.isfinite().all()):
+        raise ValueError("codes must be finite; the encoder has diverged")
+    return float(distance_to_prior(GaussianStatistics(z.shape[1]).update(z.double())))
+
+
+def kl_to_prior(z: Tensor, neighbours: int = 5) -> float:
+    """KL(q(z) ‖ N(0, I)) of codes `[n, d]` drawn from q, nats, by the distances r to the k-th nearest neighbours:
+
+    ½ E‖z‖² + (d/2) log 2π − [ψ(n) − ψ(k) + log(volume of the unit ball) + d E log r], the bracket an estimate of q's
+    entropy. Consistent, not unbiased: in many dimensions it needs many codes, and codes on top of each other (k + 1
+    equal ones) make it infinite, as the divergence of a distribution with atoms is.
+
+    Raises:
+        ValueError: a code that is not finite, or no more codes than `neighbours`.
+
+    Source: Kozachenko & Leonenko 1987. S4 Table 1 takes KL(q(z), p) from the ITE toolbox and does not say by which of
+    its estimators.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    n, d = z.shape
+    _check.count("neighbours", neighbours)
+    if n <= neighbours:
+        raise ValueError(f"codes must be more than neighbours = {neighbours}, got {n}")
+    if not bool(z.isfinite().all()):
+        raise ValueError("codes must be finite; the encoder has diverged")
+    z = z.double().cpu()
+    distance, _ = NearestNeighbors(n_neighbors=neighbours).fit(z.numpy()).kneighbors()
+    log_r = torch.from_numpy(distance[:, -1].copy()).log().mean()
+    log_ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
+    counts = torch.tensor([n, neighbours], dtype=torch.float64).digamma()
+    entropy = counts[0] - counts[1] + log_ball + d * log_r
+    return float(0.5 * z.square().sum(1).mean() + d / 2 * math.log(2 * math.pi) - entropy)
+
+
+def distance_to_prior(codes: GaussianStatistics) -> Tensor:
+    """Fréchet distance of codes to N(0, I), a float64 scalar; errors as `distance_between`'s."""
+    prior = GaussianStatistics(len(codes.mean), device=codes.mean.device)
+    eye = torch.eye(len(codes.mean), dtype=torch.float64, device=codes.mean.device)
+    prior.load_state_dict({"mean": torch.zeros_like(codes.mean), "covariance": eye})
+    return distance_between(codes, prior)
