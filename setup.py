@@ -86,7 +86,7 @@ setup(
         "ivfast",
         *(
             f"ivfast.{part}"
-            for part in ("ops", "distributed", "models", "metrics", "papers", "train", "kernels", "bench")
+            for part in ("ops", "distributed", "models", "metrics", "papers", "cli", "train", "kernels", "bench")
         ),
     ],
     package_dir={"ivfast": "ivfast", "ivfast.kernels": "kernels", "ivfast.bench": "bench"},

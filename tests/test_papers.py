@@ -254,8 +254,8 @@ def test_command_line_runs_lists_and_helps(tmp_path, monkeypatch):
     text = " ".join(ivfast("paper", "s1-fig2", "--help").split())
     assert find("s1-fig2").about in text
     assert "with --full mnist" in text
-    assert cli._seeds("3") == [0, 1, 2]
-    assert cli._seeds("4,7") == [4, 7]
+    assert cli.paper._seeds("3") == [0, 1, 2]
+    assert cli.paper._seeds("4,7") == [4, 7]
     assert s2.unpacked(s2.packed(images := torch.randint(0, 255, (3, 2, 4, 4), dtype=torch.uint8)), (2, 4, 4)).equal(
         images
     )

@@ -1,0 +1,69 @@
+"""The application, its consoles, the options that commands share, and how errors look."""
+
+import functools
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+app = typer.Typer(
+    name="ivfast",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
+
+
+def option(*names: str, panel: str | None = None, **keywords):
+    """An option without "[default: None]"; what happens without it stands in its help."""
+    return typer.Option(*names, show_default=False, rich_help_panel=panel, **keywords)
+
+
+Run = Annotated[Path, typer.Argument(help="Folder of a run, as [b]ivfast train[/b] wrote it.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
+Device = Annotated[str | None, option(metavar="NAME", help="cpu, cuda or cuda:N; default: a GPU, else the CPU.")]
+Root = Annotated[Path | None, option(metavar="DIR", help="Folder that holds the data set; default: the run's.")]
+Download = Annotated[bool, typer.Option("--download", help="Fetch what is missing; without it, nothing is fetched.")]
+
+
+def listed(entries: dict[str, str]) -> str:
+    wide = max(map(len, entries))
+    return "\n".join(f"  [cyan]{name:{wide}}[/cyan]  {about}" for name, about in entries.items())
+
+
+def friendly(command: Callable) -> Callable:
+    """Errors in one line and exit code 2, Ctrl-C in one line and 130 (SIGTERM: 143); under --debug with a traceback."""
+
+    @functools.wraps(command)
+    def wrapped(*args, debug: bool = False, **options):
+        try:
+            return command(*args, debug=debug, **options)
+        except KeyboardInterrupt as stop:
+            errors.print(f"\n[yellow]stopped[/yellow] {escape(str(stop).removeprefix('stopped '))}".rstrip())
+            raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+        except (TypeError, ValueError, OSError, ArithmeticError, RuntimeError) as error:
+            if debug or isinstance(error, typer.Exit):  # Exit is a RuntimeError
+                raise
+            text = str(error) or type(error).__name__
+            if type(error).__name__ == "OutOfMemoryError":
+                text = f"the GPU's memory does not suffice: take a smaller --batch-size ({text.splitlines()[0]})"
+            errors.print(f"[bold red]error:[/bold red] {escape(text)}", soft_wrap=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+@app.callback()
+def ivfast() -> None:
+    """Train the generative models of the intervention / adversarial auto-encoder family, on fast kernels.
+
+    \b[green]ivfast train[/green]  is the shortest way in: IVAAE on handwritten digits, on a CPU
+    [green]ivfast train --help[/green]  lists the systems and the data sets
+    """

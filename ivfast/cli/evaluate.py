@@ -1,0 +1,100 @@
+"""`ivfast sample` and `ivfast evaluate`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from .app import Debug, Device, Download, Root, Run, app, console, friendly, listed, option
+from .names import METRICS
+
+
+@app.command()
+@friendly
+def sample(
+    run: Run,
+    n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="How many samples.")] = 64,
+    out: Annotated[
+        Path | None,
+        option(metavar="PATH", help="One grid if it ends in .png, else a folder of files; default: RUN/samples.png."),
+    ] = None,
+    columns: Annotated[int | None, option(min=1, metavar="N", help="Samples per row of the grid.")] = None,
+    seed: Annotated[int, typer.Option(metavar="S", help="The same seed draws the same samples.")] = 0,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Draw samples from a trained system.
+
+    \b[bold]Examples[/bold]
+      [green]ivfast sample runs/ivaae-rad-digits-1 -n 64 --out grid.png[/green]
+      [green]ivfast sample runs/ivaae-rad-digits-1 -n 5000 --out samples/[/green]
+    """
+    from .. import metrics, pictures, runs
+
+    system, settings = runs.trained(run, device)
+    if not hasattr(system, "sample"):
+        raise ValueError(f"{settings.system} generates no images")
+    images = metrics.generate(system, n, seed)
+    out = out or run / "samples.png"
+    points = images.dim() == 2
+    if points and out.suffix.lower() != ".png":
+        raise ValueError(f"points are drawn into one picture: --out must end in .png, got {out}")
+    if out.suffix.lower() == ".png":
+        out.parent.mkdir(parents=True, exist_ok=True)
+        pictures.samples(images, out, columns)
+    else:
+        pictures.single(images, out)
+    size = f"{images.shape[-1]} coordinates" if points else f"{images.shape[-2]}x{images.shape[-1]}"
+    console.print(f"{n:,} samples of {size} in [bold]{escape(str(out))}[/bold]", soft_wrap=True)
+
+
+EVALUATE_HELP = f"""
+Measure a trained system; the values also go to RUN/metrics.json.
+
+\b[bold]Metrics[/bold]
+{listed(METRICS)}
+
+\b[bold]Examples[/bold]
+  [green]ivfast evaluate runs/ivaae-rad-digits-1[/green]
+  [green]ivfast evaluate runs/ivaae-rad-mnist-1 --metrics fld,fid --samples 20000[/green]
+"""
+
+
+@app.command(help=EVALUATE_HELP)
+@friendly
+def evaluate(
+    run: Run,
+    metrics: Annotated[
+        str | None, option(metavar="A,B,...", help="Of the above; default: all that apply, except fid and probe.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, metavar="N", help="Samples drawn; S1 takes 20000 for FID.")] = 10_000,
+    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the samples.")] = 0,
+    root: Root = None,
+    device: Device = None,
+    inception_weights: Annotated[
+        Path | None, option(metavar="FILE", help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth, for fid.")
+    ] = None,
+    download: Download = False,
+    debug: Debug = False,
+) -> None:
+    from .. import data as datasets
+    from .. import report, runs
+
+    names = [name.strip() for name in metrics.split(",") if name.strip()] if metrics else None
+    for name in names or []:
+        if name not in report.METRICS:
+            raise runs.unknown("metric", name, report.METRICS)
+    system, settings = runs.trained(run, device)
+    dataset = datasets.load(settings.data, root or settings.root, settings.image_size, download=download)
+    evaluation = report.Evaluation(
+        system, dataset, n=samples, seed=seed, inception_weights=inception_weights, download=download
+    )
+    values = []
+    for name in names or evaluation.default():
+        with console.status(f"{name} ..."):
+            values += evaluation.run(name)
+    record = {value.name: value.value for value in values} | {"samples": samples, "seed": seed}
+    (run / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
+    console.print(report.values_table(f"{settings.system} on {settings.data}, {run}", values))

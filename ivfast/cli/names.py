@@ -1,0 +1,67 @@
+"""The systems, data sets and metrics of the command line, and what each is."""
+
+# Each with the paper it is from.
+SYSTEMS = {
+    "ivaae-rad": "IVAAE, radial bridge (S1)",
+    "ivaae-bw": "IVAAE, blockwise bridge (S1)",
+    "ivaae-svgd": "IVAAE, SVGD bridge (S1)",
+    "wae-gan": "WAE-GAN, which is AAE (Tolstikhin et al. 2017; S1)",
+    "wae-mmd": "WAE-MMD (Tolstikhin et al. 2017; S1)",
+    "ivdcgan": "IVGAN on DCGAN: tells which block of a code was replaced (S2)",
+    "ivlsgan": "IVGAN on LSGAN (S2)",
+    "dcgan": "DCGAN, the non-saturating GAN (Radford et al. 2015; S2)",
+    "lsgan": "LSGAN, least squares (Mao et al. 2016; S2)",
+    "wgan-gp": "WGAN with gradient penalty (Gulrajani et al. 2017; S2)",
+    "mrgan": "MRGAN, mode-regularised (Che et al. 2016; S2)",
+    "pacdcgan": "PacDCGAN, judges samples in packs (Lin et al. 2018; S2)",
+    "veegan": "VEEGAN, judges codes with images (Srivastava et al. 2017; S2)",
+    "unrolled-gan": "Unrolled GAN, looks D's steps ahead (Metz et al. 2017; S2)",
+    "gan": "GAN, non-saturating (Goodfellow et al. 2014; S3 Eq. 7)",
+    "iwgan": "GAN, generator's loss importance-weighted by D/(1-D) (S3 Eq. 22)",
+    "cgan": "class-conditional GAN; reads labels (S3, section 5.1)",
+    "iwcgan": "the same, importance-weighted; reads labels (S3, section 5.1)",
+    "infogan": "GAN that recovers the code of its samples (S3 Eq. 15)",
+    "ada": "adversarial domain adaptation to --set target=...; reads labels (S3 Eqs. 1-5)",
+    "vae": "VAE of Bernoulli pixels (Kingma & Welling 2014; S3 Eq. 17)",
+    "aavae": "VAE, adversary activated: learns from its samples too (S3 Eq. 23)",
+    "cvae": "class-conditional VAE; reads labels (S3, section 5.2)",
+    "aacvae": "the same, adversary activated; reads labels (S3, section 5.2)",
+    "svae": "semi-supervised VAE, M2; reads a --label-share (Kingma et al. 2014; S3)",
+    "aasvae": "the same, adversary activated; reads a --label-share (S3, section 5.2)",
+    "avb": "VAE of a black-box posterior, whose KL T learns (S4 Alg. 1)",
+    "introvae": "IntroVAE: E judges by a KL with a margin (Huang et al. 2018; S5)",
+    "s-introvae": "Soft-IntroVAE: by exponential ELBOs (Daniel & Tamar 2021; S5)",
+    "as-introvae": "AS-IntroVAE: at first by an AS-Distance, --as-kernel (S5 Eq. 9)",
+}
+DATA = {
+    "digits": "scikit-learn's handwritten digits, 8x8, embedded",
+    "mnist, fashion-mnist": "below --root, as torchvision lays them out",
+    "cifar10, svhn, celeba": "likewise",
+    "stl10, stl10-all": "likewise; the second with the unlabelled images",
+    "lsun:CATEGORY": "lsun:church_outdoor, ...; needs the package lmdb",
+    "folder": "your own images: every image file below --root",
+    "stacked-digits": "three digits as colours, 1,000 modes (S2)",
+    "stacked-mnist": "three MNIST digits likewise",
+    "ring, grid, 8-gaussians": "points in the plane: mixtures of 8, 25 and 8 Gaussians",
+    "spirals, checkerboard": "points in the plane without separate modes",
+    "four-points": "the four unit vectors of four dimensions (S4)",
+}
+METRICS = {
+    "fld": "Fréchet distance of the codes to the prior (S1)",
+    "reconstruction": "mean squared error, PSNR and SSIM on test images",
+    "classifier-distance": "Fréchet distance in a classifier's features; not FID",
+    "classifier-score": "the Inception score's formula, by that classifier",
+    "bound": "variational lower bound on test images, nats (S3); avb's own estimate (S4)",
+    "likelihood": "of test images, by importance-weighted codes, nats",
+    "kl-to-prior": "KL of the aggregated posterior to the prior, nats (S4)",
+    "accuracy": "of a system's own classifier on test images (S3)",
+    "conditional-accuracy": "samples that a classifier takes for their class (S3)",
+    "fid": "Inception FID; needs pytorch-fid's weights",
+    "probe": "error of a perceptron on the frozen codes, learning labels (S1)",
+    "modes": "modes covered of stacked digits or Gaussians, KL to uniform (S2)",
+    "histogram": "KL and JSD of points in the plane, as published and in nats (S5)",
+}
+PAPERS = (
+    "S1: Intervention Adversarial Auto-Encoder. S2: Intervention GAN. S3: On Unifying Deep Generative Models. "
+    "S4: Adversarial Variational Bayes. S5: AS-IntroVAE."
+)
