@@ -92,7 +92,7 @@ def check(settings: Settings, images: Tensor, joint: bool, steps: int = 3) -> tu
             of_losses.append(abs(losses[phase][name].item() - value) / max(1.0, abs(value)))
     for name, network in start.items():
         before, ours, theirs = (
-            torch.nn.utils.parameters_to_vector(n.parameters()).detach()
+            torch.cat([p.detach().flatten() for p in n.parameters()])
             for n in (network, run.system.modules[name], script.networks[name])
         )
         of_weights.append(float((theirs - ours).norm() / (ours - before).norm()))

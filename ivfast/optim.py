@@ -61,7 +61,18 @@ class Adam(torch.optim.Adam):
                 weight.grad = product if weight.grad is None else weight.grad.add_(product)
             else:
                 self._step(group, weight, grad, x)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() == 4 and p.grad is not None:
+                    p.grad = _laid_out_as(p, p.grad)
         return super().step(closure)
+
+    def load_state_dict(self, state_dict) -> None:
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    state[name] = _laid_out_as(p, value)
 
     def _fused(self):
         for group in self.param_groups:
@@ -82,6 +93,11 @@ class Adam(torch.optim.Adam):
         linear_adam_(
             weight, state["exp_avg"], state["exp_avg_sq"], grad, x, rate, root_correction, beta1, beta2, group["eps"]
         )
+
+
+def _laid_out_as(p: Tensor, x: Tensor) -> Tensor:
+    """x with the strides of p: PyTorch's fused Adam on the CPU walks through the memory of both, whatever they are."""
+    return x if x.stride() == p.stride() else torch.empty_like(p).copy_(x)
 
 
 def _serves(weight: Tensor) -> bool:

@@ -205,6 +205,24 @@ class TestAdam:
             optim.Adam(net.parameters(), **changes).fuse([net])
 
 
+def test_weights_with_their_channels_last():
+    """torch's fused step on the CPU takes gradients and averages for laid out as the weights are."""
+    start, grads = torch.randn(4, 3, 5, 5), torch.randn(3, 4, 3, 5, 5)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        weight = nn.Parameter(start.clone(memory_format=layout))
+        optimizer = optim.Adam([weight], lr=0.1, fused=True)
+        for grad in grads:
+            weight.grad = grad.clone()
+            optimizer.step()
+            saved = copy.deepcopy(optimizer.state_dict())
+            for state in saved["state"].values():
+                state["exp_avg"] = state["exp_avg"].contiguous()  # as a checkpoint holds it
+            optimizer.load_state_dict(saved)
+        found.append(weight.detach())
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.usefixtures("small_layers")
 @pytest.mark.parametrize("system", ["ivaae-svgd", "wae-mmd", "ivdcgan", "aasvae"])
 def test_steps_of_a_system(system, monkeypatch):
