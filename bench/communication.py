@@ -204,7 +204,9 @@ CASES = (
 def counted() -> Iterator[list[float]]:
     """Bytes that this rank sends by each call of the default group, in the order of the calls."""
     to, sent = Link(dist.get_world_size()), []
-    originals = {name: getattr(dist, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")}
+    originals = {
+        name: getattr(dist, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+    }
     originals["batch_isend_irecv"] = dist.batch_isend_irecv
 
     def all_gather_into_tensor(table, own, group=None):

@@ -16,10 +16,10 @@ DEVICES = (1, 2, 4, 8)
 D = 64
 FLOAT = 4
 
-# In streamed PyTorch (ivfast/distributed/stein.py) every step on a tile of pairs reads and writes it in memory. Of
-# svgd_direction: norms 4 bytes, product 4, difference 12, clamp 8, division 8, exp 8, K V 4, its row sums 4. Of a digit of
-# the median: distances 28; as integers, shifted 8; prefixes shifted 8, and for each of two middles compared 5, the
-# digit masked 4, placed 12, selected 17, binned 24.
+# In streamed PyTorch (ivfast/distributed/stein.py) every step on a tile of pairs reads and writes it in memory. Of a
+# direction: norms 4 bytes, product 4, difference 12, clamp 8, division 8, exp 8, K V 4, its row sums 4. Of a digit of
+# the median: distances 28, shifted 8, their prefixes 8, and for each of two middles compared 5, masked 4, placed 12,
+# selected 17, binned 24.
 DIRECTION_BYTES, DIGIT_BYTES, DIGITS = 52, 168, 3
 BLOCKS = 8  # of n_rank × d: x, X, φ, two on their way, and V with two temporaries
 TILES = 4 * 4 << 25  # distances and temporaries of 2²⁵ pairs
