@@ -21,7 +21,7 @@ FLOAT = 4
 # the median: distances 28, shifted 8, their prefixes 8, and for each of two middles compared 5, masked 4, placed 12,
 # selected 17, binned 24.
 DIRECTION_BYTES, DIGIT_BYTES, DIGITS = 52, 168, 3
-BLOCKS = 8  # of n_rank × d: x, X, φ, two on their way, and V with two temporaries
+BLOCKS = 9  # of n_rank × d at the end of a ring: x, X, K V, V, the block that came, S, φ and its two terms
 TILES = 4 * 4 << 25  # distances and temporaries of 2²⁵ pairs
 
 

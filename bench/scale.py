@@ -128,7 +128,7 @@ def curves(end: float) -> tuple[list[dict], list[str]]:
 def measure(minutes: float) -> dict:
     start = time.monotonic()
     about = {"date": machine.today(), "versions": machine.versions(), "minutes": minutes}
-    about["load"] = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+    load = [os.getloadavg()[0]]
     exchanged = []
     for ranks in RANKS:
         (first, *_) = communication.measure(ranks, d=AT_D, steps=tuple((system, "mnist") for system in SYSTEMS))
@@ -136,6 +136,7 @@ def measure(minutes: float) -> dict:
         if first["bytes_per_s"]:
             about["bytes_per_s"] = first["bytes_per_s"]
     rows, left_out = curves(start + 60 * minutes)
+    about["load"] = [*load, os.getloadavg()[0]]
     report = {"machine": machine.describe("cpu"), "session": about | {"left_out": left_out}}
     return report | {"rows": rows, "communication": exchanged}
 
@@ -157,11 +158,13 @@ def milliseconds(seconds: float | None) -> str:
 def about_text(report: dict) -> str:
     session, its = report["session"], report["machine"]
     versions = session["versions"]
-    load = f", load average {session['load']} at the start" if session["load"] is not None else ""
+    load = "load average {:.1f} before, {:.1f} after".format(*session["load"])
     lines = [
-        f"{its['cpu']}, {its['instructions']}, {its['threads']} threads; Python {versions['python']}, torch "
-        f"{versions['torch']}. {session['date']}, {session['minutes']:g} minutes{load}."
+        f"{its['cpu']}, {its['instructions']}, threads {its['threads']}; Python {versions['python']}, torch "
+        f"{versions['torch']}. {session['date']}, {session['minutes']:g} minutes, {load}."
     ]
+    if max(session["load"]) > its["threads"] + 1:
+        lines.append("**The machine was busy with other work: times, and what follows from them, are rough.**")
     if session["left_out"]:
         lines.append(f"The time was too short for: {'; '.join(session['left_out'])}.")
     return "\n".join(lines)

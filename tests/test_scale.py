@@ -87,7 +87,7 @@ def test_reach_solves_the_model():
 
 
 def test_ten_million_particles_on_eight_gpus():
-    """By hand: 10¹⁴ pairs of 256 flop over 8 · 67·10¹² flop/s; seven blocks of 1.25·10⁶ × 64 floats."""
+    """By hand: 10¹⁴ pairs of 256 flop over 8 · 67·10¹² flop/s; blocks of 1.25·10⁶ × 64 floats, 320 MB."""
     its = reach.on_gpus(1e7, 8)
     assert its.pairs == 1.25e13
     assert its.peak == pytest.approx(47.8, abs=0.1)
@@ -120,7 +120,7 @@ def test_the_page_is_that_of_its_report(tmp_path, monkeypatch):
         "date": "today",
         "versions": {"python": "3", "torch": "2"},
         "minutes": 1.0,
-        "load": 0.5,
+        "load": [0.5, 1.0],
         "left_out": [],
         "bytes_per_s": 1e9,
     }
