@@ -38,6 +38,36 @@ IVFAST_INLINE T sum_lanes(Vec<T> v) {
   return fold<T, lanes<T> / 2>(v, std::make_integer_sequence<int, lanes<T>>())[0];
 }
 
+// The largest of the lanes; NaN counts only in lane 0
+template <class T, int step, int... lane>
+IVFAST_INLINE Vec<T> fold_most(Vec<T> v, std::integer_sequence<int, lane...> numbers) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const Vec<T> other = __builtin_shufflevector(v, v, (lane ^ step)...);
+#else
+  const Vec<T> other = __builtin_shuffle(v, typename Simd<T>::Bits{(lane ^ step)...});
+#endif
+  v = v < other ? other : v;
+  if constexpr (step > 1) return fold_most<T, step / 2>(v, numbers);
+  return v;
+}
+template <class T>
+IVFAST_INLINE T most_lane(Vec<T> v) {
+  return fold_most<T, lanes<T> / 2>(v, std::make_integer_sequence<int, lanes<T>>())[0];
+}
+
+// Σ of the lanes, in double
+template <class T>
+IVFAST_INLINE double sum_lanes_double(Vec<T> v) {
+  if constexpr (std::is_same_v<T, double>) {
+    return sum_lanes<double>(v);
+  } else {
+    typedef float Half __attribute__((vector_size(IVFAST_VECTOR_BYTES / 2)));
+    Half half[2];
+    __builtin_memcpy(half, &v, sizeof v);
+    return sum_lanes<double>(__builtin_convertvector(half[0], Vec<double>) + __builtin_convertvector(half[1], Vec<double>));
+  }
+}
+
 // The lanes below `count`, others 0
 template <class T>
 IVFAST_INLINE Vec<T> first_lanes(Vec<T> v, int64_t count) {

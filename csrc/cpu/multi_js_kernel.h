@@ -106,9 +106,8 @@ IVFAST_INLINE double row_of_classes(const MultiJsRows& rows, const Target<T>& ta
 #pragma GCC unroll 4
       for (int v = 0; v < 4; ++v) tops[v] = tops[v] < loaded(c + v * L) ? loaded(c + v * L) : tops[v];
     for (; c < whole; c += L) tops[0] = tops[0] < loaded(c) ? loaded(c) : tops[0];
-    T most = tops[0][0];
-    for (int v = 0; v < 4; ++v)
-      for (int l = 0; l < L; ++l) most = most < tops[v][l] ? tops[v][l] : most;
+    for (int v = 1; v < 4; ++v) tops[0] = tops[0] < tops[v] ? tops[v] : tops[0];
+    const T most = most_lane<T>(tops[0]);
     // four sums: a vector adds a thousandth of 65,536 terms each
     Vec<T> sums[4] = {exp_nonpositive<T>(tail - most)};
     for (c = 0; c + 4 * L <= whole; c += 4 * L)
@@ -116,8 +115,7 @@ IVFAST_INLINE double row_of_classes(const MultiJsRows& rows, const Target<T>& ta
       for (int v = 0; v < 4; ++v) sums[v] += exp_nonpositive<T>(loaded(c + v * L) - most);
     for (; c < whole; c += L) sums[0] += exp_nonpositive<T>(loaded(c) - most);
     double sum = 0;
-    for (const Vec<T>& part : sums)
-      for (int l = 0; l < L; ++l) sum += double(part[l]);
+    for (const Vec<T>& part : sums) sum += sum_lanes_double<T>(part);
     const double exact = most == T(INFINITY) ? double(most) : double(most) + std::log(sum);
     lse = T(exact);
     if (rows.lse) static_cast<T*>(rows.lse)[row] = lse;
