@@ -46,9 +46,15 @@ class Adam(torch.optim.Adam):
             del weight.pending
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for _, _, pending in self._fused():
-            pending.clear()
+        if not set_to_none:
+            super().zero_grad(set_to_none)
+        for group in self.param_groups:  # the same without its 60 µs of profiling hooks
+            for p in group["params"]:
+                if set_to_none:
+                    p.grad = None
+                pending = getattr(p, "pending", None)
+                if pending is not None:
+                    pending.clear()
 
     @torch.no_grad()
     def step(self, closure=None):
