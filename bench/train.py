@@ -31,7 +31,7 @@ from .eager import SCRIPTS
 from .results import Results, Row, groups
 
 STEPS = 50  # of each provider, at the least
-BLOCK = 0.02  # seconds of steps in a row, so that a short step finds its own caches warm
+BLOCK = 0.5  # seconds of steps in a row, as training takes them: caches and the heap are then the provider's own
 # Float32 sums in another order. Losses are compared over max(1, |loss|): the unbiased MMD is a difference of sums of
 # order 1. Weights are compared by how far they moved: Adam's first steps are lr times a gradient's sign, and a
 # gradient that is zero but for rounding has the sign of its rounding.

@@ -123,6 +123,40 @@ class TestAdam:
         assert all(fused[i].weight.grad is None for i in (0, 2, 4))  # so it was the fused step
         close(fused, plain)
 
+    def test_a_closure_is_evaluated_first(self):
+        (fused, one), (plain, other) = pair()
+        x = torch.randn(10, 13)
+        for _ in range(2):
+            for net, optimizer in ((fused, one), (plain, other)):
+
+                def loss(net=net, optimizer=optimizer):
+                    optimizer.zero_grad()
+                    value = net(x).square().mean()
+                    value.backward()
+                    return value
+
+                assert float(optimizer.step(loss).detach()) > 0
+        close(fused, plain)
+
+    @pytest.mark.parametrize(
+        "changes", [{"weight_decay": 0.1}, {"maximize": True}, {"amsgrad": True}, {"fused": False}]
+    )
+    def test_unfused_layers_step_as_torch_adam_bit_for_bit(self, changes):
+        (fused, _), (plain, _) = pair()
+        keywords = {"lr": torch.tensor(1e-2, dtype=torch.float64), "fused": True, **changes}
+        if not keywords["fused"]:
+            keywords["lr"] = 1e-2
+        one, other = optim.Adam(fused.parameters(), **keywords), torch.optim.Adam(plain.parameters(), **keywords)
+        for layer in (fused[0], fused[2], fused[4]):
+            del layer.weight.pending
+        for _ in range(4):
+            x = torch.randn(10, 13)
+            for net, optimizer in ((fused, one), (plain, other)):
+                optimizer.zero_grad()
+                net(x).square().mean().backward()
+                optimizer.step()
+        assert all(map(torch.equal, fused.parameters(), plain.parameters()))
+
     def test_state_goes_to_torch_adam_and_back(self):
         (fused, one), (plain, other) = pair()
         x = torch.randn(3, 10, 13)
