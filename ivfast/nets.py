@@ -22,7 +22,7 @@ def mlp(inputs: int, outputs: int, width: int, depth: int) -> nn.Sequential:
     """`depth` hidden layers of `width` with ReLU, then a linear layer: `[B, inputs]` -> `[B, outputs]`."""
     layers: list[nn.Module] = []
     for _ in range(depth):
-        layers += [Linear(inputs, width), nn.ReLU()]
+        layers += [Linear(inputs, width), nn.ReLU(inplace=True)]
         inputs = width
     return nn.Sequential(*layers, Linear(inputs, outputs))
 
@@ -94,7 +94,7 @@ def mlp_features(image_shape: tuple[int, ...], width: int, depth: int, packing: 
     layers: list[nn.Module] = [nn.Flatten()]
     inputs = packing * math.prod(image_shape)
     for _ in range(depth):
-        layers += [Linear(inputs, width), nn.LeakyReLU(0.2)]
+        layers += [Linear(inputs, width), nn.LeakyReLU(0.2, inplace=True)]
         inputs = width
     return nn.Sequential(*layers)
 

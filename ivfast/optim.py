@@ -108,7 +108,7 @@ class Adam(torch.optim.Adam):
             [state["exp_avg_sq"] for state in states],
             [],
             steps,
-            lr=float(group["lr"]),
+            lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
             weight_decay=group["weight_decay"],
