@@ -37,7 +37,8 @@ def samples(images: Tensor, path: Path, columns: int | None = None) -> Path:
         return _scatter(images, path)
     from PIL import Image
 
-    Image.fromarray(tile(images, columns).permute(1, 2, 0).contiguous().numpy()).save(path)
+    # noise, as first samples are, takes seconds to compress well
+    Image.fromarray(tile(images, columns).permute(1, 2, 0).contiguous().numpy()).save(path, compress_level=1)
     return path
 
 

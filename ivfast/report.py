@@ -21,6 +21,7 @@ from .train.settings import Settings
 
 CODES = 60_000  # FLD is taken on so many codes (S1, section 4)
 NEAREST = 20_000  # codes whose nearest neighbours estimate their divergence from the prior
+RECONSTRUCTED = 1_000  # test images at each look while training; `ivfast evaluate` takes all
 LOOK = 2_500  # points drawn to count modes while training (Srivastava et al. 2017)
 HISTOGRAM = 5_000  # points a side in the published estimator of S5's Table 1
 REFERENCE = 50_000  # real images behind FID and the classifier distance
@@ -37,7 +38,7 @@ def has_encoder(system) -> bool:
 
 
 def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
-    """The `evaluate` of `ivfast.train.loop.fit`, as far as the system goes: FLD of the training codes; on test images
+    """The `evaluate` of `ivfast.train.loop.fit`, as far as the system goes: FLD of the training codes; on 1,000 test images
     reconstruction, the variational bound, the accuracy of the system's own classifier; modes of points."""
 
     def evaluate(system):
@@ -45,7 +46,7 @@ def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
         if has_encoder(system):
             values["fld"] = metrics.latent_frechet_distance(metrics.codes(system, dataset.train[:CODES]))
             if dataset.name not in POINTS:
-                values |= metrics.reconstruction(system, dataset.test)._asdict()
+                values |= metrics.reconstruction(system, dataset.test[:RECONSTRUCTED])._asdict()
         if _mixture(dataset):
             modes = metrics.point_modes(metrics.generate(system, LOOK), _mixture(dataset))
             values |= {"modes": modes.covered, "modes_confident": modes.confident}

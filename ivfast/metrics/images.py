@@ -39,16 +39,22 @@ def structural_similarity(x: Tensor, y: Tensor) -> Tensor:
     Source: Wang et al. 2004, Eq. 13.
     """
     _check.same("y", y, "x", x)
-    n, side = len(x), x.shape[2:]
-    reach = min(5, *(pixels - 1 for pixels in side))
-    taps = torch.arange(-reach, reach + 1, dtype=x.dtype, device=x.device)
-    taps = torch.exp(-taps.square() / (2 * 1.5**2))
-    window = torch.outer(taps, taps) / taps.sum() ** 2
-    x, y = (F.pad(images, (reach,) * 4, mode="reflect").flatten(0, 1)[:, None] for images in (x, y))
+    n, (height, width) = len(x), x.shape[2:]
+    reach = min(5, height - 1, width - 1)
+    rows, columns = (_window(side, reach, x) for side in (height, width))
+    x, y = x.flatten(0, 1), y.flatten(0, 1)
     planes = torch.cat([x, y, x * x, y * y, x * y])
-    means = F.conv2d(planes, window[None, None]).view(5, n, -1)
+    means = ((planes @ columns).mT @ rows).reshape(5, n, -1)
     mu_x, mu_y, xx, yy, xy = means.unbind()
     c1, c2 = 0.01**2, 0.03**2
     luminance = (2 * mu_x * mu_y + c1) / (mu_x**2 + mu_y**2 + c1)
     structure = (2 * (xy - mu_x * mu_y) + c2) / (xx - mu_x**2 + yy - mu_y**2 + c2)
     return (luminance * structure).mean(1)
+
+
+def _window(side: int, reach: int, like: Tensor) -> Tensor:
+    """The Gaussian window along one side, its reflected edges too, as a matrix `[side, side]` for rows from the left."""
+    taps = torch.arange(-reach, reach + 1, dtype=like.dtype, device=like.device)
+    taps = torch.exp(-taps.square() / (2 * 1.5**2))
+    eye = torch.eye(side, dtype=like.dtype, device=like.device)
+    return F.pad(eye, (reach, reach), mode="reflect").unfold(1, 2 * reach + 1, 1) @ (taps / taps.sum())
