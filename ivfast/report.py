@@ -38,8 +38,9 @@ def has_encoder(system) -> bool:
 
 
 def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
-    """The `evaluate` of `ivfast.train.loop.fit`, as far as the system goes: FLD of the training codes; on 1,000 test images
-    reconstruction, the variational bound, the accuracy of the system's own classifier; modes of points."""
+    """The `evaluate` of `ivfast.train.loop.fit`, as far as the system goes: FLD of the training codes; reconstruction
+    of 1,000 test images; on all of them the variational bound, the accuracy of the system's own classifier; modes of
+    points."""
 
     def evaluate(system):
         values = {}

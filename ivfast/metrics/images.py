@@ -53,7 +53,7 @@ def structural_similarity(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _window(side: int, reach: int, like: Tensor) -> Tensor:
-    """The Gaussian window along one side, its reflected edges too, as a matrix `[side, side]` for rows from the left."""
+    """The Gaussian window along a side with its reflected edges, as a matrix `[side, side]` for rows from the left."""
     taps = torch.arange(-reach, reach + 1, dtype=like.dtype, device=like.device)
     taps = torch.exp(-taps.square() / (2 * 1.5**2))
     eye = torch.eye(side, dtype=like.dtype, device=like.device)
