@@ -63,6 +63,7 @@ def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
     """Settings and folder of a new run: the paper's, where `given` does not say otherwise."""
     name, data = system_name(str(given.get("system", "ivaae-rad"))), str(given.get("data", "digits"))
     known_data(data)
+    models.check_read(name, given)
     defaults = models.preset(name, data)
     settings = Settings.from_dict({**defaults.to_dict(), **given, "system": name})
     check_device(settings.device)

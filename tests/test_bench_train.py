@@ -86,7 +86,7 @@ def test_the_table_has_ratios_and_the_parts_of_a_step(tmp_path, capsys):
 
 
 def test_the_parts_of_a_step_are_no_more_than_the_step(digits):
-    run = train.run_of(train.settings_of("wae-gan", "digits"), digits)
+    run = train.run_of(replace(train.settings_of("wae-gan", "digits"), ema=0.9), digits)
     parts = train.Parts(run)
     seconds = train.timed(run.advance)
     found = parts.milliseconds()

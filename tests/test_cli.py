@@ -186,6 +186,10 @@ ERRORS = {
     "no such data set": (["train", "--data", "celebs"], r"no data set 'celebs'; did you mean celeba\?"),
     "data not there": (["train", "--data", "mnist", "--root", "here"], r"MNIST is not in .*here/MNIST/raw.*--download"),
     "no such setting": (["train", "--set", "widht=3"], r"no setting 'widht'; did you mean width\?"),
+    "setting of another system": (
+        ["train", "wae-mmd", "--packing", "2"],
+        r"packing does nothing to wae-mmd; it is read by ivdcgan, ivlsgan, dcgan",
+    ),
     "setting without value": (["train", "--set", "width"], r"--set takes NAME=VALUE, got 'width'"),
     "setting of a wrong type": (["train", "--set", "lam=much"], r"--set lam takes a JSON value like 1.0, got 'much'"),
     "setting that is no JSON": (["train", "--set", "tensorboard=False"], r"tensorboard takes .*like true, got 'False'"),

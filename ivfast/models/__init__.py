@@ -1,16 +1,18 @@
 """Every system of the papers by its name on the command line: objectives as phases, nothing else."""
 
+from collections.abc import Iterable
+
 import torch
 
 from ..train.phase import System
 from ..train.settings import Settings
 from .avb import Avb
-from .introvae import AsIntroVae, IntroVae, SoftIntroVae
-from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
+from .introvae import AsIntroVae, Introspective, IntroVae, SoftIntroVae
+from .ivaae import AutoEncoder, Ivaae, IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
 from .ivgan import Gan as Dcgan
 from .ivgan import IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
 from .unified_gan import Ada, Cgan, Gan, InfoGan, IwCgan, IwGan
-from .unified_vae import AaCvae, AaSvae, AaVae, Cvae, Svae, Vae
+from .unified_vae import AaCvae, AaSvae, AaVae, Activated, Cvae, Svae, Vae
 
 SYSTEMS: dict[str, type[System]] = {
     "wae-mmd": WaeMmd,
@@ -45,6 +47,22 @@ SYSTEMS: dict[str, type[System]] = {
     "as-introvae": AsIntroVae,
 }
 ALIASES = {"aae": "wae-gan"}
+# Settings that one family alone reads: to give them to another would do nothing.
+READ_BY: dict[str, tuple[type[System], ...]] = {
+    "encoder_loss": (Ivaae, IvDcgan),
+    "fld_weight": (AutoEncoder,),
+    "k": (IvDcgan,),
+    "mu": (IvDcgan,),
+    "packing": (Dcgan,),
+    "instance_noise": (Dcgan,),
+    "temperature": (Activated,),
+    "contrast": (Avb,),
+    "divergence": (Avb,),
+    "margin": (IntroVae,),
+    "vae_steps": (Introspective,),
+    "anneal_steps": (AsIntroVae,),
+    "as_kernel": (AsIntroVae,),
+}
 
 
 def find(system: str) -> tuple[str, type[System]]:
@@ -53,6 +71,15 @@ def find(system: str) -> tuple[str, type[System]]:
     if name not in SYSTEMS:
         raise ValueError(f"system must be one of {', '.join((*SYSTEMS, *ALIASES))}, got {system!r}")
     return name, SYSTEMS[name]
+
+
+def check_read(system: str, names: Iterable[str]) -> None:
+    """Raises ValueError where the system does not read a setting of `READ_BY`."""
+    _, factory = find(system)
+    for name in names:
+        if name in READ_BY and not issubclass(factory, READ_BY[name]):
+            readers = (other for other, kind in SYSTEMS.items() if issubclass(kind, READ_BY[name]))
+            raise ValueError(f"{name} does nothing to {system}; it is read by {', '.join(readers)}")
 
 
 def preset(system: str, data: str) -> Settings:
