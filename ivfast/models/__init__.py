@@ -58,7 +58,6 @@ READ_BY: dict[str, tuple[type[System], ...]] = {
     "temperature": (Activated,),
     "contrast": (Avb,),
     "divergence": (Avb,),
-    "margin": (IntroVae,),
     "vae_steps": (Introspective,),
     "anneal_steps": (AsIntroVae,),
     "as_kernel": (AsIntroVae,),
