@@ -15,8 +15,12 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def _fresh_seed(request):
-    """Inputs differ from run to run; a failing test prints the seed it drew, and IVFAST_SEED repeats it."""
-    seed = int(os.environ.get("IVFAST_SEED", torch.seed() % 2**31))
+    """Inputs differ from run to run; a failing test prints the seed it drew, and IVFAST_SEED repeats it.
+
+    What claims how far a training run gets (the mark `trains`) has one seed: its luck is not what is tested.
+    """
+    steady = 1 if request.node.get_closest_marker("trains") else torch.seed() % 2**31
+    seed = int(os.environ.get("IVFAST_SEED", steady))
     torch.manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"IVFAST_SEED={seed}")
 

@@ -184,6 +184,7 @@ def test_the_optimal_discriminator_is_the_log_ratio(form):
     assert error(sum(terms.values()) - terms["recon"], log_ratio(i, shared.z.double())) < 2e-5
 
 
+@pytest.mark.trains
 def test_a_trained_discriminator_comes_to_the_log_ratio():
     settings = small(data="four-points", latent_dim=2, discriminator_width=64, learning_rates={"default": 3e-3})
     system = build(settings, (4,))
@@ -217,6 +218,7 @@ def test_whitened_gaussians_leave_the_discriminator_nothing():
     assert abs(float(term.mean() - kl)) < 6 * float(term.std()) / math.sqrt(800)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
 def test_digits_train_and_resume(form, digits, tmp_path):
     settings = small(steps=50, ema=0.9, log_every=10, width=64, discriminator_steps=2, **form)
@@ -236,7 +238,7 @@ def test_digits_train_and_resume(form, digits, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 9, 13), (1, 28, 28), (3, 64, 64)])
 def test_convolutions_take_any_image_and_feel_the_noise(shape):
-    system = build(small(net="conv", width=4, discriminator_width=16, contrast="adaptive", contrast_draws=2), shape)
+    system = build(small(net="conv", width=16, discriminator_width=64, contrast="adaptive", contrast_draws=2), shape)
     x = torch.rand(4, *shape) * 2 - 1
     shared = system.share(x)
     assert system.decode(shared.z).shape == x.shape
@@ -294,6 +296,7 @@ def test_quadrature_and_importance_weighting_know_the_likelihood():
         metrics.quadrature_log_likelihood(build(small(), SHAPE), torch.zeros(1, *SHAPE))
 
 
+@pytest.mark.trains
 def test_importance_weighting_is_the_bound_at_one_draw_and_rises_from_there(digits):
     for name in ("vae", "cvae", "avb"):
         settings = small(system=name, steps=40)
@@ -309,6 +312,7 @@ def test_importance_weighting_is_the_bound_at_one_draw_and_rises_from_there(digi
         assert many == metrics.importance_log_likelihood(run.system, x, labels, draws=30)
 
 
+@pytest.mark.trains
 def test_table_1_measures_what_it_says(tmp_path, monkeypatch):
     """On nets of a few steps: the identities between its columns, and the VAE's ELBO by both of its estimators."""
     monkeypatch.setattr(s4, "DRAWS", 4000)

@@ -27,9 +27,9 @@ def matches(case: Case, dtype: torch.dtype = torch.float32):
     testing.check(case, testing.inputs(case, dtype), "cuda")
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor, slack: float = 1.0):
+def close(ours: torch.Tensor, theirs: torch.Tensor, slack: float = 1.0, unit: float = 0.0):
     assert ours.shape == theirs.shape
-    assert testing.error(ours, theirs) <= slack * testing.TOLERANCES[ours.dtype]
+    assert testing.error(ours, theirs, unit) <= slack * testing.TOLERANCES[ours.dtype]
 
 
 def same_bits_in_every_schedule(simt, call):
@@ -203,8 +203,10 @@ def rows_match(x, weights, smoothing, *, first, n):
     assert torch.equal(x, before)
     loss = rows(x, weights, smoothing, first, n, True)
     assert torch.equal(loss, value)
-    close(loss, expected)
-    close(x, exact)
+    # a difference of numbers of about 1 for each row, and of probabilities in the gradient
+    unit = 1 / (x.shape[1] * n)
+    close(loss, expected, unit=len(x) * unit)
+    close(x, exact, unit=unit)
 
 
 class TestMultiJsRows:

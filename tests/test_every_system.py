@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ivfast import data, metrics, runs
-from ivfast.models import SYSTEMS, build, preset
+from ivfast.models import READ_BY, SYSTEMS, build, preset
 from ivfast.train.batches import as_images
 from ivfast.train.loop import fit
 from ivfast.train.run import Run
@@ -26,6 +26,7 @@ def settings_of(name, **changes):
     return dataclasses.replace(preset(name, "digits"), seed=seed, tensorboard=False, **changes)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_fifty_steps_on_digits_are_finite_and_falling(name, digits, tmp_path):
     settings = settings_of(name, steps=50, log_every=5, evaluate_every=1000, save_every=1000)
@@ -103,3 +104,42 @@ def test_what_is_compiled_is_one_graph_with_the_same_numbers(name, digits):
         assert ours.keys() == theirs.keys()
         for term in ours:
             torch.testing.assert_close(theirs[term], ours[term], rtol=1e-5, atol=1e-6)
+
+
+VALUES = {  # two of each setting: at least one is not the preset's
+    **dict.fromkeys(("t", "k", "packing", "unroll", "noise_dim", "vae_steps", "anneal_steps"), (2, 1)),
+    **dict.fromkeys(("discriminator_width", "discriminator_depth", "discriminator_steps", "contrast_draws"), (2, 3)),
+    **dict.fromkeys(("lam", "lam2", "mu", "mu1", "mu2", "penalty", "gamma_r", "margin", "temperature"), (0.3, 2.0)),
+    **dict.fromkeys(("fld_weight", "instance_noise", "beta_rec", "beta_kl", "beta_neg"), (0.3, 0.6)),
+    "encoder_loss": ("ascent", "confusion"),
+    "code_reconstruction": ("prior", "codes"),
+    "contrast": ("prior", "adaptive"),
+    "divergence": ("js", "kl"),
+    "as_kernel": ("product", "additive"),
+}
+OF_THE_DATA = ("label_share", "target")  # what they change is in test_unified
+
+
+def three_steps(name, **changes):
+    """Losses and weights of a small run whose data and seed are always the same."""
+    tiny = {"batch_size": 8, "latent_dim": 4, "width": 16, "discriminator_width": 16, "discriminator_depth": 2}
+    known = {"vae_steps": 0, "contrast": "adaptive", "tensorboard": False, "capture": False}
+    settings = dataclasses.replace(preset(name, "digits"), **{**tiny, **known, **changes})
+    system = build(settings, (1, 8, 8))
+    images, labels = torch.arange(24 * 64).mul(37).remainder(256).to(torch.uint8).view(24, 1, 8, 8), torch.arange(24)
+    labels = torch.where(labels % 2 == 0, labels % 10, -1 if system.labels == "source" else 1)
+    run = Run(system, images, settings, None, None if system.labels == "none" else labels)
+    for _ in range(3):
+        run.advance()
+    weights = [p.detach().double().sum() for module in system.modules.values() for p in module.parameters()]
+    return run.record.read(3), torch.stack(weights).tolist()
+
+
+def test_there_are_values_for_each_setting_that_not_all_read():
+    assert {*VALUES, *OF_THE_DATA} == {*READ_BY}
+
+
+@pytest.mark.parametrize("setting", VALUES)
+def test_a_setting_changes_the_systems_that_read_it_and_no_other(setting):
+    changed = {name for name in SYSTEMS if len({str(three_steps(name, **{setting: v})) for v in VALUES[setting]}) == 2}
+    assert changed == {name for name, kind in SYSTEMS.items() if issubclass(kind, READ_BY[setting])}

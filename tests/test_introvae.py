@@ -279,6 +279,7 @@ def test_no_product_kernel_exceeds_its_bound(d):
     assert float(system.energies(shared, q)[0].log()) == pytest.approx(most, rel=1e-4)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_digits_are_learnt_in_fifty_steps(name, net, digits):
@@ -436,7 +437,7 @@ def test_table_1s_vae_starts_from_the_weights_of_the_others():
 def test_options_reach_the_settings(tmp_path, monkeypatch, threads):
     threads(1)
     monkeypatch.chdir(tmp_path)
-    given = {"beta_rec": 0.3, "beta_kl": 0.2, "beta_neg": 0.8, "margin": 3.0, "vae_steps": 1, "anneal_steps": 2}
+    given = {"beta_rec": 0.3, "beta_kl": 0.2, "beta_neg": 0.8, "vae_steps": 1, "anneal_steps": 2}
     given |= {"as_kernel": "additive"}
     options = [str(o) for name, value in given.items() for o in (f"--{name.replace('_', '-')}", value)]
     command = ["train", "as-introvae", "--data", "8-gaussians", "--steps", "3", "--set", "width=8", "--out", "run"]

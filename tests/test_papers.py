@@ -106,6 +106,7 @@ def test_lemma_1_and_eq_14(tmp_path):
     assert abs(s3.gradients(1.7, "logistic").left - s3.gradients(1.7, "logistic").eq14) > 0.05  # D is not the optimum
 
 
+@pytest.mark.trains
 def test_discriminator_alone_moves_nothing_else_and_learns():
     digits = data.load("digits")
     for name, chance in (("wae-gan", math.log(2)), ("ivaae-bw", math.log(5))):
@@ -123,6 +124,7 @@ def test_discriminator_alone_moves_nothing_else_and_learns():
         assert moved == {"encoder": False, "decoder": False, "discriminator": True}
 
 
+@pytest.mark.trains
 def test_probe_learns_what_the_features_show_and_nothing_else():
     labels = torch.arange(300) % 3
     shown = torch.nn.functional.one_hot(labels).float() + 0.1 * torch.randn(300, 3)

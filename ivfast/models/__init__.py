@@ -9,8 +9,9 @@ from ..train.settings import Settings
 from .avb import Avb
 from .introvae import AsIntroVae, Introspective, IntroVae, SoftIntroVae
 from .ivaae import AutoEncoder, Ivaae, IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
+from .ivgan import EncodingGan, IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
 from .ivgan import Gan as Dcgan
-from .ivgan import IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
+from .unified import Unified
 from .unified_gan import Ada, Cgan, Gan, InfoGan, IwCgan, IwGan
 from .unified_vae import AaCvae, AaSvae, AaVae, Activated, Cvae, Svae, Vae
 
@@ -47,20 +48,27 @@ SYSTEMS: dict[str, type[System]] = {
     "as-introvae": AsIntroVae,
 }
 ALIASES = {"aae": "wae-gan"}
-# Settings that one family alone reads: to give them to another would do nothing.
+# Settings that not every system reads: to give one to another would do nothing.
 READ_BY: dict[str, tuple[type[System], ...]] = {
-    "encoder_loss": (Ivaae, IvDcgan),
+    **dict.fromkeys(("discriminator_width", "discriminator_depth"), (WaeGan, Ivaae, Dcgan, Unified)),
+    "lam": (AutoEncoder, EncodingGan, InfoGan, Ada),
     "fld_weight": (AutoEncoder,),
-    "k": (IvDcgan,),
-    "mu": (IvDcgan,),
-    "packing": (Dcgan,),
-    "instance_noise": (Dcgan,),
+    **dict.fromkeys(("t", "mu1", "mu2"), (Ivaae,)),
+    "encoder_loss": (Ivaae, IvDcgan),
+    **dict.fromkeys(("k", "mu", "code_reconstruction"), (IvDcgan,)),
+    "lam2": (MrGan,),
+    **dict.fromkeys(("packing", "instance_noise"), (Dcgan,)),
+    "discriminator_steps": (Dcgan, Avb),
+    "penalty": (WganGp,),
+    "unroll": (UnrolledGan,),
     "temperature": (Activated,),
-    "contrast": (Avb,),
-    "divergence": (Avb,),
-    "vae_steps": (Introspective,),
-    "anneal_steps": (AsIntroVae,),
-    "as_kernel": (AsIntroVae,),
+    "label_share": (Svae,),
+    "target": (Ada,),
+    **dict.fromkeys(("noise_dim", "contrast", "contrast_draws", "divergence"), (Avb,)),
+    **dict.fromkeys(("beta_rec", "beta_kl", "beta_neg", "vae_steps"), (Introspective,)),
+    "gamma_r": (SoftIntroVae,),
+    "margin": (IntroVae,),
+    **dict.fromkeys(("anneal_steps", "as_kernel"), (AsIntroVae,)),
 }
 
 
