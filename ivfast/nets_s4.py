@@ -1,7 +1,9 @@
 """S4's networks: encoders that take noise beside the image, and discriminators of pairs (x, z).
 
 For points and small images perceptrons, section 4's "Synthetic example". For larger images DCGAN's convolutions in five
-layers, section 4's "MNIST": noise enters every hidden layer by a projection, batch norm is in E and T and not in G.
+layers, section 4's "MNIST": noise enters every hidden layer by a projection, batch norm is in E and T and not in G. For
+faces its "celebA": every hidden layer of E and G becomes three residual units, and T is one network of the image with
+the code added to each hidden layer.
 """
 
 import itertools
@@ -9,10 +11,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .nets import _dcgan_weights, check_image_shape, mlp
 
 HALVINGS = 4  # five layers with the linear one
+UNITS = 3  # residual ones in place of a hidden layer
 
 
 class NoisyPerceptron(nn.Module):
@@ -27,10 +31,16 @@ class NoisyPerceptron(nn.Module):
 
 
 class NoisyConvolutions(nn.Module):
-    """E(x, ε) of 5×5 convolutions of stride 2, doubling `width`: h ← ReLU(norm(conv h + P ε)), P a layer's own."""
+    """E(x, ε) of 5×5 convolutions of stride 2, doubling `width`: h ← ReLU(norm(conv h + P ε)), P a layer's own.
 
-    def __init__(self, image_shape: tuple[int, int, int], noise_dim: int, latent_dim: int, width: int):
+    `slope` is that of a leaky ReLU.
+    """
+
+    def __init__(
+        self, image_shape: tuple[int, int, int], noise_dim: int, latent_dim: int, width: int, slope: float = 0.0
+    ):
         super().__init__()
+        self.slope = slope
         sides, channels = _halves(image_shape), _channels(image_shape, width)
         pairs = list(itertools.pairwise((image_shape[0], *channels)))
         self.convolutions = nn.ModuleList(nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False) for a, b in pairs)
@@ -41,8 +51,61 @@ class NoisyConvolutions(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         for convolution, projection, norm in zip(self.convolutions, self.projections, self.norms, strict=True):
-            x = norm(convolution(x) + projection(noise)[:, :, None, None]).relu()
+            x = F.leaky_relu(norm(convolution(x) + projection(noise)[:, :, None, None]), self.slope)
         return self.code(x.flatten(1))
+
+
+class ResidualUnit(nn.Module):
+    """ReLU(shortcut x + norm(conv ReLU(norm(conv x + shift)))) of 3×3 convolutions (He et al. 2015, Fig. 2).
+
+    The shortcut is a 1×1 convolution where the size changes. Without `norm` the unit starts as its shortcut.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, stride: int = 1, norm: bool = True):
+        super().__init__()
+        self.first = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=not norm)
+        self.second = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=not norm)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(outputs) if norm else nn.Identity() for _ in range(2))
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        for convolution in (self.first, self.second):
+            nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+        if not norm:
+            nn.init.zeros_(self.second.weight)
+
+    def forward(self, x: Tensor, shift: Tensor | float = 0.0) -> Tensor:
+        h = self.norms[0](self.first(x) + shift).relu()
+        return (self.shortcut(x) + self.norms[1](self.second(h))).relu()
+
+
+class NoisyResidualUnits(nn.Module):
+    """E(x, ε) of residual units, three in place of each layer of `NoisyConvolutions`; P ε enters the first of them."""
+
+    def __init__(self, image_shape: tuple[int, int, int], noise_dim: int, latent_dim: int, width: int):
+        super().__init__()
+        sides, channels = _halves(image_shape), _channels(image_shape, width)
+        pairs = list(itertools.pairwise((image_shape[0], *channels)))
+        self.halving = nn.ModuleList(ResidualUnit(a, b, stride=2) for a, b in pairs)
+        self.following = nn.ModuleList(nn.Sequential(*(ResidualUnit(b, b) for _ in range(UNITS - 1))) for _, b in pairs)
+        self.projections = nn.ModuleList(nn.Linear(noise_dim, b, bias=False) for _, b in pairs)
+        self.code = nn.Linear(channels[-1] * math.prod(sides[-1]), latent_dim)
+
+    def forward(self, x: Tensor, noise: Tensor) -> Tensor:
+        for halving, following, projection in zip(self.halving, self.following, self.projections, strict=True):
+            x = following(halving(x, projection(noise)[:, :, None, None]))
+        return self.code(x.flatten(1))
+
+
+class Joined(nn.Module):
+    """T(x, z) of one network of the image, into each of whose hidden layers the code enters by a projection."""
+
+    def __init__(self, image_shape: tuple[int, int, int], latent_dim: int, width: int):
+        super().__init__()
+        self.network = NoisyConvolutions(image_shape, latent_dim, 1, width, slope=0.2)
+
+    def forward(self, x: Tensor, *codes: Tensor) -> list[Tensor]:
+        """Images and sets of codes `[n, d]` -> `[n]` for each set."""
+        return [self.network(x, z)[:, 0].float() for z in codes]
 
 
 class InnerProduct(nn.Module):
@@ -89,6 +152,20 @@ def conv_generator(latent_dim: int, image_shape: tuple[int, int, int], width: in
         turned = nn.ConvTranspose2d(channels[i], outputs[i], 5, stride=2, padding=2, output_padding=extra)
         layers += [nn.ReLU(), turned]
     return nn.Sequential(*layers)
+
+
+def residual_generator(latent_dim: int, image_shape: tuple[int, int, int], width: int) -> nn.Sequential:
+    """A linear layer and, from side to doubled side, three residual units without batch norm: logits of pixels."""
+    channels, sides = _channels(image_shape, width), _halves(image_shape)
+    layers: list[nn.Module] = [
+        nn.Linear(latent_dim, channels[-1] * math.prod(sides[-1])),
+        nn.Unflatten(1, (channels[-1], *sides[-1])),
+    ]
+    outputs = (channels[0], *channels)
+    for i in reversed(range(len(channels))):
+        layers += [nn.Upsample(sides[i]), ResidualUnit(channels[i], outputs[i], norm=False)]
+        layers += [ResidualUnit(outputs[i], outputs[i], norm=False) for _ in range(UNITS - 1)]
+    return nn.Sequential(*layers, nn.Conv2d(channels[0], image_shape[0], 3, padding=1))
 
 
 def _halves(image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
+from helpers import command
 from torch import distributions
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
-from ivfast import cli, data, metrics, points, report
+from ivfast import data, metrics, nets_s4, points, report
 from ivfast.models import build, preset
 from ivfast.models.avb import Encoded
 from ivfast.papers import s4
@@ -254,6 +254,38 @@ def test_convolutions_take_any_image_and_feel_the_noise(shape):
         assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in G.modules())
 
 
+@pytest.mark.trains
+@pytest.mark.parametrize("contrast", ["prior", "adaptive"])
+def test_residual_units_are_section_4s_for_faces_and_learn(contrast, digits):
+    changes = {"contrast": contrast, "contrast_draws": 2, "learning_rates": {"default": 1e-3}, "batch_size": 32}
+    settings = small(net="residual", width=8, **changes)
+    system = build(settings, (3, 64, 64))
+    encoder, G, T = (system.modules[name] for name in ("encoder", "generator", "discriminator"))
+    for network in (encoder, G):
+        assert sum(isinstance(m, nets_s4.ResidualUnit) for m in network.modules()) == 3 * 4
+    assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in G.modules())
+    x, z = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, settings.latent_dim)
+    assert torch.equal(T(x, z, z)[0], T(x, z, z)[1])
+    for network, inputs in ((encoder, (x, torch.randn(4, settings.noise_dim))), (T.network, (x, z))):
+        assert len(network.projections) == 4  # every hidden layer
+        gradients_of = torch.autograd.grad(network(*inputs).square().sum(), list(network.projections.parameters()))
+        assert all(g.abs().max() > 0 for g in gradients_of)
+    assert system.sample(2).shape == (2, 3, 64, 64)
+
+    run = Run(build(settings, SHAPE), digits.train, settings, None, None)
+    recon = []
+    for step in range(1, 31):
+        run.advance()
+        recon.append(run.record.read(step)["autoencoder/recon"])
+        run.record.clear()
+    assert sum(recon[-5:]) < 0.9 * sum(recon[:5])
+
+
+def test_only_avb_has_residual_networks():
+    with pytest.raises(ValueError, match="net of vae must be one of 'mlp', 'conv', got 'residual'"):
+        build(small(system="vae", net="residual"), SHAPE)
+
+
 def test_kl_to_prior_is_that_of_gaussians():
     for d, n in ((1, 20_000), (2, 20_000), (6, 8_000)):
         mean, deviation = 0.5 * torch.randn(d), 0.5 + torch.rand(d)
@@ -339,17 +371,12 @@ def test_the_command_line_trains_and_evaluates(tmp_path, monkeypatch, threads):
     threads(1)
     monkeypatch.chdir(tmp_path)
 
-    def ivfast(*arguments):
-        result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
-        assert result.exit_code == 0, result.output
-        return result.output
-
     changes = ("--contrast", "adaptive", "--divergence", "js", "--set", "tensorboard=false", "--device", "cpu")
-    ivfast("train", "avb", "--data", "four-points", "--steps", 4, "--out", "points", *changes)
+    command("train", "avb", "--data", "four-points", "--steps", 4, "--out", "points", *changes)
     system, settings = load_system("points")
     assert (settings.contrast, settings.divergence, settings.latent_dim) == ("adaptive", "js", 2)
     assert system.sample(3).shape == (3, 4)
-    ivfast("evaluate", "points", "--metrics", "kl-to-prior,modes")
+    command("evaluate", "points", "--metrics", "kl-to-prior,modes")
     assert {"kl_to_prior", "modes"} <= json.loads((tmp_path / "points" / "metrics.json").read_text()).keys()
 
 
@@ -370,7 +397,7 @@ def test_presets_build_for_every_kind_of_data():
     for name, shape in shapes.items():
         settings = dataclasses.replace(preset("avb", name), device="cpu")
         assert settings.image_size == (None if name == "four-points" else shape[-1])
-        assert (settings.net == "conv") == (shape[-1] >= 28)
+        assert settings.net == {"mnist": "conv", "celeba": "residual"}.get(name, "mlp")
         if name != "celeba":
             system = build(settings, shape)
             assert system.sample(2).shape == (2, *shape)

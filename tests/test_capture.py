@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from helpers import small
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -96,22 +97,6 @@ def tapes(monkeypatch):
             yield made
 
     return on
-
-
-def small(system="ivaae-rad", **changes) -> Settings:
-    values = {
-        "system": system,
-        "steps": 20,
-        "batch_size": 8,
-        "latent_dim": 8,
-        "width": 16,
-        "discriminator_width": 16,
-        "log_every": 6,
-        "evaluate_every": 2,
-        "tensorboard": False,
-        "seed": int(torch.randint(1000, ())),
-    }
-    return Settings(**{**values, **changes})
 
 
 def train(settings, images, out, kind=None, **keywords):

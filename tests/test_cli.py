@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import command
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -40,15 +41,6 @@ def _own_cache(tmp_path_factory):
     patch.undo()
 
 
-def ivfast(*arguments, code=0):
-    """Output of a command, both streams, as one line per sentence."""
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
-    if result.exit_code != code and result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
-
-
 def subprocess_of(*arguments, **keywords):
     """With SIGINT as a terminal's programs have it: a shell's background jobs start with it ignored."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
@@ -74,15 +66,15 @@ def run(tmp_path_factory):
 
 def test_train_with_defaults_makes_numbered_run_folders_and_says_what_is_where():
     for n in (1, 2):
-        text = ivfast("train", "--epochs", 1, *SMALL)
+        text = command("train", "--epochs", 1, *SMALL)
         folder = Path("runs") / f"ivaae-rad-digits-{n}"
         assert f"writing to {folder}" in text
         assert "1,497 training and 300 test images 1x8x8, codes of 16" in text
         named = re.findall(rf"^  ({folder}\S+)", text, re.MULTILINE)
         assert len(named) == 7
         assert all(Path(name).is_file() for name in named)
-        for command in (f"sample {folder} -n 64", f"evaluate {folder}", f"train --resume --out {folder} --epochs 2"):
-            assert f"ivfast {command}\n" in text
+        for said in (f"sample {folder} -n 64", f"evaluate {folder}", f"train --resume --out {folder} --epochs 2"):
+            assert f"ivfast {said}\n" in text
         assert load_file(folder / LAST)
 
 
@@ -92,7 +84,7 @@ def test_options_reach_the_settings_and_training_improves(run):
     assert (saved["width"], saved["tensorboard"]) == (64, False)
     losses = [record["losses"]["autoencoder/recon"] for record in log(run) if record["kind"] == "losses"]
     assert losses[-1] < 0.7 * losses[0]
-    text = ivfast(
+    text = command(
         "train", "aae", "--flip", "--data-memory", 0, "--epochs", 1, "--batch-size", 100, "--latent-dim", 8, "--image-size", 12, "--ema", 0.9,
         "--fld-weight", 0.5, "--precision", "bf16", "--set", 'learning_rates={"default": 0.002}', "--out", "other", *SMALL,
     )  # fmt: skip
@@ -117,8 +109,8 @@ def test_the_metrics_of_the_log_are_those_of_the_saved_system(run):
 
 
 def test_resume_goes_on_where_the_run_stood(run):
-    ivfast("train", "--epochs", 2, "--seed", 5, "--out", "half", *SMALL)
-    text = ivfast("train", "--resume", "--out", "half", "--epochs", 4)
+    command("train", "--epochs", 2, "--seed", 5, "--out", "half", *SMALL)
+    text = command("train", "--resume", "--out", "half", "--epochs", 4)
     assert "92 steps" in text
     whole, half = load_file(run / LAST), load_file("half" / LAST)
     for name in whole:
@@ -126,36 +118,36 @@ def test_resume_goes_on_where_the_run_stood(run):
             torch.testing.assert_close(half[name], whole[name], rtol=0, atol=0)
     steps = [record["step"] for record in log("half") if record["kind"] == "metrics"]
     assert steps == sorted(set(steps))
-    assert "complete already" in ivfast("train", "--resume", "--out", "half")
+    assert "complete already" in command("train", "--resume", "--out", "half")
 
 
 def test_threads_are_one_for_small_networks_unless_named():
     torch.set_num_threads(2)
-    ivfast("train", "--steps", 1, "--threads", 2, "--out", "two", *SMALL)
+    command("train", "--steps", 1, "--threads", 2, "--out", "two", *SMALL)
     assert torch.get_num_threads() == 2
-    ivfast(
+    command(
         "train", "--steps", 1, "--out", "wide", "--set", "width=600", "--set", "tensorboard=false", "--device", "cpu"
     )
     assert torch.get_num_threads() == 2
-    ivfast("train", "--steps", 1, "--out", "one", *SMALL)
+    command("train", "--steps", 1, "--out", "one", *SMALL)
     assert torch.get_num_threads() == 1
 
 
 def test_sample_draws_the_same_grid_for_the_same_seed(run, tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        ivfast("sample", run, "-n", 20, "--columns", 5, "--seed", seed, "--out", f"{name}/grid.png")
+        command("sample", run, "-n", 20, "--columns", 5, "--seed", seed, "--out", f"{name}/grid.png")
     a, b, c = (Image.open(tmp_path / name / "grid.png") for name in "abc")
     assert a.tobytes() == b.tobytes() != c.tobytes()
     assert a.width / a.height == pytest.approx(5 / 4, rel=0.02)
     system, _ = load_system(run)
-    ivfast("sample", run, "-n", 3, "--seed", 1, "--out", "files")
+    command("sample", run, "-n", 3, "--seed", 1, "--out", "files")
     expected = metrics.generate(system, 3, seed=1)
     for i, image in enumerate(expected):
         assert Image.open(tmp_path / "files" / f"{i:06d}.png").tobytes() == image.numpy().tobytes()
 
 
 def test_evaluate_writes_and_prints_what_the_metrics_give(run):
-    text = ivfast("evaluate", run, "--samples", 300)
+    text = command("evaluate", run, "--samples", 300)
     values = json.loads((run / "metrics.json").read_text())
     system, _ = load_system(run)
     digits = data.load("digits")
@@ -166,15 +158,15 @@ def test_evaluate_writes_and_prints_what_the_metrics_give(run):
     for name in ("fld", "mse", "psnr", "ssim", "classifier_distance", "classifier_distance_test", "classifier_score"):
         assert re.search(rf"{name} +{values[name]:.4g} ", text)
     assert 97 < float(re.search(r"accuracy ([\d.]+)%", text)[1]) <= 100
-    ivfast("evaluate", run, "--metrics", "reconstruction")
+    command("evaluate", run, "--metrics", "reconstruction")
     assert set(json.loads((run / "metrics.json").read_text())) == {"mse", "psnr", "ssim", "samples", "seed"}
 
 
 def test_modes_of_a_stacked_run(monkeypatch):
     monkeypatch.setattr(sources, "STACKED", (300, 100))
-    ivfast("train", "wae-mmd", "--data", "stacked-digits", "--set", "net=mlp", "--image-size", 8, "--batch-size", 50,
+    command("train", "wae-mmd", "--data", "stacked-digits", "--set", "net=mlp", "--image-size", 8, "--batch-size", 50,
            "--latent-dim", 8, "--epochs", 1, "--out", "stacked", *SMALL)  # fmt: skip
-    text = ivfast("evaluate", "stacked", "--samples", 200)
+    text = command("evaluate", "stacked", "--samples", 200)
     values = json.loads(Path("stacked/metrics.json").read_text())
     assert 0 <= values["modes"] <= 200
     assert 0 <= values["modes_confident"] <= 1
@@ -210,7 +202,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("arguments", "message"), ERRORS.values(), ids=ERRORS)
 def test_error_in_one_line(arguments, message):
-    text = ivfast(*arguments, code=2)
+    text = command(*arguments, code=2)
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)
     assert "Traceback" not in text
@@ -233,7 +225,7 @@ def test_error_in_one_line(arguments, message):
 )
 def test_error_about_a_run(run, arguments, message):
     before = (run / "config.json").read_bytes()
-    line = ivfast(*arguments, run, code=2).splitlines()[-1]
+    line = command(*arguments, run, code=2).splitlines()[-1]
     assert re.search(message, line)
     assert (run / "config.json").read_bytes() == before
 
@@ -242,7 +234,7 @@ def test_damaged_checkpoint_in_one_line(run, tmp_path):
     (tmp_path / "broken" / "checkpoints").mkdir(parents=True)
     (tmp_path / "broken" / "config.json").write_bytes((run / "config.json").read_bytes())
     (tmp_path / "broken" / LAST).write_bytes((run / LAST).read_bytes()[:5000])
-    assert re.search(r"error: .*last\.safetensors: it is not a whole", ivfast("sample", "broken", code=2))
+    assert re.search(r"error: .*last\.safetensors: it is not a whole", command("sample", "broken", code=2))
 
 
 def test_debug_shows_the_traceback():
@@ -251,7 +243,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_divergence_names_the_term():
-    text = ivfast(
+    text = command(
         "train", "--epochs", 1, "--set", "lam=1e38", "--set", 'learning_rates={"default": 1e30}', *SMALL, code=2
     )
     assert re.search(r"error: the term '\w+' of phase '\w+' became (nan|inf|-inf) at step \d+", text)
@@ -271,7 +263,7 @@ def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path):
     step = int(re.search(r"stopped after step (\d+); resume with: ivfast train --resume --out", errors)[1])
     assert "Traceback" not in errors
     epochs = step // 23 + 1
-    assert f"{23 * epochs} steps" in ivfast("train", "--resume", "--out", out, "--epochs", epochs)
+    assert f"{23 * epochs} steps" in command("train", "--resume", "--out", out, "--epochs", epochs)
 
 
 @pytest.mark.parametrize(
@@ -286,7 +278,7 @@ def test_entry_points_in_fresh_processes(tmp_path, command, wanted):
 def test_info_agrees_with_the_registry():
     from ivfast._registry import OPS
 
-    text = ivfast("info")
+    text = command("info")
     lines = {line.split()[0]: line.split() for line in text.splitlines() if line.split()[:1] and line.split()[0] in OPS}
     assert set(lines) >= {name for name in OPS if not name.endswith("_backward")}
     for name, line in lines.items():
@@ -295,7 +287,7 @@ def test_info_agrees_with_the_registry():
 
 
 def test_help_lists_every_system_data_set_and_metric():
-    train, evaluate = ivfast("train", "--help"), ivfast("evaluate", "--help")
+    train, evaluate = command("train", "--help"), command("evaluate", "--help")
     assert set(cli.SYSTEMS) == set(models.SYSTEMS)
     assert set(cli.METRICS) == set(report.METRICS)
     for name in (*models.SYSTEMS, *sources.DATASETS):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import by_cuda, same_bits_in_every_schedule, size
 
 import ivfast
 from ivfast import testing
@@ -10,23 +11,8 @@ from ivfast.testing import Case
 HALF = (torch.bfloat16, torch.float16)
 
 
-def size(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))
-
-
 def matches(case: Case, dtype: torch.dtype = torch.float32):
     testing.check(case, testing.inputs(case, dtype), "cuda")
-
-
-def same_bits_in_every_schedule(simt, case: Case):
-    tensors, results = testing.inputs(case, torch.float32), []
-    for seed in range(6):
-        simt.schedule(seed)
-        with ivfast.use("cuda"):
-            value, gradients = testing.value_and_gradients(case, tensors)
-        results.append([*value, *gradients])
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 # MMD
@@ -110,7 +96,7 @@ class TestMmd:
 
     @pytest.mark.parametrize(("n", "m", "d"), [(50, 31, 16), (10, 9, 70)])
     def test_every_schedule_gives_the_same_bits(self, simt, n, m, d):
-        same_bits_in_every_schedule(simt, mmd_case(n, m, d, batch=(2,)))
+        same_bits_in_every_schedule(simt, by_cuda(mmd_case(n, m, d, batch=(2,))))
 
     def test_strides(self):
         wide, tall = torch.randn(3, 16, 2, 21), torch.randn(3, 16, 35)
@@ -256,7 +242,7 @@ class TestAsDistance:
 
     @pytest.mark.parametrize(("n", "m", "d"), [(20, 17, 16), (5, 4, 70)])
     def test_every_schedule_gives_the_same_bits(self, simt, form, n, m, d):
-        same_bits_in_every_schedule(simt, distance_case(n, m, d, batch=(2,), **form))
+        same_bits_in_every_schedule(simt, by_cuda(distance_case(n, m, d, batch=(2,), **form)))
 
 
 @pytest.mark.usefixtures("simt")

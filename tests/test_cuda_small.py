@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import same_bits_in_every_schedule, size
 
 import ivfast
 from ivfast import testing
@@ -19,10 +20,6 @@ def cases(*ops: str):
     return pytest.mark.parametrize("case", [c for c in testing.CASES if c.op in ops], ids=str)
 
 
-def size(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))
-
-
 def matches(case: Case, dtype: torch.dtype = torch.float32):
     testing.check(case, testing.inputs(case, dtype), "cuda")
 
@@ -30,16 +27,6 @@ def matches(case: Case, dtype: torch.dtype = torch.float32):
 def close(ours: torch.Tensor, theirs: torch.Tensor, slack: float = 1.0, unit: float = 0.0):
     assert ours.shape == theirs.shape
     assert testing.error(ours, theirs, unit) <= slack * testing.TOLERANCES[ours.dtype]
-
-
-def same_bits_in_every_schedule(simt, call):
-    """Of what `call` returns; a missing barrier shows in one order of threads or another."""
-    results = []
-    for seed in range(6):
-        simt.schedule(seed)
-        results.append(call())
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 def misaligned(x: torch.Tensor) -> torch.Tensor:

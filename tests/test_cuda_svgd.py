@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import by_cuda, same_bits_in_every_schedule, size
 
 import ivfast
 from ivfast import testing
@@ -13,23 +14,8 @@ from ivfast.testing import Case
 HALF = (torch.bfloat16, torch.float16)
 
 
-def size(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))
-
-
 def matches(case: Case, dtype: torch.dtype = torch.float32):
     testing.check(case, testing.inputs(case, dtype), "cuda")
-
-
-def same_bits_in_every_schedule(simt, case: Case):
-    tensors, results = testing.inputs(case, torch.float32), []
-    for seed in range(6):
-        simt.schedule(seed)
-        with ivfast.use("cuda"):
-            value, gradients = testing.value_and_gradients(case, tensors)
-        results.append([*value, *gradients])
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
 # Median bandwidth
@@ -142,7 +128,7 @@ class TestMedian:
 
     @pytest.mark.parametrize(("n", "d"), [(50, 16), (100, 70), (200, 3)])
     def test_every_schedule_gives_the_same_bits(self, simt, n, d):
-        same_bits_in_every_schedule(simt, median_case(n, d, "blackjax", batch=(2,), whole=9))
+        same_bits_in_every_schedule(simt, by_cuda(median_case(n, d, "blackjax", batch=(2,), whole=9)))
 
     def test_no_sets(self):
         with ivfast.use("cuda"):
@@ -203,7 +189,7 @@ class TestDirection:
         assert testing.error(phi, score.double().mean(0).expand(40, 7)) <= testing.TOLERANCES[torch.float32]
 
     def test_every_schedule_gives_the_same_bits(self, simt):
-        same_bits_in_every_schedule(simt, direction_case(70, 33, batch=(2,)))
+        same_bits_in_every_schedule(simt, by_cuda(direction_case(70, 33, batch=(2,))))
 
     def test_strided_inputs_and_expanded_gradient(self, simt):
         x, score = (torch.randn(3, 20, 35).mT.requires_grad_() for _ in range(2))
@@ -285,7 +271,7 @@ class TestBridge:
 
     @pytest.mark.parametrize(("n", "d"), [(64, 16), (90, 70), (140, 9)])
     def test_every_schedule_gives_the_same_bits(self, simt, n, d):
-        same_bits_in_every_schedule(simt, bridge_case(n, d, batch=(2,)))
+        same_bits_in_every_schedule(simt, by_cuda(bridge_case(n, d, batch=(2,))))
 
     def test_strides(self):
         z, draws = torch.randn(3, 20, 35).mT.requires_grad_(), torch.randn(3, 5, 20, 35).mT.movedim(1, 0)

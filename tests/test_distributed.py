@@ -3,7 +3,6 @@
 Run as a script, this file is a rank.
 """
 
-import datetime
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import join
 
 import ivfast
 from ivfast import distributed
@@ -103,13 +103,7 @@ def own(x, rank, world, name):
 
 
 def rank_main(rank, world, folder):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store{world}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, world, folder)
     distributed.exchange.TILE = 150  # several tiles, the last ones cut
     results = {}
     for name, (exchanges, _, function) in CASES.items():

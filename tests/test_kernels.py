@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import size
 from simt import build
 
 import ivfast
@@ -24,10 +25,6 @@ triton_device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted th
 
 def assert_matches(case: Case, dtype: torch.dtype, implementation: str, device: str = "cpu"):
     testing.check(case, testing.inputs(case, dtype, device=device), implementation)
-
-
-def size(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))
 
 
 # Triton: the multi-class Jensen–Shannon loss

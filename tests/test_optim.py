@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import size
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,10 +17,6 @@ from ivfast.train.loop import fit
 from ivfast.train.run import Run
 
 pytest.importorskip("ivfast._C")
-
-
-def size(low, high):
-    return int(torch.randint(low, high + 1, ()))
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import command
 from PIL import Image
-from typer.testing import CliRunner
 
 from ivfast import cli, data, models, sources
 from ivfast.papers import EXPERIMENTS, find, report, s1, s2, s3, session
@@ -28,14 +28,6 @@ def _own_cache(tmp_path_factory):
     yield
     torch.set_num_threads(threads)
     patch.undo()
-
-
-def ivfast(*arguments, code=0):
-    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
-    if result.exit_code != code and result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == code, result.output
-    return result.output
 
 
 def cells(found, table=0):
@@ -236,7 +228,7 @@ ERRORS = {
 @pytest.mark.parametrize(("arguments", "message"), ERRORS.values(), ids=ERRORS)
 def test_error_in_one_line(arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = ivfast("paper", *arguments, code=2)
+    text = command("paper", *arguments, code=2)
     (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
     assert re.search(message, line)
     assert "Traceback" not in text
@@ -244,16 +236,18 @@ def test_error_in_one_line(arguments, message, tmp_path, monkeypatch):
 
 def test_command_line_runs_lists_and_helps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = ivfast("paper", "s2-ring", "--steps", 2, "--samples", 50, "--seeds", "4,", "--workers", 1, "--device", "cpu")
+    text = command(
+        "paper", "s2-ring", "--steps", 2, "--samples", 50, "--seeds", "4,", "--workers", 1, "--device", "cpu"
+    )
     assert "seeds 4" in text
     for name in ("ring.png", "report.md", "report.json", "rows.jsonl"):
         assert Path("papers/s2-ring", name).is_file()
     assert "papers/s2-ring/ring.png" in text
-    listed, helped = ivfast("paper", "--list"), ivfast("paper")
+    listed, helped = command("paper", "--list"), command("paper")
     for experiment in EXPERIMENTS.values():
         assert experiment.about in listed
         assert experiment.name in helped
-    text = " ".join(ivfast("paper", "s1-fig2", "--help").split())
+    text = " ".join(command("paper", "s1-fig2", "--help").split())
     assert find("s1-fig2").about in text
     assert "with --full mnist" in text
     assert cli.paper._seeds("3") == [0, 1, 2]

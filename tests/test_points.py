@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from helpers import command
 
-from ivfast import cli, metrics, points, report
+from ivfast import metrics, points, report
 from ivfast.data import load
 from ivfast.models import build, preset
 from ivfast.points import POINTS, Mixture
@@ -142,19 +142,14 @@ def test_the_command_line_trains_samples_and_evaluates(tmp_path, monkeypatch, th
     threads(1)
     monkeypatch.chdir(tmp_path)
 
-    def ivfast(*arguments, code=0):
-        result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
-        assert result.exit_code == code, result.output
-        return result.output
-
     options = ("--data", "ring", "--steps", 3, "--k", 2, "--mu", 0.25, "--lam", 0.5, "--packing", 4)
-    text = ivfast("train", "ivlsgan", *options, "--device", "cpu", "--set", "tensorboard=false", "--out", "run")
+    text = command("train", "ivlsgan", *options, "--device", "cpu", "--set", "tensorboard=false", "--out", "run")
     assert "50,000 training and 10,000 test points 2, codes of 16" in text
     _, settings = load_system("run")
     assert (settings.k, settings.mu, settings.lam, settings.packing) == (2, 0.25, 0.5, 4)
-    assert "100 samples of 2 coordinates in run/samples.png" in ivfast("sample", "run", "-n", 100)
-    assert "points are drawn into one picture" in ivfast("sample", "run", "--out", "folder", code=2)
-    ivfast("evaluate", "run", "--samples", 500)
+    assert "100 samples of 2 coordinates in run/samples.png" in command("sample", "run", "-n", 100)
+    assert "points are drawn into one picture" in command("sample", "run", "--out", "folder", code=2)
+    command("evaluate", "run", "--samples", 500)
     assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == {
         "fld", "modes", "modes_kl", "modes_confident", "histogram_kl", "histogram_jsd", "histogram_js", "samples", "seed",
     }  # fmt: skip

@@ -4,7 +4,6 @@ Run as a script, this file is a rank.
 """
 
 import dataclasses
-import datetime
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import join
 
 import ivfast
 from ivfast.models import build
@@ -76,13 +76,7 @@ class Failing(IvaaeRadial):
 
 
 def rank_main(rank, world, folder):
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store{world}",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, world, folder)
     if world == 3:
         train(SMALL, folder / "parts", resume=True)
     else:

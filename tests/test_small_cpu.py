@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import size
 
 import ivfast
 from ivfast import testing
@@ -13,10 +14,6 @@ from ivfast.testing import Case
 pytest.importorskip("ivfast._C")
 
 NAN, INF = math.nan, math.inf
-
-
-def size(low, high):
-    return int(torch.randint(low, high + 1, ()))
 
 
 def normal(*shapes, scale=1.0):

@@ -12,6 +12,7 @@ import signal
 import pytest
 import safetensors.torch
 import torch
+from helpers import small
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,22 +35,6 @@ PER_EPOCH = 7  # 60 images in batches of 8, four dropped
 @pytest.fixture
 def images():
     return torch.randint(256, (60, *SHAPE), dtype=torch.uint8)
-
-
-def small(system="ivaae-rad", **changes) -> Settings:
-    values = {
-        "system": system,
-        "steps": 20,
-        "batch_size": 8,
-        "latent_dim": 8,
-        "width": 16,
-        "discriminator_width": 16,
-        "log_every": 6,
-        "evaluate_every": 2,
-        "tensorboard": False,
-        "seed": int(torch.randint(1000, ())),
-    }
-    return Settings(**{**values, **changes})
 
 
 def labels_for(system, n):

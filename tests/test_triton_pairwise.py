@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import size
 
 import ivfast
 from ivfast import testing
@@ -36,10 +37,6 @@ def mmd_case(n, m, d, *, batch=(), shifts=(0.0, 0.0), slack=1.0, **form):
 
     draw = normal((*batch, n, d), (*batch, m, d), shifts=shifts)
     return testing.Case("mmd", f"{(*batch, n, m, d)} {form}", function, draw, unit=0.1, slack=slack)
-
-
-def size(low, high):
-    return int(torch.randint(low, high + 1, ()))
 
 
 class TestMmd:

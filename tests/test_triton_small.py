@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import size
 
 import ivfast
 from ivfast import testing
@@ -31,10 +32,6 @@ def cases(op: str):
 
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def size(low: int, high: int) -> int:
-    return int(torch.randint(low, high + 1, ()))
 
 
 def batch() -> tuple[int, ...]:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import command
 from torch import distributions
 from torch.nn import functional as F
-from typer.testing import CliRunner
 
-from ivfast import cli, data, metrics, runs
+from ivfast import data, metrics, runs
 from ivfast.models import SYSTEMS, build, preset
 from ivfast.papers import s3
 from ivfast.testing import error
@@ -560,23 +560,18 @@ def test_tables_train_every_pair_and_choose_the_temperature_on_held_out_images(d
 def test_command_line_hands_labels_to_what_needs_them(name, measured, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    def ivfast_(*arguments, code=0):
-        result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
-        assert result.exit_code == code, result.output
-        return result.output
-
     more = ("--label-share", 0.1) if name == "aasvae" else ()
     fast = ("--set", "tensorboard=false", "--set", "width=32", "--device", "cpu")
-    text = ivfast_("train", name, "--steps", 3, "--out", "run", *more, *fast)
+    text = command("train", name, "--steps", 3, "--out", "run", *more, *fast)
     assert f"{2994 if name == 'ada' else 1497:,} training and" in text
     record = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
     values = record.get("metrics", {})
     assert set(values) == set(measured)
     if measured:
-        ivfast_("evaluate", "run", "--metrics", ",".join(measured))
+        command("evaluate", "run", "--metrics", ",".join(measured))
         again = json.loads(Path("run/metrics.json").read_text())
         assert {m: again[m] for m in measured} == pytest.approx({m: values[m] for m in measured}, rel=1e-4)
     if name == "ada":
-        assert "generates no images" in ivfast_("sample", "run", code=2)
+        assert "generates no images" in command("sample", "run", code=2)
     else:
-        ivfast_("sample", "run", "-n", 20)
+        command("sample", "run", "-n", 20)

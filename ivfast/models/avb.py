@@ -47,6 +47,8 @@ class Avb(Bernoulli):
     Eq. 5.10).
     """
 
+    nets = ("mlp", "conv", "residual")
+
     def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
         super().__init__(settings, image_shape)
         s, shape, d = settings, self.image_shape, self.latent_dim
@@ -54,6 +56,10 @@ class Avb(Bernoulli):
             encoder = nets_s4.NoisyPerceptron(shape, s.noise_dim, d, s.width, s.depth)
             generator = self.writer()
             pairs = nets_s4.mlp_pairs(shape, d, s.discriminator_width, s.discriminator_depth)
+        elif s.net == "residual":
+            encoder = nets_s4.NoisyResidualUnits(shape, s.noise_dim, d, s.width)
+            generator = nets_s4.residual_generator(d, shape, s.width)
+            pairs = nets_s4.Joined(shape, d, s.width)
         else:
             encoder = nets_s4.NoisyConvolutions(shape, s.noise_dim, d, s.width)
             generator = nets_s4.conv_generator(d, shape, s.width)
@@ -173,4 +179,5 @@ _DATA = {
     "stacked-mnist": {**_IMAGES, "image_size": 28},
     "svhn": {**_IMAGES, "image_size": 32},
     "cifar10": {**_IMAGES, "image_size": 32},
+    "celeba": {**_IMAGES, "net": "residual"},
 }

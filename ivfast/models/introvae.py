@@ -62,7 +62,7 @@ class Introspective(System):
 
     def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
         super().__init__(settings, image_shape)
-        self.latent_dim = d = settings.latent_dim
+        d = self.latent_dim
         shape, width = self.image_shape, settings.width
         if settings.net == "mlp":
             self.modules["encoder"] = nets.mlp_encoder(shape, 2 * d, width, settings.depth)
@@ -99,10 +99,8 @@ class Introspective(System):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images from the prior. The generator may live on the CPU while the system does not."""
-        place = self.settings.device if generator is None else generator.device
-        z = torch.randn(n, self.latent_dim, generator=generator, device=place)
-        return self.decode(z.to(self.settings.device))
+        """n images from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior`."""
+        return self.decode(self.prior(n, generator))
 
     def run(self, network: str, batches: Tensor, kinds: int) -> Tensor:
         """The network on so many kinds of batches `[kinds n, ...]`: each by itself where it normalises over a batch."""

@@ -29,8 +29,7 @@ class AutoEncoder(System):
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int], discriminator_outputs: int = 0):
         super().__init__(settings, image_shape)
-        self.latent_dim = settings.latent_dim
-        shape, d, width = self.image_shape, settings.latent_dim, settings.width
+        shape, d, width = self.image_shape, self.latent_dim, settings.width
         if settings.net == "mlp":
             self.modules["encoder"] = nets.mlp_encoder(shape, d, width, settings.depth)
             self.modules["decoder"] = nets.mlp_decoder(shape, d, width, settings.depth)
@@ -61,10 +60,8 @@ class AutoEncoder(System):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images decoded from the prior. The generator may live on the CPU while the system does not."""
-        place = self.settings.device if generator is None else generator.device
-        z = torch.randn(n, self.latent_dim, generator=generator, device=place)
-        return self.decode(z.to(self.settings.device))
+        """n images decoded from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior`."""
+        return self.decode(self.prior(n, generator))
 
     def share(self, x: Tensor) -> Encoded:
         return Encoded(x, self.encode(x))

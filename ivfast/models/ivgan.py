@@ -44,7 +44,6 @@ class Gan(System):
 
     def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
         super().__init__(settings, image_shape)
-        self.latent_dim = settings.latent_dim
         if settings.batch_size % settings.packing:
             raise ValueError(f"packing must divide batch_size = {settings.batch_size}, got {settings.packing}")
         self.modules = self.networks()
@@ -85,10 +84,8 @@ class Gan(System):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images from the prior. The generator may live on the CPU while the system does not."""
-        place = self.settings.device if generator is None else generator.device
-        z = torch.randn(n, self.latent_dim, generator=generator, device=place)
-        return self.decode(z.to(self.settings.device))
+        """n images from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior`."""
+        return self.decode(self.prior(n, generator))
 
     def share(self, x: Tensor) -> Drawn:
         z = torch.randn(len(x), self.latent_dim, device=x.device)

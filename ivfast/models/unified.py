@@ -20,7 +20,6 @@ class Unified(System):
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         super().__init__(settings, image_shape)
-        self.latent_dim = settings.latent_dim
         self.classes = 0 if self.labels == "none" else settings.classes
 
     @classmethod
@@ -74,15 +73,13 @@ class Generative(Unified):
     def sample(self, n: int, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
         """n generated images; of systems with classes those of `labels [n]`, by default the classes in turn.
 
-        The generator may live on the CPU while the system does not.
+        The generator as for `prior`.
         """
-        device = self.settings.device
-        place = device if generator is None else generator.device
-        z = torch.randn(n, self.latent_dim, generator=generator, device=place).to(device)
+        z = self.prior(n, generator)
         if not self.classes:
             return self.image(self.write(z))
         labels = torch.arange(n) % self.classes if labels is None else labels
-        return self.image(self.write(z, self.one_hot(labels.to(device))))
+        return self.image(self.write(z, self.one_hot(labels.to(z.device))))
 
 
 class Bernoulli(Generative):

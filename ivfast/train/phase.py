@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import ivfast
 
+from .. import _check
 from ..optim import Adam
 from .settings import Settings
 
@@ -48,7 +49,9 @@ class System:
     Attributes:
         labels: "none"; "all" where every image needs one; "some" where −1 stands for none; "source" where
             −1 marks images of the target domain.
+        nets: the kinds of networks that it can be built of, `settings.net`.
         settings, image_shape: what it was built from; `(C, H, W)`.
+        latent_dim: d, the size of a code.
         modules: name -> network. Weights, EMA and learning rates go by these names.
         phases: run in this order in every step.
         ops: where its losses find what looks at a batch as a whole, and noise: `ivfast`, or the same names over a batch
@@ -56,12 +59,14 @@ class System:
     """
 
     labels: str = "none"
+    nets: tuple[str, ...] = ("mlp", "conv")
     modules: dict[str, nn.Module]
     phases: list[Phase]
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
-        self.settings, self.image_shape = settings, tuple(image_shape)
+        self.settings, self.image_shape, self.latent_dim = settings, tuple(image_shape), settings.latent_dim
         self.modules, self.phases, self.ops = {}, [], ivfast
+        _check.choice(f"net of {settings.system}", settings.net, self.nets)
 
     @classmethod
     def preset(cls, data: str) -> dict[str, object]:
@@ -74,6 +79,12 @@ class System:
         Called as `share(x, labels)` where the system reads labels.
         """
         return x
+
+    def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n codes from N(0, I), `[n, d]`. The generator may live on the CPU while the system does not."""
+        device = self.settings.device
+        place = device if generator is None else generator.device
+        return torch.randn(n, self.latent_dim, generator=generator, device=place).to(device)
 
     def randn_like(self, z: Tensor) -> Tensor:
         """Standard normal noise for the rows of a batch `[n, d]`."""

@@ -11,7 +11,7 @@ from .. import _check
 from . import files
 
 PRECISIONS = ("fp32", "bf16")
-NETS = ("mlp", "conv")
+NETS = ("mlp", "conv", "residual")
 ENCODER_LOSSES = ("ascent", "confusion")
 CODE_RECONSTRUCTIONS = ("prior", "codes")
 CONTRASTS = ("prior", "adaptive")
@@ -40,7 +40,8 @@ class Settings:
         ema: decay of the moving average of the weights; 0 turns it off.
         learning_rates: module name -> learning rate; "default" serves the others.
         milestones: epoch -> factor on every learning rate from that epoch on (factors multiply).
-        net, width, depth: "mlp" (hidden layers of `width`) or "conv" (`width` channels in the first layer).
+        net, width, depth: "mlp" (hidden layers of `width`) or "conv" (`width` channels in the first layer); of avb also
+            "residual", S4's for faces.
         discriminator_width, discriminator_depth: hidden layers of the discriminator's perceptron.
         t: number of bridges after the code itself; the discriminator names t + 1 distributions.
         lam, mu1, mu2: λ of S1 on the reconstruction (for the WAE systems on the penalty, for infogan on the code, for

@@ -1,0 +1,73 @@
+"""What several test files say alike."""
+
+import datetime
+import pathlib
+
+import torch
+import torch.distributed as dist
+from typer.testing import CliRunner
+
+import ivfast
+from ivfast import cli, testing
+from ivfast.train import Settings
+
+
+def size(low: int, high: int) -> int:
+    """A random size from low to high, both included."""
+    return int(torch.randint(low, high + 1, ()))
+
+
+def small(system: str = "ivaae-rad", **changes) -> Settings:
+    """Settings of a run of 20 small steps, 7 an epoch of 60 images; `changes` stand above them."""
+    values = {
+        "system": system,
+        "steps": 20,
+        "batch_size": 8,
+        "latent_dim": 8,
+        "width": 16,
+        "discriminator_width": 16,
+        "log_every": 6,
+        "evaluate_every": 2,
+        "tensorboard": False,
+        "seed": int(torch.randint(1000, ())),
+    }
+    return Settings(**{**values, **changes})
+
+
+def command(*arguments: object, code: int = 0) -> str:
+    """Output of `ivfast ARGUMENTS`, both streams, as one line per sentence; it has to exit with `code`."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
+    if result.exit_code != code and result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def join(rank: int, world: int, folder: pathlib.Path) -> None:
+    """This process becomes one of gloo's ranks, which meet in a file of `folder`."""
+    minute = datetime.timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world, timeout=minute
+    )
+
+
+def same_bits_in_every_schedule(simt, call) -> None:
+    """Of the tensors that `call` returns; a missing barrier shows in one order of threads or another."""
+    results = []
+    for seed in range(6):
+        simt.schedule(seed)
+        results.append(call())
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def by_cuda(case: testing.Case):
+    """A function that gives the case's value and gradients by the CUDA kernels, on one draw of its inputs."""
+    tensors = testing.inputs(case, torch.float32)
+
+    def call():
+        with ivfast.use("cuda"):
+            value, gradients = testing.value_and_gradients(case, tensors)
+        return [*value, *gradients]
+
+    return call
