@@ -31,9 +31,10 @@ class NoisyPerceptron(nn.Module):
 
 
 class NoisyConvolutions(nn.Module):
-    """E(x, ε) of 5×5 convolutions of stride 2, doubling `width`: h ← ReLU(norm(conv h + P ε)), P a layer's own.
+    """E(x, ε) of 5×5 convolutions of stride 2, doubling `width`: h ← ReLU(norm(conv h) + P ε), P a layer's own.
 
-    `slope` is that of a leaky ReLU.
+    What is projected enters behind batch norm, which would take a batch's mean of it away: a discriminator has to see
+    where codes lie. `slope` is that of a leaky ReLU.
     """
 
     def __init__(
@@ -51,12 +52,12 @@ class NoisyConvolutions(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor) -> Tensor:
         for convolution, projection, norm in zip(self.convolutions, self.projections, self.norms, strict=True):
-            x = F.leaky_relu(norm(convolution(x) + projection(noise)[:, :, None, None]), self.slope)
+            x = F.leaky_relu(norm(convolution(x)) + projection(noise)[:, :, None, None], self.slope)
         return self.code(x.flatten(1))
 
 
 class ResidualUnit(nn.Module):
-    """ReLU(shortcut x + norm(conv ReLU(norm(conv x + shift)))) of 3×3 convolutions (He et al. 2015, Fig. 2).
+    """ReLU(shortcut x + norm(conv ReLU(norm(conv x) + shift))) of 3×3 convolutions (He et al. 2015, Fig. 2).
 
     The shortcut is a 1×1 convolution where the size changes. Without `norm` the unit starts as its shortcut.
     """
@@ -74,7 +75,7 @@ class ResidualUnit(nn.Module):
             nn.init.zeros_(self.second.weight)
 
     def forward(self, x: Tensor, shift: Tensor | float = 0.0) -> Tensor:
-        h = self.norms[0](self.first(x) + shift).relu()
+        h = (self.norms[0](self.first(x)) + shift).relu()
         return (self.shortcut(x) + self.norms[1](self.second(h))).relu()
 
 

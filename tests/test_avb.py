@@ -271,6 +271,8 @@ def test_residual_units_are_section_4s_for_faces_and_learn(contrast, digits):
         gradients_of = torch.autograd.grad(network(*inputs).square().sum(), list(network.projections.parameters()))
         assert all(g.abs().max() > 0 for g in gradients_of)
     assert system.sample(2).shape == (2, 3, 64, 64)
+    near, far = T(x, z, z + 5)  # all codes of a batch moved: the network sees it through its batch norms
+    assert (near.mean() - far.mean()).abs() > 0.1 * near.std()
 
     run = Run(build(settings, SHAPE), digits.train, settings, None, None)
     recon = []

@@ -164,7 +164,7 @@ def test_evaluate_writes_and_prints_what_the_metrics_give(run):
 
 def test_modes_of_a_stacked_run(monkeypatch):
     monkeypatch.setattr(sources, "STACKED", (300, 100))
-    command("train", "wae-mmd", "--data", "stacked-digits", "--set", "net=mlp", "--image-size", 8, "--batch-size", 50,
+    command("train", "wae-gan", "--data", "stacked-digits", "--set", "net=mlp", "--image-size", 8, "--batch-size", 50,
            "--latent-dim", 8, "--epochs", 1, "--out", "stacked", *SMALL)  # fmt: skip
     text = command("evaluate", "stacked", "--samples", 200)
     values = json.loads(Path("stacked/metrics.json").read_text())
@@ -181,6 +181,10 @@ ERRORS = {
     "setting of another system": (
         ["train", "wae-mmd", "--packing", "2"],
         r"packing does nothing to wae-mmd; it is read by ivdcgan, ivlsgan, dcgan",
+    ),
+    "setting of most": (
+        ["train", "wae-mmd", "--set", "discriminator_width=8"],
+        r"does nothing to wae-mmd; it is read by all but wae-mmd, introvae, s-introvae, as-introvae",
     ),
     "setting without value": (["train", "--set", "width"], r"--set takes NAME=VALUE, got 'width'"),
     "setting of a wrong type": (["train", "--set", "lam=much"], r"--set lam takes a JSON value like 1.0, got 'much'"),

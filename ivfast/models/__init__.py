@@ -85,8 +85,10 @@ def check_read(system: str, names: Iterable[str]) -> None:
     _, factory = find(system)
     for name in names:
         if name in READ_BY and not issubclass(factory, READ_BY[name]):
-            readers = (other for other, kind in SYSTEMS.items() if issubclass(kind, READ_BY[name]))
-            raise ValueError(f"{name} does nothing to {system}; it is read by {', '.join(readers)}")
+            readers = [other for other, kind in SYSTEMS.items() if issubclass(kind, READ_BY[name])]
+            others = [other for other in SYSTEMS if other not in readers]
+            who = ", ".join(readers) if len(readers) < len(others) else f"all but {', '.join(others)}"
+            raise ValueError(f"{name} does nothing to {system}; it is read by {who}")
 
 
 def preset(system: str, data: str) -> Settings:

@@ -99,8 +99,8 @@ class Introspective(System):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior`."""
-        return self.decode(self.prior(n, generator))
+        """n images from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior_codes`."""
+        return self.decode(self.prior_codes(n, generator))
 
     def run(self, network: str, batches: Tensor, kinds: int) -> Tensor:
         """The network on so many kinds of batches `[kinds n, ...]`: each by itself where it normalises over a batch."""

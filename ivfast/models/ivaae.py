@@ -60,8 +60,8 @@ class AutoEncoder(System):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images decoded from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior`."""
-        return self.decode(self.prior(n, generator))
+        """n images decoded from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior_codes`."""
+        return self.decode(self.prior_codes(n, generator))
 
     def share(self, x: Tensor) -> Encoded:
         return Encoded(x, self.encode(x))

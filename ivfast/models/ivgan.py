@@ -84,8 +84,8 @@ class Gan(System):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior`."""
-        return self.decode(self.prior(n, generator))
+        """n images from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior_codes`."""
+        return self.decode(self.prior_codes(n, generator))
 
     def share(self, x: Tensor) -> Drawn:
         z = torch.randn(len(x), self.latent_dim, device=x.device)

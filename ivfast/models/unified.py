@@ -73,9 +73,9 @@ class Generative(Unified):
     def sample(self, n: int, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
         """n generated images; of systems with classes those of `labels [n]`, by default the classes in turn.
 
-        The generator as for `prior`.
+        The generator as for `prior_codes`.
         """
-        z = self.prior(n, generator)
+        z = self.prior_codes(n, generator)
         if not self.classes:
             return self.image(self.write(z))
         labels = torch.arange(n) % self.classes if labels is None else labels

@@ -80,7 +80,7 @@ class System:
         """
         return x
 
-    def prior(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def prior_codes(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n codes from N(0, I), `[n, d]`. The generator may live on the CPU while the system does not."""
         device = self.settings.device
         place = device if generator is None else generator.device
