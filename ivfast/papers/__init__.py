@@ -86,7 +86,7 @@ _ROWS = (
         "s2-ablation", "S2 Table 3, Fig. 7",
         "IVLSGAN by the number of blocks k and the weight of the intervention loss.",
         "digits", "cifar10", 2, 1,
-        "50 epochs on digits, d = 100, 2,000 samples at each look",
+        "200 epochs on digits, d = 100, 2,000 samples at each look",
         "100 epochs on CIFAR-10 at 64x64; FID where Inception's weights are",
         "s2:ablation",
     ),

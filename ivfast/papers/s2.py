@@ -172,7 +172,7 @@ def ablation(session: Session) -> Findings:
     dataset = session.load("ivlsgan")
     kind = choose_distance(session)
     real = distance_of(dataset, kind, session.device)(dataset.train[:20_000])  # trains the classifier, once
-    changes = {"evaluate_every": 10, **({} if session.full else {"epochs": 50, "latent_dim": 100})}
+    changes = {"evaluate_every": 10} if session.full else {"evaluate_every": 20, "epochs": 200, "latent_dim": 100}
     extra = {"distance": kind, "samples": session.count(20_000 if session.full else 2000)}
     jobs = [
         Job(session.settings("ivlsgan", seed, mu=mu, k=k, **changes), extra)
