@@ -67,10 +67,11 @@ def assert_equations(system, name, shared, expected, parameters, tolerance=2e-4)
     terms, gradients = losses_and_gradients(system, name, shared)
     assert terms.keys() == expected.keys()
     for term, value in expected.items():
-        assert error(terms[term], value) < 2e-5, term
+        assert error(terms[term], value, unit=1e-2) < 2e-5, term  # a mean of logits of either sign may cancel
     theirs = torch.autograd.grad(sum(expected.values()), parameters, allow_unused=True)
     for ours, gradient, parameter in zip(gradients, theirs, parameters, strict=True):
-        assert error(ours, torch.zeros_like(parameter) if gradient is None else gradient) < tolerance
+        exact = torch.zeros_like(parameter) if gradient is None else gradient
+        assert error(ours, exact, unit=1e-3) < tolerance  # a last bias's gradient may cancel
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -83,9 +83,9 @@ def losses_and_gradients(system, phase, shared):
 def assert_same(terms, gradients, expected, parameters):
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
-        assert error(terms[name], value) < 2e-5, name
+        assert error(terms[name], value, unit=1e-2) < 2e-5, name  # an unbiased distance is a difference
     for ours, theirs in zip(gradients, torch.autograd.grad(sum(expected.values()), parameters), strict=True):
-        assert error(ours, theirs) < 2e-4
+        assert error(ours, theirs, unit=1e-3) < 2e-4  # a last bias's gradient may cancel
 
 
 def parameters_of(nets64, *names):

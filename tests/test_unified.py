@@ -62,7 +62,7 @@ def assert_is(phase, shared, expected, networks):
         assert error(terms[name], value) < 2e-5, name
     theirs = torch.autograd.grad(sum(expected.values()), [p for n in networks for p in n.parameters()])
     for a, b in zip(ours, theirs, strict=True):
-        assert error(a, b) < 2e-4
+        assert error(a, b, unit=1e-3) < 2e-4  # a last bias's gradient may cancel
 
 
 def planes(x, labels):
