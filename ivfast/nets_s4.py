@@ -143,10 +143,7 @@ def conv_pairs(image_shape: tuple[int, int, int], latent_dim: int, width: int, f
 def conv_generator(latent_dim: int, image_shape: tuple[int, int, int], width: int) -> nn.Sequential:
     """A linear layer and 5×5 transposed convolutions of stride 2, ReLU between and no batch norm: logits of pixels."""
     channels, sides = _channels(image_shape, width), _halves(image_shape)
-    layers: list[nn.Module] = [
-        nn.Linear(latent_dim, channels[-1] * math.prod(sides[-1])),
-        nn.Unflatten(1, (channels[-1], *sides[-1])),
-    ]
+    layers = _smallest(latent_dim, channels[-1], sides[-1])
     outputs = (image_shape[0], *channels)
     for i in reversed(range(len(channels))):
         extra = tuple(large - (2 * small - 1) for large, small in zip(sides[i], sides[i + 1], strict=True))
@@ -158,15 +155,17 @@ def conv_generator(latent_dim: int, image_shape: tuple[int, int, int], width: in
 def residual_generator(latent_dim: int, image_shape: tuple[int, int, int], width: int) -> nn.Sequential:
     """A linear layer and, from side to doubled side, three residual units without batch norm: logits of pixels."""
     channels, sides = _channels(image_shape, width), _halves(image_shape)
-    layers: list[nn.Module] = [
-        nn.Linear(latent_dim, channels[-1] * math.prod(sides[-1])),
-        nn.Unflatten(1, (channels[-1], *sides[-1])),
-    ]
+    layers = _smallest(latent_dim, channels[-1], sides[-1])
     outputs = (channels[0], *channels)
     for i in reversed(range(len(channels))):
         layers += [nn.Upsample(sides[i]), ResidualUnit(channels[i], outputs[i], norm=False)]
         layers += [ResidualUnit(outputs[i], outputs[i], norm=False) for _ in range(UNITS - 1)]
     return nn.Sequential(*layers, nn.Conv2d(channels[0], image_shape[0], 3, padding=1))
+
+
+def _smallest(latent_dim: int, channels: int, side: tuple[int, int]) -> list[nn.Module]:
+    """A generator's first layers: codes `[n, d]` -> `[n, channels, *side]`."""
+    return [nn.Linear(latent_dim, channels * math.prod(side)), nn.Unflatten(1, (channels, *side))]
 
 
 def _halves(image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
