@@ -24,8 +24,8 @@ def small(system: str = "ivaae-rad", **changes) -> Settings:
         "steps": 20,
         "batch_size": 8,
         "latent_dim": 8,
-        "width": 16,
-        "discriminator_width": 16,
+        "width": 32,  # of 16 units with ReLU, all may be dead
+        "discriminator_width": 32,
         "log_every": 6,
         "evaluate_every": 2,
         "tensorboard": False,

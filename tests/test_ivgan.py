@@ -27,7 +27,7 @@ SHAPE = (1, 8, 8)
 
 
 def small(system, **changes) -> Settings:
-    values = {"system": system, "batch_size": 16, "latent_dim": 8, "width": 16, "discriminator_width": 16}
+    values = {"system": system, "batch_size": 16, "latent_dim": 8, "width": 16, "discriminator_width": 32}
     values |= {"learning_rates": {"default": 1e-3}, "betas": (0.5, 0.999), "tensorboard": False, "log_every": 10}
     return Settings(**{**values, "seed": int(torch.randint(1000, ())), **changes})
 

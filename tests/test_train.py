@@ -489,7 +489,7 @@ def test_load_system_names_the_file_and_the_reason(images, tmp_path):
     for tensors, reason in (
         ({k: v for k, v in saved.tensors.items() if k != name}, "the weight decoder.0.weight is missing"),
         ({**saved.tensors, "weights/extra": torch.zeros(1)}, "it has a weight extra"),
-        ({**saved.tensors, name: torch.zeros(3)}, r"decoder.0.weight must have shape \(16, 8\), it has \(3,\)"),
+        ({**saved.tensors, name: torch.zeros(3)}, r"decoder.0.weight must have shape \(32, 8\), it has \(3,\)"),
     ):
         checkpoint.write(path, tensors, about)
         with pytest.raises(CheckpointError, match=reason):

@@ -78,9 +78,9 @@ def image():
 )
 @pytest.mark.parametrize("name", FAMILY)
 def test_steps_of_every_system_are_finite(name, net, shape, digits, tmp_path):
-    # ada's heads are perceptrons of that width, and four units with ReLU may all be dead
+    # ada's heads are perceptrons of that width, as D's head is: few units with ReLU may all be dead
     width = 32 if net == "mlp" or name == "ada" else 4
-    settings = small(name, net=net, width=width, discriminator_width=8, batch_size=12)
+    settings = small(name, net=net, width=width, batch_size=12)
     images = digits.train[:48] if shape == SHAPE else torch.randint(256, (48, *shape), dtype=torch.uint8)
     run = Run(build(settings, shape), images, settings, tmp_path, *(labels_for(name, 48) or (None,)))
     before = [p.detach().clone() for p in run.every_parameter]
