@@ -48,7 +48,8 @@ def assert_is(phase, shared, expected, networks):
     terms = phase.loss(shared)
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
-        assert error(terms[name], value, unit=1e-2) < 2e-5, name
+        # the mean of scores, sums of terms of either sign of 0.4 to 2 in all, may cancel
+        assert error(terms[name], value, unit=0.1) < 2e-5, name
     theirs = gradients(expected, [p for n in networks for p in n.parameters()])
     for a, b in zip(gradients(terms, phase.parameters), theirs, strict=True):
         assert error(a, b) < 2e-4
