@@ -30,6 +30,24 @@ def _fresh_seed(request):
     request.node.add_report_section("setup", "seed", f"IVFAST_SEED={seed}")
 
 
+@pytest.fixture(params=["float64", "float32"])
+def rounding(request, monkeypatch):
+    """A system in float64, where rounding neither cancels a sum nor turns a unit on or off, and as it is, in float32.
+
+    Its casts to float32, there for half precision, do nothing in float64. In float32 one unit of one image that is on
+    in one computation and off in the other moves a gradient by a hundredth, in a draw of thousands.
+    """
+    from helpers import Rounding
+
+    if request.param == "float32":
+        yield Rounding(loss=5e-5, gradient=0.1, unit=0.1)
+        return
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    torch.set_default_dtype(torch.float64)
+    yield Rounding(loss=1e-9, gradient=1e-8, unit=1e-3)
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture
 def poisoned():
     """Memory from torch.empty is NaN: an output or a part of it that no kernel wrote shows."""

@@ -1,7 +1,9 @@
 """What several test files say alike."""
 
+import copy
 import datetime
 import pathlib
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +34,44 @@ def small(system: str = "ivaae-rad", **changes) -> Settings:
         "seed": int(torch.randint(1000, ())),
     }
     return Settings(**{**values, **changes})
+
+
+class Rounding(NamedTuple):
+    """What a system's losses and gradients may be off by: shares of the largest value, or of `unit`."""
+
+    loss: float
+    gradient: float
+    unit: float
+
+
+def doubled(system) -> dict:
+    """Copies of a system's networks in float64, by their names."""
+    return {name: copy.deepcopy(module).double() for name, module in system.modules.items()}
+
+
+def drawn_again(state, *shape) -> torch.Tensor:
+    """The float64 value of the normal noise that the generator gave in that state."""
+    torch.set_rng_state(state)
+    return torch.randn(shape).double()
+
+
+def terms_and_gradients(phase, shared):
+    """A phase's losses by their names, and the gradient of their sum for each of its parameters."""
+    terms = phase.loss(shared)
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    return terms, torch.autograd.grad(sum(terms.values()), phase.parameters, **options)
+
+
+def assert_equations(found, expected, networks, rounding: Rounding) -> None:
+    """The terms and gradients of `terms_and_gradients` are those of `expected`, terms of the float64 `networks`."""
+    terms, gradients = found
+    assert terms.keys() == expected.keys()
+    for name, value in expected.items():
+        assert testing.error(terms[name], value, rounding.unit) < rounding.loss, name
+    parameters = [p for network in networks for p in network.parameters()]
+    theirs = torch.autograd.grad(sum(expected.values()), parameters, allow_unused=True, materialize_grads=True)
+    for ours, gradient in zip(gradients, theirs, strict=True):
+        assert testing.error(ours, gradient, rounding.unit) < rounding.gradient
 
 
 def command(*arguments: object, code: int = 0) -> str:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import command
+from helpers import assert_equations, command, terms_and_gradients
 from torch import distributions
 from torch.nn import functional as F
 
@@ -39,25 +39,9 @@ def small(**changes) -> Settings:
     return Settings(**{**values, **changes})
 
 
-def gradients(terms, parameters):
-    return torch.autograd.grad(sum(terms.values()), parameters, retain_graph=True)
-
-
-def assert_is(phase, shared, expected, networks):
-    """The phase's terms and gradients are those of `expected`, terms of the float64 `networks`."""
-    terms = phase.loss(shared)
-    assert terms.keys() == expected.keys()
-    for name, value in expected.items():
-        # the mean of scores, sums of terms of either sign of 0.4 to 2 in all, may cancel
-        assert error(terms[name], value, unit=0.1) < 2e-5, name
-    theirs = gradients(expected, [p for n in networks for p in n.parameters()])
-    for a, b in zip(gradients(terms, phase.parameters), theirs, strict=True):
-        assert error(a, b) < 2e-4
-
-
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
-def test_losses_are_equations_3_3_and_3_9(form, net):
+def test_losses_are_equations_3_3_and_3_9(form, net, rounding):
     """With adaptive contrast those of the whitened codes, and log r − log p; with "kl" Eq. 5.10."""
     system = build(small(net=net, width=4 if net == "conv" else 32, **form), SHAPE)
     encoder, G, T = (copy.deepcopy(system.modules[m]).double() for m in ("encoder", "generator", "discriminator"))
@@ -66,7 +50,7 @@ def test_losses_are_equations_3_3_and_3_9(form, net):
     torch.set_rng_state(state)
     x64, noise, prior = x.double(), torch.randn(N, E).double(), torch.randn(N, D).double()
     z = encoder(x64, noise)
-    assert error(shared.z, z) < 2e-5
+    assert error(shared.z, z) < rounding.loss
 
     w, ratio = z, torch.zeros(N).double()
     if form["contrast"] == "adaptive":
@@ -86,7 +70,7 @@ def test_losses_are_equations_3_3_and_3_9(form, net):
     else:
         of_code, of_contrast = -score(w.detach()), torch.exp(score(prior) - 1)
     expected = {"code": of_code.mean(), "contrast": of_contrast.mean()}
-    assert_is(system.phases[0], shared, expected, [T])
+    assert_equations(terms_and_gradients(system.phases[0], shared), expected, [T], rounding)
 
     p, t = torch.sigmoid(G(z)), (x64 + 1) / 2
     recon = -(t * p.log() + (1 - t) * (1 - p).log()).sum((1, 2, 3))
@@ -94,9 +78,9 @@ def test_losses_are_equations_3_3_and_3_9(form, net):
     expected = {"recon": recon.mean(), "adversarial": known.mean()}
     if form["contrast"] == "adaptive":
         expected["contrast"] = ratio.mean()
-    assert_is(system.phases[1], shared, expected, [encoder, G])
+    assert_equations(terms_and_gradients(system.phases[1], shared), expected, [encoder, G], rounding)
     torch.set_rng_state(state)
-    assert error(system.bound(x), -(recon + known + ratio)) < 2e-5
+    assert error(system.bound(x), -(recon + known + ratio)) < rounding.loss
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look
@@ -244,7 +228,7 @@ def test_convolutions_take_any_image_and_feel_the_noise(shape):
     shared = system.share(x)
     assert system.decode(shared.z).shape == x.shape
     for phase in system.phases:
-        for g in gradients(phase.loss(shared), phase.parameters):
+        for g in terms_and_gradients(phase, shared)[1]:
             assert g.isfinite().all()
             assert g.abs().max() > 0
     assert not torch.equal(system.encode(x), system.encode(x))

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import assert_equations, doubled, drawn_again, terms_and_gradients
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call
@@ -54,24 +55,12 @@ def assert_same_bits(one, other, *names):
     assert all(map(torch.equal, weights(one, *names), weights(other, *names)))
 
 
-def losses_and_gradients(system, name, shared):
-    phase = next(phase for phase in system.phases if phase.name == name)
-    terms = phase.loss(shared)
-    phase.optimizer.zero_grad(set_to_none=True)
-    sum(terms.values()).backward(inputs=phase.parameters, retain_graph=True)
-    return terms, [p.grad for p in phase.parameters]
+def phase_of(system, name):
+    return next(phase for phase in system.phases if phase.name == name)
 
 
-def assert_equations(system, name, shared, expected, parameters, tolerance=2e-4):
-    """Terms and their gradients as in float64."""
-    terms, gradients = losses_and_gradients(system, name, shared)
-    assert terms.keys() == expected.keys()
-    for term, value in expected.items():
-        assert error(terms[term], value, unit=1e-2) < 2e-5, term  # a mean of logits of either sign may cancel
-    theirs = torch.autograd.grad(sum(expected.values()), parameters, allow_unused=True)
-    for ours, gradient, parameter in zip(gradients, theirs, parameters, strict=True):
-        exact = torch.zeros_like(parameter) if gradient is None else gradient
-        assert error(ours, exact, unit=1e-3) < tolerance  # a last bias's gradient may cancel
+def assert_phase(system, name, shared, expected, networks, rounding):
+    assert_equations(terms_and_gradients(phase_of(system, name), shared), expected, networks, rounding)
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -148,7 +137,7 @@ def test_regularizers_of_weight_zero_leave_the_base_gan(system, changes, base, n
 def test_wgan_gp_without_its_penalty_is_wgan():
     system = build(small("wgan-gp", penalty=0.0), SHAPE)
     shared = system.share(as_images(digits()[:16]))
-    terms, gradients = losses_and_gradients(system, "discriminator", shared)
+    terms, gradients = terms_and_gradients(phase_of(system, "discriminator"), shared)
     D = system.modules["discriminator"]
     expected = torch.autograd.grad((D(shared.fake) - D(shared.x)).mean(), list(D.parameters()))
     assert float(terms["penalty"].detach()) == 0
@@ -176,26 +165,17 @@ def adversarial(name, D, real, fake):
     )
 
 
-def doubled(system):
-    return {name: copy.deepcopy(module).double() for name, module in system.modules.items()}
-
-
-def parameters_of(reference, *names):
-    return [p for name in names for p in reference[name].parameters()]
-
-
 def drawn(system, x):
     """The shared forward, and the same in float64 with the noise that it drew."""
     state = torch.get_rng_state()
     shared = system.share(x)
-    torch.set_rng_state(state)
-    return shared, torch.randn(shared.z.shape).double()
+    return shared, drawn_again(state, *shared.z.shape)
 
 
 @pytest.mark.parametrize("encoder_loss", ["ascent", "confusion"])
 @pytest.mark.parametrize("code_reconstruction", ["prior", "codes"])
 @pytest.mark.parametrize("name", ["ivdcgan", "ivlsgan"])
-def test_ivgan_is_algorithm_1(name, code_reconstruction, encoder_loss):
+def test_ivgan_is_algorithm_1(name, code_reconstruction, encoder_loss, rounding):
     k, lam, mu = 4, 0.7, 0.6
     system = build(
         small(name, k=k, lam=lam, mu=mu, code_reconstruction=code_reconstruction, encoder_loss=encoder_loss), SHAPE
@@ -211,7 +191,7 @@ def test_ivgan_is_algorithm_1(name, code_reconstruction, encoder_loss):
     blocks = torch.arange(8) // 2 == shared.block[:, None]
     w = torch.where(blocks, epsilon, code)
     intervened = G(w)
-    assert error(shared.intervened, intervened) < 2e-5
+    assert error(shared.intervened, intervened) < rounding.loss
 
     def classify(image):
         return f(D.features(image)).log_softmax(1)
@@ -219,7 +199,7 @@ def test_ivgan_is_algorithm_1(name, code_reconstruction, encoder_loss):
     rows = torch.arange(16)
     of_judges, _ = adversarial(name, D, x.double(), G(z).detach())
     expected = {**of_judges, "intervention": -mu * classify(intervened.detach())[rows, shared.block].mean()}
-    assert_equations(system, "discriminator", shared, expected, parameters_of(reference, "discriminator", "classifier"))
+    assert_phase(system, "discriminator", shared, expected, [D, f], rounding)
 
     _, deceiving = adversarial(name, D, x.double(), G(z))
     log_f = classify(intervened)
@@ -230,7 +210,7 @@ def test_ivgan_is_algorithm_1(name, code_reconstruction, encoder_loss):
         "code": lam * (E(image) - target).abs().mean(),
         "intervention": mu * (log_f[rows, shared.block].mean() if encoder_loss == "ascent" else -log_f.mean()),
     }
-    assert_equations(system, "generator", shared, expected, parameters_of(reference, "generator", "encoder"))
+    assert_phase(system, "generator", shared, expected, [G, E], rounding)
 
 
 def test_the_classifier_shares_the_discriminators_features_but_not_its_head():
@@ -246,7 +226,7 @@ def test_the_classifier_shares_the_discriminators_features_but_not_its_head():
     assert set(phase.parameters) == {*features, *head, *own}
 
 
-def test_mrgan_is_its_equations():
+def test_mrgan_is_its_equations(rounding):
     system = build(small("mrgan", lam=0.7, lam2=0.3), SHAPE)
     reference = doubled(system)
     G, E, D = (reference[part] for part in ("generator", "encoder", "discriminator"))
@@ -258,10 +238,10 @@ def test_mrgan_is_its_equations():
         "recon": 0.7 * (back - x.double()).square().mean(),
         "modes": -0.3 * torch.sigmoid(D(back)).log().mean(),
     }
-    assert_equations(system, "generator", shared, expected, parameters_of(reference, "generator", "encoder"))
+    assert_phase(system, "generator", shared, expected, [G, E], rounding)
 
 
-def test_veegan_is_its_algorithm_1():
+def test_veegan_is_its_algorithm_1(rounding):
     system = build(small("veegan", lam=0.7), SHAPE)
     reference = doubled(system)
     G, E, D = (reference[part] for part in ("generator", "encoder", "discriminator"))
@@ -275,14 +255,14 @@ def test_veegan_is_its_algorithm_1():
         "generated": -torch.sigmoid(judge(z, G(z).detach())).log().mean(),
         "encoded": -(1 - torch.sigmoid(judge(E(x.double()).detach(), x.double()))).log().mean(),
     }
-    assert_equations(system, "discriminator", shared, expected, parameters_of(reference, "discriminator"))
+    assert_phase(system, "discriminator", shared, expected, [D], rounding)
     recon = 0.7 * (E(G(z)) - z).square().sum(1).mean()
     expected = {"adversarial": judge(z, G(z)).mean(), "code": recon}
-    assert_equations(system, "generator", shared, expected, parameters_of(reference, "generator", "encoder"))
+    assert_phase(system, "generator", shared, expected, [G, E], rounding)
 
 
 @pytest.mark.parametrize("packing", [1, 2])
-def test_the_gradient_penalty_is_that_of_each_sample(packing):
+def test_the_gradient_penalty_is_that_of_each_sample(packing, rounding):
     """Against float64, one sample after the other; and by hand for a linear D: (‖w‖ − 1)², 2 (1 − 1/‖w‖) w."""
     system = build(small("wgan-gp", packing=packing), SHAPE)
     x, fake = (system.pack(torch.rand(8, *SHAPE) * 2 - 1) for _ in range(2))
@@ -297,11 +277,11 @@ def test_the_gradient_penalty_is_that_of_each_sample(packing):
         point = sample[None].requires_grad_()
         norms.append(torch.autograd.grad(D(point).squeeze(), point, create_graph=True)[0].square().sum().sqrt())
     theirs = (torch.stack(norms) - 1).square().mean()
-    assert error(ours, theirs) < 1e-5
+    assert error(ours, theirs, rounding.unit) < rounding.loss
     parameters, reference = list(system.modules["discriminator"].parameters()), list(D.parameters())
     a = torch.autograd.grad(ours, parameters, allow_unused=True, materialize_grads=True)
     b = torch.autograd.grad(theirs, reference, allow_unused=True, materialize_grads=True)
-    assert all(error(one, other) < 1e-4 for one, other in zip(a, b, strict=True))
+    assert all(error(one, other, rounding.unit) < rounding.gradient for one, other in zip(a, b, strict=True))
 
     linear = nn.Sequential(nn.Flatten(), nn.Linear(packing * 64, 1))
     system.modules["discriminator"] = linear
@@ -313,7 +293,7 @@ def test_the_gradient_penalty_is_that_of_each_sample(packing):
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
-def test_unrolling_differentiates_through_the_discriminators_steps(net):
+def test_unrolling_differentiates_through_the_discriminators_steps(net, rounding):
     """Against a central difference of L_G(θ_G, θ_D^K(θ_G)) in float64, along one direction of θ_G."""
     rate, steps = 0.3, 3
     rates = {"default": 1e-3, "unrolled": rate}
@@ -337,12 +317,12 @@ def test_unrolling_differentiates_through_the_discriminators_steps(net):
             }
         return F.softplus(-functional_call(D, theta, (fake,))).mean().detach()
 
-    terms, gradients = losses_and_gradients(system, "generator", shared)
-    assert error(terms["adversarial"], value(0.0)) < 1e-5
+    terms, gradients = terms_and_gradients(phase_of(system, "generator"), shared)
+    assert error(terms["adversarial"], value(0.0)) < rounding.loss
     slope = sum((g.double() * d).sum() for g, d in zip(gradients, direction.values(), strict=True))
     h = 1e-9  # a step over the kink of one of D's units would make the difference quotient a jump's
     expected = (value(h) - value(-h)) / (2 * h)
-    assert float(slope) == pytest.approx(float(expected), rel=2e-3, abs=1e-5)
+    assert float(slope) == pytest.approx(float(expected), rel=max(rounding.gradient, 1e-3), abs=1e-5)
     # the term that unrolling adds is not small: without it the test would be of a plain GAN at other weights
     theta = system.modules["discriminator"]
     plain = torch.autograd.grad(F.softplus(-theta(shared.fake)).mean(), list(system.modules["generator"].parameters()))

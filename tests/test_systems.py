@@ -1,11 +1,11 @@
 """S1's systems: losses against the equations, reductions, and what the paper reports, on scikit-learn's digits."""
 
-import copy
 import dataclasses
 import math
 
 import pytest
 import torch
+from helpers import assert_equations, doubled, drawn_again, terms_and_gradients
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
@@ -34,10 +34,6 @@ def small(system, **changes) -> Settings:
     return Settings(**{**values, "tensorboard": False, "seed": seed, **changes})
 
 
-def doubled(system):
-    return {name: copy.deepcopy(module).double() for name, module in system.modules.items()}
-
-
 def bridge_of(name, z, noise, t):
     """S1's three bridges by their definitions, in z's dtype; `noise` `[n, d]`, for SVGD `[(t−1)·2 + 1, n, d]`."""
     n, d = z.shape
@@ -64,64 +60,41 @@ def cross_entropy(discriminator, bridges):
     return -torch.stack([discriminator(z).log_softmax(1)[:, k].mean() for k, z in enumerate(bridges)]).mean()
 
 
+def parts(nets64):
+    return [nets64["encoder"], nets64["decoder"]]
+
+
 def squared_error(nets64, x, z):
     return ((nets64["decoder"](z) - x) ** 2).flatten(1).sum(1).mean()
 
 
-def draw(shape, state):
-    torch.set_rng_state(state)
-    return torch.randn(shape).double()
-
-
-def losses_and_gradients(system, phase, shared):
-    terms = phase.loss(shared)
-    phase.optimizer.zero_grad(set_to_none=True)
-    sum(terms.values()).backward(inputs=phase.parameters, retain_graph=True)
-    return terms, [p.grad for p in phase.parameters]
-
-
-def assert_same(terms, gradients, expected, parameters):
-    assert terms.keys() == expected.keys()
-    for name, value in expected.items():
-        assert error(terms[name], value, unit=1e-2) < 2e-5, name  # an unbiased distance is a difference
-    for ours, theirs in zip(gradients, torch.autograd.grad(sum(expected.values()), parameters), strict=True):
-        assert error(ours, theirs, unit=1e-3) < 2e-4  # a last bias's gradient may cancel
-
-
-def parameters_of(nets64, *names):
-    return [p for name in names for p in nets64[name].parameters()]
-
-
 @pytest.mark.parametrize("encoder_loss", ["ascent", "confusion"])
 @pytest.mark.parametrize("name", IVAAE)
-def test_ivaae_is_algorithm_1(name, encoder_loss):
+def test_ivaae_is_algorithm_1(name, encoder_loss, rounding):
     t, lam, mu1, mu2 = 4, 0.7, 1.3, 0.6
     system = build(small(name, lam=lam, mu1=mu1, mu2=mu2, encoder_loss=encoder_loss), SHAPE)
     reference = doubled(system)
     x = torch.rand(32, *SHAPE) * 2 - 1
     state = torch.get_rng_state()
     shared = system.share(x)
-    noise = draw((7, 32, 8) if name == "ivaae-svgd" else (32, 8), state)
+    noise = drawn_again(state, *((7, 32, 8) if name == "ivaae-svgd" else (32, 8)))
     z = reference["encoder"](x.double())
     bridges = bridge_of(name, z, noise, t)
-    assert error(shared.bridge, torch.stack(bridges)) < 2e-5
+    assert error(shared.bridge, torch.stack(bridges)) < rounding.loss
 
     D = reference["discriminator"]
     discriminator, autoencoder = system.phases
     expected = {"intervention": mu1 * cross_entropy(D, [b.detach() for b in bridges])}
-    assert_same(
-        *losses_and_gradients(system, discriminator, shared), expected, parameters_of(reference, "discriminator")
-    )
+    assert_equations(terms_and_gradients(discriminator, shared), expected, [D], rounding)
     if encoder_loss == "ascent":
         intervention = -cross_entropy(D, bridges)
     else:
         intervention = -torch.stack([D(b).log_softmax(1).mean() for b in bridges]).mean()
     expected = {"recon": lam * squared_error(reference, x.double(), z), "intervention": mu2 * intervention}
-    parameters = parameters_of(reference, "encoder", "decoder")
-    assert_same(*losses_and_gradients(system, autoencoder, shared), expected, parameters)
+    assert_equations(terms_and_gradients(autoencoder, shared), expected, parts(reference), rounding)
 
 
-def test_wae_gan_is_its_equations():
+def test_wae_gan_is_its_equations(rounding):
     system = build(small("wae-gan", lam=0.7), SHAPE)
     reference = doubled(system)
     x = torch.rand(32, *SHAPE) * 2 - 1
@@ -130,28 +103,28 @@ def test_wae_gan_is_its_equations():
     D = reference["discriminator"]
     discriminator, autoencoder = system.phases
     state = torch.get_rng_state()
-    found = losses_and_gradients(system, discriminator, shared)
-    prior = draw((32, 8), state)
+    found = terms_and_gradients(discriminator, shared)
+    prior = drawn_again(state, 32, 8)
     # BCE(D(z), 1) + BCE(D(E x), 0)
     expected = {"prior": -torch.sigmoid(D(prior)).log().mean(), "code": -torch.sigmoid(-D(z.detach())).log().mean()}
-    assert_same(*found, expected, parameters_of(reference, "discriminator"))
+    assert_equations(found, expected, [D], rounding)
     expected = {
         "recon": squared_error(reference, x.double(), z),
         "adversarial": -0.7 * torch.sigmoid(D(z)).log().mean(),
     }
-    found = losses_and_gradients(system, autoencoder, shared)
-    assert_same(*found, expected, parameters_of(reference, "encoder", "decoder"))
+    found = terms_and_gradients(autoencoder, shared)
+    assert_equations(found, expected, parts(reference), rounding)
 
 
-def test_wae_mmd_is_its_equations():
+def test_wae_mmd_is_its_equations(rounding):
     system = build(small("wae-mmd", lam=3.0), SHAPE)
     reference = doubled(system)
     x = torch.rand(32, *SHAPE) * 2 - 1
     shared = system.share(x)
     z, (n, d) = reference["encoder"](x.double()), shared.z.shape
     state = torch.get_rng_state()
-    found = losses_and_gradients(system, system.phases[0], shared)
-    prior = draw((n, d), state)
+    found = terms_and_gradients(system.phases[0], shared)
+    prior = drawn_again(state, n, d)
 
     def kernel(a, b):
         r2 = (a[:, None] - b[None]).square().sum(-1)
@@ -163,18 +136,18 @@ def test_wae_mmd_is_its_equations():
         "recon": squared_error(reference, x.double(), z),
         "mmd": 3 * (within - 2 * kernel(z, prior).mean()),
     }
-    assert_same(*found, expected, parameters_of(reference, "encoder", "decoder"))
+    assert_equations(found, expected, parts(reference), rounding)
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_fld_weight_adds_the_weighted_distance_of_the_codes(name):
+def test_fld_weight_adds_the_weighted_distance_of_the_codes(name, rounding):
     system, plain = (build(small(name, fld_weight=w, seed=1), SHAPE) for w in (0.3, 0.0))
     x = torch.rand(32, *SHAPE) * 2 - 1
     state = torch.get_rng_state()
     shared, phase = system.share(x), system.phases[-1]
-    terms, gradients = losses_and_gradients(system, phase, shared)
+    terms, gradients = terms_and_gradients(phase, shared)
     torch.set_rng_state(state)
-    without, before = losses_and_gradients(plain, plain.phases[-1], plain.share(x))
+    without, before = terms_and_gradients(plain.phases[-1], plain.share(x))
     assert terms.keys() - without.keys() == {"fld"}
     assert all(torch.equal(terms[name], value) for name, value in without.items())
 
@@ -182,10 +155,10 @@ def test_fld_weight_adds_the_weighted_distance_of_the_codes(name):
     z = reference["encoder"](x.double())
     sigma = torch.cov(z.mT)  # ‖μ‖² + Tr(Σ + I) − 2 Tr √Σ
     expected = 0.3 * (z.mean(0).square().sum() + sigma.trace() + 8 - 2 * torch.linalg.eigvalsh(sigma).sqrt().sum())
-    assert error(terms["fld"], expected) < 2e-5
-    parameters = parameters_of(reference, "encoder")
+    assert error(terms["fld"], expected) < rounding.loss
+    parameters = list(reference["encoder"].parameters())
     for ours, theirs, g in zip(gradients, before, torch.autograd.grad(expected, parameters), strict=False):
-        assert error(ours - theirs, g) < 2e-3  # a difference of float32 gradients
+        assert error(ours - theirs, g, rounding.unit) < rounding.gradient
     assert all(map(torch.equal, gradients[len(parameters) :], before[len(parameters) :]))  # the decoder's
 
 
@@ -294,7 +267,7 @@ def test_networks_take_any_image_from_8_pixels(net, shape):
     assert y.abs().max() <= 1
     shared = system.share(x)
     for phase in system.phases:
-        _, gradients = losses_and_gradients(system, phase, shared)
+        _, gradients = terms_and_gradients(phase, shared)
         assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients)
 
 
