@@ -30,8 +30,12 @@ def assert_same(errors):
 
 @pytest.mark.parametrize("joint", [False, True], ids=["eager", "joint"])
 @pytest.mark.parametrize("system", eager.SCRIPTS)
-def test_a_script_is_the_system(system, joint, digits):
-    assert_same(train.check(train.settings_of(system, "digits"), digits, joint))
+def test_a_script_is_the_system(system, joint, digits, rounding):
+    settings = train.settings_of(system, "digits")
+    if torch.get_default_dtype() == torch.float64:
+        assert max(train.compare(settings, digits, joint)) < rounding.gradient
+    else:
+        assert_same(train.check(settings, digits, joint))
 
 
 def test_batch_normalisation_sees_the_same_batches():
