@@ -385,13 +385,13 @@ def test_evaluate_and_draw_are_called_on_time(images, tmp_path):
 
 
 def test_bf16_follows_fp32_through_both_phases(images, tmp_path):
-    # at this rate D moves far in one step, so a stale bfloat16 copy of its weights would show in E's loss
-    rates = {"default": 1e-3, "discriminator": 0.1}
-    settings = small(log_every=1, steps=4, learning_rates=rates)
+    # a stale bfloat16 copy of D's weights moves E's loss by 2 to 4 % at this rate, rounding by 0.3 % at the most
+    rates = {"default": 1e-3, "discriminator": 0.02}
+    settings = small(log_every=1, steps=3, learning_rates=rates)
     _, full = train(settings, images, tmp_path / "fp32")
     system, half = train(dataclasses.replace(settings, precision="bf16"), images, tmp_path / "bf16")
     for a, b in zip(losses(full), losses(half), strict=True):
-        assert b["losses"] == pytest.approx(a["losses"], rel=0.05)
+        assert b["losses"] == pytest.approx(a["losses"], rel=0.01)
     assert losses(full)[0]["losses"] != losses(half)[0]["losses"]
     assert {p.dtype for module in system.modules.values() for p in module.parameters()} == {torch.float32}
 

@@ -42,7 +42,7 @@ class Settings:
         milestones: epoch -> factor on every learning rate from that epoch on (factors multiply).
         net, width, depth: "mlp" (hidden layers of `width`) or "conv" (`width` channels in the first layer); of avb also
             "residual", S4's for faces.
-        discriminator_width, discriminator_depth: hidden layers of the discriminator's perceptron.
+        discriminator_width, discriminator_depth: hidden layers of the discriminator's perceptron, where `net` has one.
         t: number of bridges after the code itself; the discriminator names t + 1 distributions.
         lam, mu1, mu2: λ of S1 on the reconstruction (for the WAE systems on the penalty, for infogan on the code, for
             ada on the domains), μ₁ and μ₂ on the cross-entropy of discriminator and encoder; None is S1's 4/(t+1) and
