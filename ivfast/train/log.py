@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from . import files
 
@@ -103,21 +104,28 @@ def _kept(path: Path, resume_at: int | None) -> list[dict[str, object]]:
 
 
 class Bar:
-    """Steps done, rate, time left and the latest losses; nothing at all where `shown` is False."""
+    """Steps done, rate, time left and the latest losses; nothing at all where `shown` is False.
+
+    What is no terminal, such as a batch job's output, gets a line every `EVERY` seconds.
+    """
+
+    EVERY = 60.0
 
     def __init__(self, total: int, done: int, *, shown: bool, console: Console | None = None):
         console = console or Console()
         wide = [BarColumn(bar_width=20), TextColumn("{task.fields[rate]}")] if console.width >= 110 else []
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # of the width: the losses are what is cut short
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             *wide,
             TimeRemainingColumn(),
-            TextColumn("{task.fields[losses]}"),
+            TextColumn("{task.fields[losses]}", table_column=rest),
             disable=not shown,
             console=console,
+            expand=True,
         )
-        self.total, self.moved = total, 0.0
+        self.total, self.moved, self.told = total, 0.0, time.perf_counter()
         self.task = self.progress.add_task("train", total=total, completed=done, rate="", losses="")
 
     def __enter__(self) -> "Bar":
@@ -137,11 +145,17 @@ class Bar:
         if not self.progress.disable:
             self.progress.console.print(text, markup=False)
 
-    def report(self, losses: dict[str, float], images_per_second: float) -> None:
+    def report(self, step: int, losses: dict[str, float], images_per_second: float) -> None:
         # "discriminator/intervention" as "d/interv": three of them fit into 80 columns
         short = {name: f"{name[0]}/{name.partition('/')[2][:6]}" for name in losses}
         text = "  ".join(f"{short[name]} {value:.3g}" for name, value in losses.items())
-        self.progress.update(self.task, losses=text, rate=f"{images_per_second:,.0f} images/s")
+        rate = f"{images_per_second:,.0f} images/s"
+        self.progress.update(self.task, losses=text, rate=rate)
+        now = time.perf_counter()
+        console, due = self.progress.console, step < self.total and now - self.told >= self.EVERY
+        if due and not (console.is_terminal or console.is_jupyter or self.progress.disable):
+            self.told = now
+            console.print(f"step {step:,}/{self.total:,}  {rate}  {text}", markup=False, soft_wrap=True)
 
 
 class Clock:

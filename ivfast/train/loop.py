@@ -160,7 +160,7 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
                 else:
                     line["partial"] = True
                 log.write(line)
-                bar.report(losses, line["images_per_second"])
+                bar.report(run.step, losses, line["images_per_second"])
             bar.at(run.step)
             # ranks hear of a signal at different steps, and agree where they wait for each other anyway
             if (ranks.world == 1 or logged) and (number := ranks.largest(interrupt.signal, run.device)):
