@@ -1,8 +1,8 @@
 """The bytes that a rank sends: by formula, counted call by call, and written to the sockets of gloo.
 
-`counted` wraps the calls of torch.distributed that ivfast makes and books each by what it is: a gathered block goes to
-every other rank, a reduce-scatter sends every other rank's part, an all-reduce is a reduce-scatter and a gather of the
-sums, a block of a ring goes to one neighbour. What the backend makes of a call is up to it: gloo's reduce-scatter is an
+`counted` wraps the collectives that ivfast calls and books each by what it is: a gathered block goes to every other
+rank, a reduce-scatter sends every other rank's part, an all-reduce is a reduce-scatter and a gather of the sums, a
+block of a ring goes to one neighbour. What the backend makes of a call is up to it: gloo's reduce-scatter is an
 all-reduce, twice the bytes.
 """
 
@@ -21,6 +21,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from ivfast import distributed
+from ivfast.ops import _collectives
 from ivfast.train.ranks import Ranks
 
 from .train import images_of, run_of, settings_of
@@ -204,35 +205,28 @@ CASES = (
 def counted() -> Iterator[list[float]]:
     """Bytes that this rank sends by each call of the default group, in the order of the calls."""
     to, sent = Link(dist.get_world_size()), []
-    originals = {
-        name: getattr(dist, name) for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce")
+    bytes_of = {
+        "all_gather": lambda table, own, *_: to.gather(own.nbytes),
+        "reduce_scatter": lambda own, table, *_: to.scatter(table.nbytes),
+        "all_reduce": lambda x, *_: to.reduce(x.nbytes),
+        "exchange": lambda operations: sum(its.tensor.nbytes for its in operations if its.op is dist.isend),
     }
-    originals["batch_isend_irecv"] = dist.batch_isend_irecv
+    originals = {name: getattr(_collectives, name) for name in bytes_of}
 
-    def all_gather_into_tensor(table, own, group=None):
-        sent.append(to.gather(own.nbytes))
-        return originals["all_gather_into_tensor"](table, own, group=group)
+    def booked(name: str) -> Callable:
+        def call(*arguments, **options):
+            sent.append(bytes_of[name](*arguments))
+            return originals[name](*arguments, **options)
 
-    def reduce_scatter_tensor(own, table, group=None):
-        sent.append(to.scatter(table.nbytes))
-        return originals["reduce_scatter_tensor"](own, table, group=group)
+        return call
 
-    def all_reduce(x, *arguments, group=None):
-        sent.append(to.reduce(x.nbytes))
-        return originals["all_reduce"](x, *arguments, group=group)
-
-    def batch_isend_irecv(operations):
-        sent.append(sum(its.tensor.nbytes for its in operations if its.op is dist.isend))
-        return originals["batch_isend_irecv"](operations)
-
-    wrapped = all_gather_into_tensor, reduce_scatter_tensor, all_reduce, batch_isend_irecv
     try:
-        for function in wrapped:
-            setattr(dist, function.__name__, function)
+        for name in bytes_of:
+            setattr(_collectives, name, booked(name))
         yield sent
     finally:
         for name, function in originals.items():
-            setattr(dist, name, function)
+            setattr(_collectives, name, function)
 
 
 IO = Path("/proc/self/io")

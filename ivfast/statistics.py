@@ -166,12 +166,14 @@ class GaussianStatistics:
         """
         import torch.distributed as dist
 
+        from .ops import _collectives
+
         d, device = self.mean.shape[0], self.mean.device
         ranks = dist.get_world_size(group)
         with _state():
             own = torch.tensor([d, -1 if self.count is None else self.count], device=device)
             table = own.new_empty(ranks, 2)
-            dist.all_gather(list(table), own, group=group)
+            _collectives.all_gather(table.view(-1), own, group)
             table = table.tolist()
             for rank, (other_d, count) in enumerate(table):
                 if other_d != table[0][0]:
@@ -179,7 +181,7 @@ class GaussianStatistics:
                 if count < 0:
                     raise ValueError(f"rank {rank} has statistics without a count of samples, which cannot be merged")
             means = self.mean.new_empty(ranks, d)
-            dist.all_gather(list(means), self.mean.contiguous(), group=group)
+            _collectives.all_gather(means.view(-1), self.mean.contiguous(), group)
             counts = [count for _, count in table]
             total = sum(counts)
             if not total:
@@ -189,7 +191,7 @@ class GaussianStatistics:
             shift = sum((mean - base) * (count / total) for count, mean in zip(counts, means, strict=True))
             merged = copy.deepcopy(self)  # what fails leaves `self` as it was
             merged._add_products(((self.mean - base - shift) * math.sqrt(self.count)).unsqueeze(0))
-            dist.all_reduce(merged._upper, group=group)
+            _collectives.all_reduce(merged._upper, group=group)
             self._upper, self.mean, self.count = merged._upper, base + shift, total
         return self
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .particles import OPTIONS, check_dtype, half_diagonal, pack, padded, tile
+from .particles import OPTIONS, check_dtype, half_diagonal, half_distances, mark_of, pack, padded, tile
 from .selection import PRECISION, TILE, TILE_OPTIONS, Ranks, bits_of, rank_of, select, tile_bits, value_of, width
 
 SMALL = 64  # one tile without spills; not measured yet
@@ -48,16 +48,17 @@ def _centred(p_x, i_set, n, d, start, N: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
     """The bits of d²_ij for j < i < n, else the largest number [N, N], and the mean of d²_i0."""
-    xx, spread = tl.zeros([N, N], tl.float32), tl.zeros([N], tl.float32)
+    xx, spread, mark = tl.zeros([N, N], tl.float32), tl.zeros([N], tl.float32), tl.zeros([N], tl.int32)
     i = tl.arange(0, N)
     for start in range(0, D, WIDTH):
         X = _centred(p_x, i_set, n, d, start, N, WIDTH)
         xx = tl.dot(X, tl.trans(X), xx, input_precision=PRECISION)
+        mark += mark_of(X, start + tl.arange(0, WIDTH))
         apart = X - tl.sum(tl.where(i[:, None] == 0, X, 0.0), 0)[None, :]
         spread += tl.sum(apart * apart, 1)
     q = half_diagonal(xx)
     pair = (i[None, :] < i[:, None]) & (i < n)[:, None]
-    bits = tl.where(pair, bits_of(2 * (q[:, None] + q[None, :] - xx)), 0x7FFFFFFF)
+    bits = tl.where(pair, bits_of(2 * half_distances(xx, q, q, mark, mark)), 0x7FFFFFFF)
     return bits, tl.sum(tl.where(i < n, spread, 0.0), 0) / n
 
 
@@ -172,6 +173,7 @@ def _finish_kernel(
 def _apart_kernel(
     p_X,
     p_q,
+    p_mark,
     p_middles,
     p_apart,
     p_count,
@@ -190,7 +192,7 @@ def _apart_kernel(
     count = tl.zeros([TILE], tl.int32)
     for j in range(0, N, TILE):
         # as counted: the later row first
-        bits, pair = tile_bits(p_X, p_q, base, tl.maximum(i, j), tl.minimum(i, j), n, D, TILE, WIDTH)
+        bits, pair = tile_bits(p_X, p_q, p_mark, base, tl.maximum(i, j), tl.minimum(i, j), n, D, TILE, WIDTH)
         hit = (pair & (bits == wanted)).to(tl.int32)
         if tl.max(tl.ravel(hit), 0) > 0:
             count += tl.sum(hit, 1) * (j <= i)
@@ -253,7 +255,7 @@ def backward(grad, x, middles, squared, divisor):
     apart = torch.zeros(2, sets, N, D, dtype=torch.float32, device=x.device)
     count = torch.empty(2, sets, N, dtype=torch.int32, device=x.device)
     _apart_kernel[sets * (N // TILE), 2](
-        *(packed.X, packed.q, middles, apart, count, sets, n, N, D, TILE, width(D)), **TILE_OPTIONS
+        *(packed.X, packed.q, packed.mark, middles, apart, count, sets, n, N, D, TILE, width(D)), **TILE_OPTIONS
     )
     # ∂h/∂x_i = Σ_a (∂h/∂m_a) mean over the pairs that are m_a of 2 (x_i − x_j)
     m = middles.view(sets, 2).T

@@ -21,6 +21,7 @@ from .particles import (
     as_operand,
     capability,
     check_dtype,
+    half_distances,
     pack,
     padded,
     precision,
@@ -99,9 +100,11 @@ def _walk(
     SZ,
     p_X,
     q_i,
+    mark_i,
     first_row,
     p_Z,
     p_q,
+    p_mark,
     value,
     first,
     last,
@@ -124,11 +127,12 @@ def _walk(
     for j in range(first, last, COLUMNS):
         at_j = tl.cast(j, tl.int64) * D
         xz = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X, p_Z + at_j, D, WIDTH, PRECISION)
-        t = xz - q_i[:, None] - tl.load(p_q + j + tl.arange(0, COLUMNS))[None, :]
-        pair = t > -FAR  # q is infinite in padding
+        to_j = j + tl.arange(0, COLUMNS)
+        u = half_distances(xz, q_i, tl.load(p_q + to_j), mark_i, tl.load(p_mark + to_j))
+        pair = u < FAR  # q is infinite in padding
         if WITHIN:
-            pair &= (first_row + tl.arange(0, ROWS))[:, None] != (j + tl.arange(0, COLUMNS))[None, :]
-        d2 = tl.minimum(tl.maximum(-2 * t, 0.0), FAR)
+            pair &= (first_row + tl.arange(0, ROWS))[:, None] != to_j[None, :]
+        d2 = tl.minimum(2 * u, FAR)
         k, slope = _imq(d2, scales, b, COUNT) if IMQ else _rbf(d2, scales, b, COUNT)
         if COUNTED:
             # within a sample the tiles above the diagonal stand for those below, too
@@ -145,8 +149,10 @@ def _walk(
 def _sums_kernel(
     p_X,
     p_q_x,
+    p_mark_x,
     p_Y,
     p_q_y,
+    p_mark_y,
     p_bandwidth,
     p_SZ,
     p_r,
@@ -185,21 +191,23 @@ def _sums_kernel(
     b = 1.0 if p_bandwidth is None else tl.load(p_bandwidth + i_set)
     low, high = i_split * share, (i_split + 1) * share  # of the rows of X, then of Y
 
-    q_i = tl.load(p_q_x + row)
+    q_i, mark_i = tl.load(p_q_x + row), tl.load(p_mark_x + row)
     p_rows = p_X + (i_set * N + first_row) * D
     size, other = tl.cast(n, tl.float64), tl.cast(m, tl.float64)
     total = tl.zeros([ROWS], tl.float64)
     r = tl.zeros([ROWS], tl.float32)
     SZ = tl.zeros([ROWS, VALUES], tl.float32)
     total, r, SZ = _walk(
-        *(total, r, SZ, p_rows, q_i, first_row, p_X + i_set * N * D, p_q_x + i_set * N, value),
+        *(total, r, SZ, p_rows, q_i, mark_i, first_row),
+        *(p_X + i_set * N * D, p_q_x + i_set * N, p_mark_x + i_set * N, value),
         *(low if GRADIENT else tl.maximum(low, first_row // COLUMNS * COLUMNS), tl.minimum(high, N)),
         *(1 / (size * (size - UNBIASED)), scales, b),
         *(True, True, IMQ, COUNT, GRADIENT, D, WIDTH, PRECISION, ROWS, COLUMNS, VALUES),
     )
     if GRADIENT or BETWEEN:
         total, r, SZ = _walk(
-            *(total, r, SZ, p_rows, q_i, first_row, p_Y + i_set * M * D, p_q_y + i_set * M, value),
+            *(total, r, SZ, p_rows, q_i, mark_i, first_row),
+            *(p_Y + i_set * M * D, p_q_y + i_set * M, p_mark_y + i_set * M, value),
             *(tl.maximum(low - N, 0), tl.minimum(high - N, M)),
             *(-1 / (size * other), scales, b),
             *(False, BETWEEN, IMQ, COUNT, GRADIENT, D, WIDTH, PRECISION, ROWS, COLUMNS, VALUES),
@@ -248,7 +256,8 @@ def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, s
     for k, some in enumerate(launches):
         sums = (t[k * splits :] if gradient else None for t in (SZ, r))
         _sums_kernel[x.sets * rows, values, splits](
-            *(x.X, x.q, y.X, y.q, bandwidth, *sums, parts[k], x.sets, x.n, y.n, x.N, y.N, share * shape.columns),
+            *(x.X, x.q, x.mark, y.X, y.q, y.mark, bandwidth, *sums, parts[k]),
+            *(x.sets, x.n, y.n, x.N, y.N, share * shape.columns),
             *some,
             *[1.0] * (SCALES - len(some)),
             *(len(some), imq, unbiased, between, gradient, x.D, shape.width, in_products),

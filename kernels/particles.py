@@ -4,10 +4,10 @@ Every product of a pairwise kernel has the same shape of problem: rows of d numb
 tile. One pass writes the rows centred, in float32 and padded to whole tiles with zeros, so that no inner loop knows of
 dtypes, strides or edges. With q_i = ‖x_i‖²/2,
 
-  t_ij = x_i·x_j − q_i − q_j = −‖x_i − x_j‖²/2 <= 0,
+  u_ij = q_i + q_j − x_i·x_j = ‖x_i − x_j‖²/2 >= 0,
 
-where q_i is half the diagonal of the same product, so that equal particles are at distance 0 to the bit. q is infinite
-in padding: its k = exp(2t/h) is 0.
+where q_i is half the diagonal of the same product. q is infinite in padding: its k = exp(−2u/h) is 0. A product may
+round a row differently by its position, so equal rows are told by a mark, a hash of their bits: they are at distance 0.
 """
 
 import functools
@@ -26,6 +26,9 @@ WIDE = 128  # dimensions up to which they are padded to a power of two
 
 HALF = (torch.bfloat16, torch.float16)
 LARGEST, SMALLEST = tl.constexpr(3.4028234e38), tl.constexpr(1.1754944e-38)  # normal float32
+# More than what products of up to 8192 dimensions lose of q_i + q_j. Rows farther apart are not equal, whatever their
+# marks; one in 2³² pairs of nearer ones has equal marks by chance.
+LOST = tl.constexpr(2.0**-10)
 
 
 @triton.jit
@@ -61,8 +64,24 @@ def half_diagonal(c):
 
 
 @triton.jit
+def mark_of(x, column):
+    """Σ_k c_k bits(x_k) mod 2³² over these columns of rows [ROWS, WIDTH], c_k odd: columns add up to a row's mark."""
+    c = (column + 1) * 0x61C88647
+    c = ((c ^ (c >> 15)) * 0x2C1B3C6D) | 1
+    return tl.sum(tl.where(x == 0, 0, x.to(tl.int32, bitcast=True)) * c[None, :], 1)
+
+
+@triton.jit
+def half_distances(xx, q_i, q_j, mark_i, mark_j):
+    """u_ij of rows i and j from their products; 0 to the bit where the rows are equal."""
+    norms = q_i[:, None] + q_j[None, :]
+    u = tl.maximum(norms - xx, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where((mark_i[:, None] == mark_j[None, :]) & (u < LOST * norms), 0.0, u)
+
+
+@triton.jit
 def factors(h):
-    """α, β, γ with γα = 1 and γβ = 2/h, and the factor 2 log2(e)/h of t in k = 2^(…): finite for any h > 0."""
+    """α, β, γ with γα = 1 and γβ = 2/h, and the factor 2 log2(e)/h of −u in k = 2^(…): finite for any h > 0."""
     two_over_h = tl.minimum(2 / h, LARGEST)
     exponent = tl.maximum(tl.minimum(2.8853900817779268 / h, LARGEST), SMALLEST)
     wide = h >= 1
@@ -81,6 +100,7 @@ def _pack_kernel(
     p_V,
     p_G,
     p_q,
+    p_mark,
     p_p,
     n,
     d,
@@ -98,6 +118,7 @@ def _pack_kernel(
         alpha, beta, _, _ = factors(tl.load(p_bandwidth + i_set))
 
     xx = tl.zeros([ROWS, ROWS], tl.float32)
+    mark = tl.zeros([ROWS], tl.int32)
     gx = tl.zeros([ROWS], tl.float32)
     for start in range(0, D, WIDTH):
         column = start + tl.arange(0, WIDTH)
@@ -108,6 +129,7 @@ def _pack_kernel(
         b_mean = tl.load(p_mean + i_set * d + column, mask=column < d, other=0.0)
         b_x = as_operand(tl.where(mask, b_raw - b_mean[None, :], 0.0), PRECISION)
         xx = tl.dot(b_x, tl.trans(b_x), xx, input_precision=PRECISION)
+        mark += mark_of(b_x, column)
         tl.store(p_X + packed, b_x)
         if WITH_V:
             # V = αS − βX, S = −x without a score
@@ -121,6 +143,7 @@ def _pack_kernel(
             tl.store(p_G + packed, b_g)
 
     tl.store(p_q + i_set * N + row, tl.where(inside, half_diagonal(xx), float("inf")))
+    tl.store(p_mark + i_set * N + row, mark)
     if p_grad is not None:
         tl.store(p_p + i_set * N + row, beta * gx)  # β g_i·x_i
 
@@ -137,6 +160,7 @@ class Packed(NamedTuple):
     V: Tensor | None  # αS − βX
     G: Tensor | None  # the incoming gradient
     q: Tensor  # ‖x_i‖²/2
+    mark: Tensor  # int32, the same for equal rows
     p: Tensor | None  # β g_i·x_i
 
 
@@ -176,8 +200,8 @@ def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, g
     sets, (n, d) = x.shape[:-2].numel(), x.shape[-2:]
     N, D = triton.cdiv(n, 2 * ROWS) * 2 * ROWS, padded(d)
 
-    def empty(*shape):
-        return torch.empty(sets, N, *shape, dtype=torch.float32, device=x.device)
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(sets, N, *shape, dtype=dtype, device=x.device)
 
     V, G, p = (
         empty(*shape) if wanted else None
@@ -187,13 +211,13 @@ def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, g
             ((), grad is not None),
         )
     )
-    packed = Packed(sets, n, d, N, D, empty(D), V, G, empty(), p)
+    packed = Packed(sets, n, d, N, D, empty(D), V, G, empty(), empty(dtype=torch.int32), p)
     if sets == 0:
         return packed
     mean = (x.mean(-2, dtype=torch.float32) if mean is None else mean).contiguous()
     tensors = (t if t is None else t.contiguous() for t in (score, grad, bandwidth))
     _pack_kernel[sets * (N // ROWS),](
-        *(x.contiguous(), mean, *tensors, packed.X, V, G, packed.q, p, n, d, N),
+        *(x.contiguous(), mean, *tensors, packed.X, V, G, packed.q, packed.mark, p, n, d, N),
         *(bandwidth is not None, D, ROWS, width, precision),
         **OPTIONS,
     )

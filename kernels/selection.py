@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .particles import OPTIONS, Packed, add_product
+from .particles import OPTIONS, Packed, add_product, half_distances
 
 # Nothing here is measured yet.
 TILE, SEGMENT = 64, 16  # a counting program takes TILE rows by up to SEGMENT tiles of TILE columns
@@ -85,13 +85,14 @@ def _bracket_kernel(p_sample, p_window, low_rank, high_rank, SAMPLES: tl.constex
 
 
 @triton.jit
-def tile_bits(p_X, p_q, base, i, j, n, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+def tile_bits(p_X, p_q, p_mark, base, i, j, n, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
     """The bits of d² between the tiles of rows from i and from j <= i, and which are pairs of particles."""
     xx = tl.zeros([TILE, TILE], tl.float32)
     xx = add_product(xx, p_X + (base + i) * D, p_X + (base + j) * D, D, WIDTH, PRECISION)
     row, column = i + tl.arange(0, TILE), j + tl.arange(0, TILE)
     q_i, q_j = tl.load(p_q + base + row), tl.load(p_q + base + column)
-    return bits_of(2 * (q_i[:, None] + q_j[None, :] - xx)), (column[None, :] < row[:, None]) & (row < n)[:, None]
+    u = half_distances(xx, q_i, q_j, tl.load(p_mark + base + row), tl.load(p_mark + base + column))
+    return bits_of(2 * u), (column[None, :] < row[:, None]) & (row < n)[:, None]
 
 
 @triton.jit
@@ -107,6 +108,7 @@ def _count_target(bits, pair, p_counts, low, shift, BINS: tl.constexpr):
 def _count_kernel(
     p_X,
     p_q,
+    p_mark,
     p_window,
     p_counts,
     n,
@@ -130,7 +132,7 @@ def _count_kernel(
     end = tl.where(done, first, end)
     below_0, below_1 = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
     for j_tile in range(first, end):
-        bits, pair = tile_bits(p_X, p_q, i_set * N, i_tile * TILE, j_tile * TILE, n, D, TILE, WIDTH)
+        bits, pair = tile_bits(p_X, p_q, p_mark, i_set * N, i_tile * TILE, j_tile * TILE, n, D, TILE, WIDTH)
         below_0 += _count_target(bits, pair, p_counts, low_0, shift_0, BINS)
         if TWO:
             below_1 += _count_target(bits, pair, p_counts + BINS + 1, low_1, shift_1, BINS)
@@ -199,7 +201,7 @@ def select(packed: Packed, ranks: Ranks) -> Tensor:
     grid = sets * (N // TILE), triton.cdiv(N // TILE, SEGMENT)
     for _ in range(4 if ranks.pairs >= SAMPLED else 3):
         _count_kernel[grid](
-            *(packed.X, packed.q, window, counts, n, N, D, TILE, SEGMENT, width(D), BINS, two), **TILE_OPTIONS
+            *(packed.X, packed.q, packed.mark, window, counts, n, N, D, TILE, SEGMENT, width(D), BINS, two), **TILE_OPTIONS
         )
         _narrow_kernel[sets, 1 + two](counts, window, ranks.first, ranks.second, BINS, **OPTIONS)
     return window

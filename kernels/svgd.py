@@ -25,6 +25,7 @@ from .particles import (
     capability,
     check_dtype,
     factors,
+    half_distances,
     pack,
     padded,
     precision,
@@ -69,10 +70,9 @@ def backward_tile(D: int, major: int) -> Tile:
 
 
 @triton.jit
-def kernel_tile(xx, q_i, q_j, i, j, exponent):
-    """k'_ij = 2^(t_ij · 2 log2(e)/h), 0 for j = i."""
-    t = tl.minimum(xx - q_i[:, None] - q_j[None, :], 0.0)
-    return tl.where(i[:, None] == j[None, :], 0.0, tl.exp2(t * exponent))
+def kernel_tile(u, i, j, exponent):
+    """k'_ij = 2^(−u_ij · 2 log2(e)/h), 0 for j = i."""
+    return tl.where(i[:, None] == j[None, :], 0.0, tl.exp2(-u * exponent))
 
 
 @triton.jit
@@ -80,6 +80,7 @@ def _forward_kernel(
     p_X,
     p_V,
     p_q,
+    p_mark,
     p_bandwidth,
     p_KV,
     p_r,
@@ -99,13 +100,14 @@ def _forward_kernel(
     at_i = (base + i_tile * ROWS) * D
     _, _, _, exponent = factors(tl.load(p_bandwidth + i_set))
 
-    q_i = tl.load(p_q + base + i)
+    q_i, mark_i = tl.load(p_q + base + i), tl.load(p_mark + base + i)
     r = tl.zeros([ROWS], tl.float32)
     KV = tl.zeros([ROWS, VALUES], tl.float32)
     for first in range(i_split * share, tl.minimum((i_split + 1) * share, N), COLUMNS):
         j, at_j = first + tl.arange(0, COLUMNS), (base + first) * D
         xx = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X + at_i, p_X + at_j, D, WIDTH, PRECISION)
-        k = as_operand(kernel_tile(xx, q_i, tl.load(p_q + base + j), i, j, exponent), PRECISION)
+        u = half_distances(xx, q_i, tl.load(p_q + base + j), mark_i, tl.load(p_mark + base + j))
+        k = as_operand(kernel_tile(u, i, j, exponent), PRECISION)
         r += tl.sum(k, 1)
         KV = tl.dot(k, tile(p_V + at_j + value, D, COLUMNS, VALUES), KV, input_precision=PRECISION)
 
@@ -121,6 +123,7 @@ def _backward_kernel(
     p_V,
     p_G,
     p_q,
+    p_mark,
     p_p,
     p_bandwidth,
     p_KG,
@@ -143,13 +146,14 @@ def _backward_kernel(
     at_i = (base + i_tile * ROWS) * D
     _, _, _, exponent = factors(tl.load(p_bandwidth + i_set))
 
-    q_i, p_i = tl.load(p_q + base + i), tl.load(p_p + base + i)
+    q_i, mark_i, p_i = tl.load(p_q + base + i), tl.load(p_mark + base + i), tl.load(p_p + base + i)
     r, b = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     KG, BX = tl.zeros([ROWS, VALUES], tl.float32), tl.zeros([ROWS, VALUES], tl.float32)
     for first in range(i_split * share, tl.minimum((i_split + 1) * share, N), COLUMNS):
         j, at_j = first + tl.arange(0, COLUMNS), (base + first) * D
         xx = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X + at_i, p_X + at_j, D, WIDTH, PRECISION)
-        k = kernel_tile(xx, q_i, tl.load(p_q + base + j), i, j, exponent)
+        u = half_distances(xx, q_i, tl.load(p_q + base + j), mark_i, tl.load(p_mark + base + j))
+        k = kernel_tile(u, i, j, exponent)
         # B_ij = k'_ij (g_i·v_j + v_i·g_j + p_i + p_j)
         gv = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_G + at_i, p_V + at_j, D, WIDTH, PRECISION)
         gv = add_product(gv, p_V + at_i, p_G + at_j, D, WIDTH, PRECISION)
@@ -292,7 +296,7 @@ def forward(x, score, bandwidth):
     grid, share = _grid(packed, tile)
     KV, r = packed.X.new_empty(grid[2], sets, N, D), packed.X.new_empty(grid[2], sets, N)
     _forward_kernel[grid](
-        *(packed.X, packed.V, packed.q, bandwidth, KV, r, sets, N, share),
+        *(packed.X, packed.V, packed.q, packed.mark, bandwidth, KV, r, sets, N, share),
         *(D, tile.width, in_products, tile.rows, tile.columns, tile.values),
         **tile.options,
     )
@@ -319,7 +323,7 @@ def backward(grad, x, score, bandwidth, row_sum):
         grid, share = _grid(packed, tile)
         sums = [packed.X.new_empty(grid[2], sets, N, *width) for width in ((D,), (D,), (), ())]  # KG, BX, r', B1
         _backward_kernel[grid](
-            *(packed.X, packed.V, packed.G, packed.q, packed.p, bandwidth, *sums, sets, N, share),
+            *(packed.X, packed.V, packed.G, packed.q, packed.mark, packed.p, bandwidth, *sums, sets, N, share),
             *(D, tile.width, in_products, tile.rows, tile.columns, tile.values),
             **tile.options,
         )

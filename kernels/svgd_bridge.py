@@ -10,7 +10,18 @@ import triton.language as tl
 
 from ..ops.median import heuristic
 from . import median, svgd
-from .particles import OPTIONS, as_operand, capability, check_dtype, factors, half_diagonal, padded, precision
+from .particles import (
+    OPTIONS,
+    as_operand,
+    capability,
+    check_dtype,
+    factors,
+    half_diagonal,
+    half_distances,
+    mark_of,
+    padded,
+    precision,
+)
 from .selection import Ranks
 
 # n and d of a set that one program holds without spills (tests/test_cubins.py); not measured yet
@@ -20,13 +31,14 @@ ELEMENTS = 1024
 
 
 @triton.jit
-def _inner_products(x, n, d, D: tl.constexpr, PRECISION: tl.constexpr):
-    """X, x centred, its products X Xᵀ and q, of rows x that are 0 outside n and d."""
+def _distances(x, n, d, D: tl.constexpr, PRECISION: tl.constexpr):
+    """X, x centred, and the half squared distances u of its rows, of rows x that are 0 outside n and d."""
     i, c = tl.arange(0, x.shape[0]), tl.arange(0, D)
     inside = (i < n)[:, None] & (c < d)[None, :]
     X = as_operand(tl.where(inside, x - (tl.sum(x, 0) / n)[None, :], 0.0), PRECISION)
     xx = tl.dot(X, tl.trans(X), input_precision=PRECISION)
-    return X, xx, tl.where(i < n, half_diagonal(xx), float("inf"))
+    q, mark = tl.where(i < n, half_diagonal(xx), float("inf")), mark_of(X, c)
+    return X, half_distances(xx, q, q, mark, mark)
 
 
 @triton.jit
@@ -63,8 +75,7 @@ def _forward_kernel(
         for step in range((bridge - 1) * iterations, bridge * iterations):
             now = size * step
             # the median in full precision, whatever the products of φ take
-            _, exact, q = _inner_products(x, n, d, D, "tf32x3")
-            d2 = tl.maximum(2 * (q[:, None] + q[None, :] - exact), 0.0)
+            d2 = 2 * _distances(x, n, d, D, "tf32x3")[1]
             pair = (i[None, :] < i[:, None]) & (i < n)[:, None]
             m_0, m_1 = median.small_middles(tl.where(pair, d2.to(tl.int32, bitcast=True), 0x7FFFFFFF), rank_0, rank_1)
             spread = tl.sum(tl.ravel(tl.where(pair & (i == 0)[None, :], d2, 0.0)), 0) / n
@@ -72,8 +83,8 @@ def _forward_kernel(
 
             # φ = (1/n) [s + γ (K'V + β r'∘X)],  V = αs − βX,  s = −x
             alpha, beta, gamma, exponent = factors(h)
-            X, xx, q = _inner_products(x, n, d, D, PRECISION)
-            k = as_operand(svgd.kernel_tile(xx, q, q, i, i, exponent), PRECISION)
+            X, u = _distances(x, n, d, D, PRECISION)
+            k = as_operand(svgd.kernel_tile(u, i, i, exponent), PRECISION)
             r = tl.sum(k, 1)
             KV = tl.dot(k, as_operand(-alpha * x - beta * X, PRECISION), input_precision=PRECISION)
             phi = (gamma * (KV + beta * r[:, None] * X) - x) / n

@@ -38,8 +38,8 @@ def filled(kernel: str, options: dict, **given) -> Variant:
     names = getattr(importlib.import_module(f"ivfast.kernels.{module}"), name).arg_names
     assert set(given) <= set(names) | {"targets", "products"}
     rest = {key: given.pop(key) for key in ("targets", "products") if key in given}
-    usual = {"N": "i32:16", "share": "i32:16"}
-    types = [str(given.get(n, "*fp32:16" if n.startswith("p_") else usual.get(n, "i32"))) for n in names]
+    usual = {"N": "i32:16", "share": "i32:16"} | dict.fromkeys(("p_mark", "p_mark_x", "p_mark_y"), "*i32:16")
+    types = [str(given.get(n, usual.get(n, "*fp32:16" if n.startswith("p_") else "i32"))) for n in names]
     return Variant(kernel, " ".join(types), options, **rest)
 
 

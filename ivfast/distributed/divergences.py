@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _check
+from ..ops import _collectives
 from ..ops import as_distance as one_as
 from ..ops import frechet
 from ..ops import mmd as one_mmd
@@ -239,5 +240,5 @@ def _log_means(sums: Tensor, r_rows: Rows, g_rows: Rows, unbiased: bool) -> list
 def _log_total(sums: Tensor, group) -> Tensor:
     """log of the sum over the ranks of exp(sums)."""
     table = sums.new_empty(dist.get_world_size(group), *sums.shape)
-    dist.all_gather_into_tensor(table.view(-1), sums.reshape(-1), group=group)
+    _collectives.all_gather(table.view(-1), sums.reshape(-1), group)
     return table.logsumexp(0)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _check
+from ..ops import _collectives
 from ..ops._once import once_differentiable
 from ..ops._pairwise import arithmetic
 
@@ -55,7 +56,7 @@ def rows_of(group, even: bool, at_least: int = 1, **tensors: Tensor) -> list[Row
     first = next(iter(tensors.values()))
     table = first.new_empty(world, len(tensors), 7, dtype=torch.int64)
     own = torch.tensor([_description(x) for x in tensors.values()], device=first.device)
-    dist.all_gather_into_tensor(table.view(world * len(tensors), 7), own, group=group)
+    _collectives.all_gather(table.view(world * len(tensors), 7), own, group)
     table = table.tolist()
     for k, name in enumerate(tensors):
         for other, row in enumerate(table):
@@ -114,7 +115,7 @@ def _gather(x: Tensor, rows: Rows) -> Tensor:
     world, most = len(rows.counts), rows.most
     sent = _padded(x.movedim(-2, 0), most)
     table = sent.new_empty(world * most, *sent.shape[1:])
-    dist.all_gather_into_tensor(table, sent, group=rows.group)
+    _collectives.all_gather(table, sent, rows.group)
     if rows.total != world * most:
         table = torch.cat([part[:count] for part, count in zip(table.split(most), rows.counts, strict=True)])
     return table.movedim(0, -2)
@@ -124,7 +125,7 @@ def _scatter(grad: Tensor, rows: Rows) -> Tensor:
     parts = arithmetic(grad).movedim(-2, 0).split(rows.counts)
     table = torch.cat([_padded(part, rows.most) for part in parts])
     own = table.new_empty(rows.most, *table.shape[1:])
-    dist.reduce_scatter_tensor(own, table, group=rows.group)
+    _collectives.reduce_scatter(own, table, rows.group)
     return own[: rows.counts[rows.rank]].movedim(0, -2).to(grad.dtype)
 
 
@@ -164,7 +165,7 @@ class _Total(torch.autograd.Function):
 def summed(x: Tensor, group) -> Tensor:
     """Sum of x over the ranks, the same bits on each; no gradient."""
     x = x.detach().clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
+    _collectives.all_reduce(x, group=group)
     return x
 
 
@@ -188,7 +189,7 @@ def ring(tensors: Sequence[Tensor], rows: Sequence[Rows]) -> Iterator[tuple[int,
                 for tag, x in enumerate(several)
                 if x.numel()
             ]
-            requests = dist.batch_isend_irecv(operations) if operations else []
+            requests = _collectives.exchange(operations)
         yield (rank - step) % world, blocks
         for request in requests:
             request.wait()

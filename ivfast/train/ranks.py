@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import ivfast
 from ivfast import distributed
+from ivfast.ops import _collectives
 
 from .phase import System
 
@@ -62,7 +63,7 @@ class Ranks:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
+        _collectives.all_reduce(flat)
         flat /= self.world
         parts = flat.split([g.numel() for g in gradients])
         torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
@@ -72,14 +73,14 @@ class Ranks:
         if self.world == 1:
             return x
         x = x.clone()
-        dist.all_reduce(x)
+        _collectives.all_reduce(x)
         return x / self.world
 
     def largest(self, number: int, device: torch.device | str) -> int:
         if self.world == 1:
             return number
         numbers = torch.tensor(number, device=device)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        _collectives.all_reduce(numbers, "MAX")
         return int(numbers)
 
     def same(self, value: object) -> object:
