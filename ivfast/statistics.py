@@ -1,7 +1,9 @@
 """Streaming Gaussian statistics of features, as Fréchet distances need them.
 
 State is in float64 and means are taken off before any product: no Σxxᵀ − nμμᵀ. Products of float32 and half precision
-samples are float32, over chunks whose sums go to float64: Σ_ij is then right to some 1e-8 σ_i σ_j, a variance to 1e-6.
+samples are float32, over chunks whose sums go to float64. A chunk's variances are summed in blocks as well, and where
+the product's differ from them by more than 2e-6, as beside an outlier of a thousand deviations, the chunk is computed
+in float64. A variance is then right to 1e-6, and Σ_ij to 2e-6 σ_i σ_j, in any order that a BLAS adds up in.
 """
 
 import contextlib
@@ -21,10 +23,12 @@ from torch import Tensor
 from . import _check
 from .ops.frechet import frechet_distance
 
-# A float32 sum of k squares strays by about ε√k/4 of its size, ε = 6e-8, if it is one chain: 1e-6 at k = 4096; at most
-# by kε/2, where an outlier is so large that all else is rounded beside it. Longer chunks save no time.
+# A float32 sum of k squares strays by about ε√k/4 of its size, ε = 6e-8, if it is one chain: 1e-6 at k = 4096, and by
+# up to kε = 2.4e-4 where most squares are rounded beside a sum that a few have filled. Longer chunks save no time.
 CHUNK = 4096  # rows of a product
+STRAYED = 2e-6  # of a chunk's variance in float32; beyond, the chunk is float64's
 BLOCK = 256  # rows of the scatter per product; only columns from its first on are taken: 9/16 of the work at d = 2048
+SOME = 16  # samples, the mean of which is near that of a chunk
 FEW = 256  # with fewer rows than this the d x d sum is the cost, and float64 products save one
 LEAST, MOST = 1e-30, 1e36  # sums of squares beyond are near the ends of float32's range
 NARROW = 256  # dimensions up to which a GPU makes one pass over a batch; more are products worth cuBLAS
@@ -100,16 +104,17 @@ class GaussianStatistics:
 
     def _add_single(self, x: Tensor) -> Tensor | None:
         """Add the scatter of each x[k] in float32; means. None, and nothing added, where float32 has not the range."""
-        x, means = _centred(x.float())
-        products = [torch.bmm(x[..., i : i + BLOCK].mT, x[..., i:]) for i in range(0, x.shape[-1], BLOCK)]
-        squares = torch.cat([product.diagonal(dim1=-2, dim2=-1) for product in products], -1)
-        if not (squares.min() >= LEAST and squares.max() <= MOST):
-            outside = ~((squares >= LEAST) & (squares <= MOST))
-            if (outside.unsqueeze(1) & (x != 0)).any():  # those of a constant dimension are 0 and right
-                return None
+        rows, means = _centred(x.float())
+        products = [torch.bmm(rows[..., i : i + BLOCK].mT, rows[..., i:]) for i in range(0, x.shape[-1], BLOCK)]
+        rounded = torch.cat([product.diagonal(dim1=-2, dim2=-1) for product in products], -1)
+        squares = rows.square_().sum(1)  # which PyTorch sums in blocks: right to some 4e-7 in any order of the samples
+        right = (squares >= LEAST) & (squares <= MOST) & ((rounded - squares).abs_() <= STRAYED * squares)
+        if not right.all() and (~right.unsqueeze(1) & (x != x[:, :1])).any():  # a constant dimension is 0 and right
+            return None
         for i, product in enumerate(products):
             for part in product:
                 self._upper[i * BLOCK : (i + 1) * BLOCK, i * BLOCK :] += part
+        self._upper.diagonal().add_((squares - rounded).sum(0))  # small, so float32 does
         return means
 
     def _add_double(self, x: Tensor) -> Tensor:
@@ -307,11 +312,14 @@ class GaussianStatistics:
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x about its mean, exact to ε max|x − x₀| however far from 0 the mean, x₀ + mean(x − x₀); and that, in float64."""
-    first = x[..., :1, :]
-    rows = x - first
+    """x about its mean, exact to ε max|x − c| however far from 0 the mean, c + mean(x − c); and that, in float64.
+
+    c is the mean of some samples of all parts of x.
+    """
+    near = x[..., :: math.ceil(x.shape[-2] / SOME), :].mean(-2, keepdim=True)
+    rows = x - near
     shift = rows.mean(-2, keepdim=True)
-    return rows.sub_(shift), (first.double() + shift).squeeze(-2)
+    return rows.sub_(shift), (near.double() + shift).squeeze(-2)
 
 
 def _symmetric(upper: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops._pairwise import arithmetic
 from .inverse_root import BUFFERS, WIDTH, load_tile, root, shape_of, store_symmetric, trace, unit
 
 ROWS = 32  # of the axis l, at once
@@ -177,10 +178,10 @@ def forward(z, gradient):
     (n, d), batch = z.shape[-2:], z.shape[:-2]
     wide, m, length, sets = n <= d, min(n, d), max(n, d), batch.numel()
     (N, block), options = shape_of("fld_gram", z.dtype, m)
-    z = z.contiguous()
-    distance = torch.empty(batch, dtype=torch.promote_types(z.dtype, torch.float32), device=z.device)
-    error = torch.empty(batch, dtype=torch.float32, device=z.device)
     out = torch.empty(z.shape if gradient else 0, dtype=z.dtype, device=z.device)
+    z = arithmetic(z).contiguous()  # Triton 3.8 aborts where a float64 product takes what was loaded in half precision
+    distance = torch.empty(batch, dtype=z.dtype, device=z.device)
+    error = torch.empty(batch, dtype=torch.float32, device=z.device)
     if sets == 0:
         return distance, out, error
 

@@ -76,7 +76,7 @@ def half_distances(xx, q_i, q_j, mark_i, mark_j):
     """u_ij of rows i and j from their products; 0 to the bit where the rows are equal."""
     norms = q_i[:, None] + q_j[None, :]
     u = tl.maximum(norms - xx, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where((mark_i[:, None] == mark_j[None, :]) & (u < LOST * norms), 0.0, u)
+    return tl.where((mark_i[:, None] == mark_j[None, :]) & (u < norms * LOST), 0.0, u)
 
 
 @triton.jit

@@ -155,7 +155,8 @@ def frechet_variants() -> list[Variant]:
     found = []
     for m, dtype, wide, ones in ((128, "fp32", 0, {}), (64, "bf16", 1, {}), (1, "fp64", 0, {"m": 1, "d": 1})):
         (N, block), options = inverse_root.shape_of("fld_gram", torch.float64, m)
-        given = dict.fromkeys(("p_z", "p_gradient", "p_a", "p_inverse", "p_trace"), f"*{dtype}:16")
+        given = dict.fromkeys(("p_gradient", "p_a", "p_inverse", "p_trace"), f"*{dtype}:16")
+        given["p_z"] = "*fp32:16" if dtype == "bf16" else f"*{dtype}:16"
         given |= dict.fromkeys(("p_parts", "p_means", "p_mu", "p_work"), "*fp64:16")
         given |= {"p_distance": "*fp64:16" if dtype == "fp64" else "*fp32:16", **ones}
         given |= {"WIDE": wide, "N": N, "BLOCK": block, "ROWS": fld.ROWS, "products": True}
