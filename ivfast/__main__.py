@@ -14,7 +14,7 @@ from rich.text import Text
 
 import ivfast
 
-from ._registry import EXTENSION_ERRORS, OPS, Op
+from ._registry import EXTENSION_ERRORS, OPS, Op, instruction_set
 
 COLUMNS = (("cpu", "cpu", "C++"), ("triton", "cuda", "Triton"), ("cuda", "cuda", "CUDA C++"))
 
@@ -97,7 +97,8 @@ def versions_table() -> Table:
     for module, language in (("_C", "C++"), ("_cuda", "CUDA C++")):
         error = EXTENSION_ERRORS.get(module)
         absent = f"not built ({error}); reinstall with a compiler: see the output of pip install -v"
-        table.add_row(f"ivfast.{module}", f"{language} kernels, loaded" if error is None else absent)
+        loaded = f"{language} kernels, loaded" + (f", on {instruction_set()}" if module == "_C" and not error else "")
+        table.add_row(f"ivfast.{module}", loaded if error is None else absent)
     return table
 
 

@@ -6,6 +6,7 @@ csrc/ add themselves by name: C++ CPU kernels to `ivfast::<name>`, CUDA C++ kern
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -143,15 +144,42 @@ class Op:
 
 
 EXTENSION_ERRORS: dict[str, str] = {}
+INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 
 
 def load_extensions() -> None:
-    """Load csrc's compiled modules, CPU and CUDA apart, and keep the reason of each that is absent."""
+    """Load csrc's compiled modules, CPU and CUDA apart, and keep the reason of each that is absent.
+
+    The environment variable IVFAST_ISA, one of `INSTRUCTION_SETS`, makes the C++ kernels use less than this CPU has,
+    as tests do; what it does not have is an error.
+    """
     for module in ("_C", "_cuda"):
         try:
             importlib.import_module(f"ivfast.{module}")
         except ImportError as error:  # noqa: PERF203
             EXTENSION_ERRORS[module] = str(error)
+    wanted = os.environ.get("IVFAST_ISA")
+    if wanted and "_C" not in EXTENSION_ERRORS:
+        try:
+            instruction_set(wanted)
+        except ValueError as error:
+            raise ValueError(f"IVFAST_ISA: {error}") from None
+
+
+def instruction_set(wanted: str | None = None) -> str:
+    """The instruction set that the C++ kernels use, from now on `wanted` where it is given.
+
+    Raises:
+        ValueError: one that this CPU does not have.
+    """
+    choose = ctypes.CDLL(importlib.import_module("ivfast._C").__file__).ivfast_isa
+    if wanted is not None and wanted not in INSTRUCTION_SETS:
+        raise ValueError(f"the instruction set must be one of {', '.join(INSTRUCTION_SETS)}, got {wanted!r}")
+    index = -1 if wanted is None else INSTRUCTION_SETS.index(wanted)
+    found = INSTRUCTION_SETS[choose(index)]
+    if wanted not in (None, found):
+        raise ValueError(f"this CPU does not have {wanted}: {found} is the most")
+    return found
 
 
 def _no_kernel(name: str, module: str, language: str) -> str:

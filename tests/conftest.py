@@ -1,6 +1,5 @@
 """Without a GPU, Triton kernels run interpreted: the variable must stand before triton is first imported."""
 
-import ctypes
 import os
 import zlib
 
@@ -70,18 +69,19 @@ def simt(poisoned):
     return build
 
 
-ISAS = ("generic", "avx2", "avx512")
-
-
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=["generic", "avx2", "avx512"])
 def isa(request):
     """Each instruction set of the C++ kernels that this CPU has, forced."""
-    choose = ctypes.CDLL(pytest.importorskip("ivfast._C").__file__).ivfast_isa
-    wanted = ISAS.index(request.param)
-    if choose(wanted) != wanted:
-        pytest.skip(f"this CPU has no {request.param}")
+    pytest.importorskip("ivfast._C")
+    from ivfast._registry import instruction_set
+
+    before = instruction_set()
+    try:
+        instruction_set(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
     yield request.param
-    choose(-1)
+    instruction_set(before)
 
 
 @pytest.fixture

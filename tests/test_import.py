@@ -75,6 +75,18 @@ def test_works_without_the_extension():
     assert "the extension ivfast._C is not there (No module named 'ivfast._C')" in passes(code)
 
 
+def test_a_switch_chooses_the_instruction_set():
+    pytest.importorskip("ivfast._C")
+    code = "import ivfast; from ivfast._registry import instruction_set; print(instruction_set())"
+    assert passes(code, IVFAST_ISA="generic").strip() == "generic"
+    most = passes(code, IVFAST_ISA="").strip()
+    assert passes(code, IVFAST_ISA=most).strip() == most
+    result = python(code, IVFAST_ISA="mmx")
+    assert "IVFAST_ISA: the instruction set must be one of generic, avx2, avx512, got 'mmx'" in result.stderr
+    if most != "avx512":
+        assert f"this CPU does not have avx512: {most} is the most" in python(code, IVFAST_ISA="avx512").stderr
+
+
 def test_the_report_says_what_is_missing_and_why():
     report = passes("import runpy; runpy.run_module('ivfast', run_name='__main__')", COLUMNS="200")
     assert "svgd_direction" in report

@@ -21,10 +21,10 @@ Isa chosen = supported;
 
 Isa isa() { return chosen; }
 
-// For tests: the instruction set of every later call (0 generic, 1 AVX2, 2 AVX-512) where this CPU has it; −1 is the
-// default. Returns the one in force.
+// For tests: the instruction set of every later call (0 generic, 1 AVX2, 2 AVX-512) where this CPU has it; −1 changes
+// nothing. Returns the one in force.
 extern "C" __attribute__((visibility("default"))) int ivfast_isa(int wanted) {
-  if (wanted <= int(supported)) chosen = wanted < 0 ? supported : Isa(wanted);
+  if (0 <= wanted && wanted <= int(supported)) chosen = Isa(wanted);
   return int(chosen);
 }
 
