@@ -4,8 +4,8 @@ import torch
 
 import ivfast
 
-from . import peers
-from .problem import Problem, Provider
+from .harness import peers
+from .harness.problem import Problem, Provider
 
 
 def eager(z):

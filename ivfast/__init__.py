@@ -17,10 +17,10 @@ from .ops.multi_js import multi_js_block_losses, multi_js_divergence, multi_js_l
 from .ops.polar import polar
 from .ops.reconstruction import reconstruction_loss
 from .ops.sqrtm_spd import sqrtm_spd
+from .ops.statistics import GaussianStatistics
 from .ops.svgd import svgd_direction
 from .ops.svgd_bridge import svgd_bridge
 from .sampling import svgd
-from .statistics import GaussianStatistics
 
 load_extensions()
 

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 import ivfast
 from ivfast import bench, cli
-from ivfast.bench import command, machine, measure, memory, peers, plot, results, session, svgd, tables, tune
-from ivfast.bench.problem import BACKWARD, FORWARD, Instance, Problem, Provider
+from ivfast.bench import svgd
+from ivfast.bench.harness import command, machine, measure, memory, peers, plot, results, session, tables, tune
+from ivfast.bench.harness.problem import BACKWARD, FORWARD, Instance, Problem, Provider
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -277,8 +278,8 @@ def test_rough_results_take_no_others_place(tmp_path, monkeypatch):
     ivfast_bench(*TINY)
     assert list(tmp_path.iterdir()) == []
     assert command.folder(None, partial=False) == Path("bench-results")
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench/peers.py").touch()
+    (tmp_path / "bench/harness").mkdir(parents=True)
+    (tmp_path / "bench/harness/peers.py").touch()
     assert command.folder(None, partial=False) == Path("bench/results")
     assert command.folder(tmp_path, partial=True) == tmp_path
 

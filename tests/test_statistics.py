@@ -13,7 +13,7 @@ import torch
 
 import ivfast
 from ivfast import GaussianStatistics
-from ivfast import statistics as module
+from ivfast.ops import statistics as module
 from ivfast.testing import error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -56,7 +56,7 @@ def bench(
     out: Annotated[Path | None, option(metavar="DIR", help="Folder of the results.")] = None,
     debug: Debug = False,
 ) -> None:
-    from ..bench import command
+    from ..bench.harness import command
 
     given = {"ops": ops, "shapes": shapes, "providers": providers, "quick": quick, "device": device, "out": out}
     right = command.bench(console, **given, threads=threads, minutes=minutes, memory=memory, resume=resume)
@@ -69,6 +69,6 @@ def bench(
 @friendly
 def info(debug: Debug = False) -> None:
     """Versions, and which implementation serves each operator on this machine and why the others do not."""
-    from ..__main__ import main as report
+    from .info import report
 
     report(console)

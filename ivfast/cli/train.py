@@ -189,7 +189,8 @@ def train(
         "margin": margin, "vae_steps": vae_steps, "anneal_steps": anneal_steps, "as_kernel": as_kernel,
     }  # fmt: skip
     from .. import data as datasets
-    from .. import models, report, runs
+    from .. import models, runs
+    from ..runs import report
     from ..train import ranks as processes
     from ..train.loop import fit
 

@@ -7,9 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _check
-from ..ops import _collectives
+from ..ops import _collectives, frechet
 from ..ops import as_distance as one_as
-from ..ops import frechet
 from ..ops import mmd as one_mmd
 from ..ops import multi_js as one_js
 from ..ops._once import once_differentiable

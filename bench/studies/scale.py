@@ -1,4 +1,4 @@
-"""Cost against n, d, batch and ranks: `python -m ivfast.bench.scale` fills docs/scale.md and docs/scale.png.
+"""Cost against n, d, batch and ranks: `python -m ivfast.bench.studies.scale` fills docs/scale.md and docs/scale.png.
 
 Medians over turns on this CPU, the bytes that gloo ranks send (`communication.py`), and what follows for more devices
 (`reach.py`). Runs in a clone of the repository; fewer minutes than the default are written only with --out.
@@ -21,7 +21,8 @@ from rich.progress import track
 import ivfast
 from ivfast import distributed, runs
 
-from . import communication, machine, page, reach
+from ..harness import machine, page
+from . import communication, reach
 from .train import images_of, in_turns, run_of, settings_of, step_of
 
 MINUTES, TURNS = 4.0, 30

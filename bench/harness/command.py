@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ivfast.runs import unknown
 
-from . import machine, names, plot, problem_of, tables
+from .. import names, problem_of
+from . import machine, plot, tables
 from .problem import Size
 from .results import Results
 from .session import Session
@@ -44,7 +45,7 @@ def folder(out: Path | None, partial: bool) -> Path | None:
     """Where results go: what is rough or has providers left out takes no other's place unless a folder is named."""
     if out or partial:
         return out
-    return Path("bench/results") if Path("bench/peers.py").is_file() else Path("bench-results")
+    return Path("bench/results") if Path("bench/harness/peers.py").is_file() else Path("bench-results")
 
 
 def bench(

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ivfast.train.phase import System
 
-from . import peers
+from ..harness import peers
 
 
 class Images(Dataset):

@@ -15,7 +15,8 @@ import torch
 
 import ivfast
 
-from . import measure, problem_of
+from .. import problem_of
+from . import measure
 from .problem import BACKWARD, FORWARD, Instance, Problem, Provider, Size, label
 
 # rows and columns divide the 128 that particles are padded to; a width has to divide D

@@ -1,8 +1,8 @@
 """S1's claim on the embedded digits: FLD and classifier-feature distance of the five systems.
 
-python bench/ivaae_digits.py                 # every run: 5 systems, 3 seeds, d = 8, 16, 32, both encoder objectives;
-                                             # at d = 16 also the preset of `ivfast train SYSTEM`
-python bench/ivaae_digits.py --table         # only the table of what has run
+python bench/studies/ivaae_digits.py           # every run: 5 systems, 3 seeds, d = 8, 16, 32, both encoder objectives;
+                                               # at d = 16 also the preset of `ivfast train SYSTEM`
+python bench/studies/ivaae_digits.py --table   # only the table of what has run
 
 The grid's runs have S1's weights, rates and Adam (S1). Rows go to bench/results/ivaae_digits.jsonl as they come in; a
 row that is there is not run again. The table is written to bench/results/ivaae_digits.md.
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-RESULTS = Path(__file__).parent / "results" / "ivaae_digits.jsonl"
+RESULTS = Path(__file__).parents[1] / "results" / "ivaae_digits.jsonl"
 SYSTEMS = ("wae-mmd", "wae-gan", "ivaae-bw", "ivaae-rad", "ivaae-svgd")
 DIMENSIONS = (8, 16, 32)
 SEEDS = (0, 1, 2)
@@ -97,7 +97,7 @@ def table(real: float) -> str:
         "the preset of `ivfast train`, last weights. FLD on the 1,497 training codes; FCD, Fréchet distance of 5,000",
         f"samples to the 300 test images in features of a digit classifier (real training images score {real:.3g}).",
         f"torch {torch.__version__}, one CPU thread a run: {statistics.median(seconds):.0f} s." if seconds else "",
-        "Command: `python bench/ivaae_digits.py`.",
+        "Command: `python bench/studies/ivaae_digits.py`.",
         "",
         "| system | encoder | " + " | ".join(f"FLD d={d}" for d in DIMENSIONS) + " | "
         + " | ".join(f"FCD d={d}" for d in DIMENSIONS) + " |",

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import metrics, points
-from .models import build, preset
-from .ops.multi_js import multi_js_divergence
-from .train.run import Run, cuda_devices
-from .train.settings import Settings
+from .. import metrics
+from ..data import points
+from ..models import build, preset
+from ..ops.multi_js import multi_js_divergence
+from ..train.run import Run, cuda_devices
+from ..train.settings import Settings
 
 
 class Squares(NamedTuple):
@@ -55,7 +56,7 @@ class Coverage(NamedTuple):
 def coverage(
     systems: Iterable[str], *, data: str = "ring", seeds: Iterable[int] = (0, 1, 2), samples: int = 2500, **changes
 ) -> list[Coverage]:
-    """Modes of a mixture of `ivfast.points` that systems of S2 cover after training: IVGAN against its base GAN.
+    """Modes of a mixture of `ivfast.data.points` that systems of S2 cover after training: IVGAN against its base GAN.
 
     Args:
         changes: settings in place of the preset's, as in `steps=5000`.

@@ -1,4 +1,4 @@
-"""A training step of S1's systems beside eager PyTorch scripts: `python -m ivfast.bench.train`.
+"""A training step of S1's systems beside eager PyTorch scripts: `python -m ivfast.bench.studies.train`.
 
 The scripts are those of `eager.py`: `eager` updates D, E and G one after the other, `eager-joint` E and G by one
 backward pass. `check` compares every loss and all weights over some steps before anything is timed. A system takes half
@@ -26,9 +26,9 @@ from ivfast.train.batches import Batches
 from ivfast.train.run import Run
 from ivfast.train.settings import Settings
 
-from . import command, machine, memory, tables
+from ..harness import command, machine, memory, tables
+from ..harness.results import Results, Row, groups
 from .eager import SCRIPTS
-from .results import Results, Row, groups
 
 STEPS = 50  # of each provider, at the least
 BLOCK = 0.5  # seconds of steps in a row, as training takes them: caches and the heap are then the provider's own
@@ -235,8 +235,8 @@ def markdown(report: dict) -> str:
     lines += [
         "Median ms of a step with its data, providers in turns in one process, each script checked against ivfast's",
         "losses and weights first. `eager`: Algorithm 1, an update of D, of E and of G, each with its own passes;",
-        "`eager-joint`: E and G from one backward pass (`bench/eager.py`). Peak: memory above what was there before",
-        "the step, MB. No provider averages its weights, which the preset for digits would.",
+        "`eager-joint`: E and G from one backward pass (`bench/studies/eager.py`). Peak: memory above what was there",
+        "before the step, MB. No provider averages its weights, which the preset for digits would.",
         "",
         *(f"- {name}: {setting.about}" for name, setting in SETTINGS.items()),
         "",

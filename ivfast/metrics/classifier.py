@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .data import Dataset
+from ..data import Dataset
 
 FEATURES = 128
 RECIPE = "conv-bn-2"  # changes with the network or its training, so that no old file is taken for a new one

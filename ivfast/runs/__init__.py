@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import models
-from .data import Dataset, stratified, target_of
+from .. import models
+from ..data import Dataset, stratified, target_of
+from ..data.sources import DATASETS
+from ..train import checkpoint
+from ..train.phase import System
+from ..train.run import RESUMABLE
+from ..train.settings import Settings
 from .pictures import read_log
-from .sources import DATASETS
-from .train import checkpoint
-from .train.phase import System
-from .train.run import RESUMABLE
-from .train.settings import Settings
 
 RUNS = Path("runs")
 _DEFAULTS = Settings().to_dict()

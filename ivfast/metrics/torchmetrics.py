@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from . import _check, metrics
-from .statistics import GaussianStatistics
+from .. import _check
+from ..ops.statistics import GaussianStatistics
+from .features import InceptionFeatures, distance_between
+from .latent import distance_to_prior
 
 
 class GaussianMetric(Metric):
@@ -51,7 +53,7 @@ class FrechetInceptionDistance(GaussianMetric):
         num_features: d; None is the attribute `feature.num_features`.
         reset_real_features: False keeps the real side through `reset`.
         normalize: Inception is given floats in [0, 1]; other features are given images as they come.
-        weights, download: of Inception, as `ivfast.inception.inception`'s.
+        weights, download: of Inception, as `ivfast.metrics.inception.inception`'s.
         keywords: torchmetrics' own.
 
     Raises:
@@ -76,7 +78,7 @@ class FrechetInceptionDistance(GaussianMetric):
         self.to_bytes = normalize and isinstance(feature, int)
         self.reset_real_features = reset_real_features
         if isinstance(feature, int):
-            feature = metrics.InceptionFeatures(weights, download=download, features=feature)
+            feature = InceptionFeatures(weights, download=download, features=feature)
         self.feature = feature
         d = getattr(feature, "num_features", None) if num_features is None else num_features
         if d is None:
@@ -94,7 +96,7 @@ class FrechetInceptionDistance(GaussianMetric):
         for name, state in (("real", self.real), ("fake", self.fake)):
             if state[0, 0] < 2:
                 raise RuntimeError(f"{name} images must be at least 2, got {int(state[0, 0])}")
-        return metrics.distance_between(_view(self.real), _view(self.fake))
+        return distance_between(_view(self.real), _view(self.fake))
 
     def forward(self, images: Tensor, real: bool) -> Tensor:
         self.update(images, real=real)
@@ -137,7 +139,7 @@ class FrechetLatentDistance(GaussianMetric):
     def compute(self) -> Tensor:
         if self.codes[0, 0] < 2:
             raise RuntimeError(f"codes must be at least 2, got {int(self.codes[0, 0])}")
-        return metrics.distance_to_prior(_view(self.codes))
+        return distance_to_prior(_view(self.codes))
 
 
 def _view(state: Tensor) -> GaussianStatistics:

@@ -1,4 +1,4 @@
-"""What a run costs beside its steps: `python -m ivfast.bench.run_cost`.
+"""What a run costs beside its steps: `python -m ivfast.bench.studies.run_cost`.
 
 `fit` trains with its bar, its log and TensorBoard, checkpoints, FLD with the other metrics, and pictures, as often as
 the preset says and then after every epoch. Each part is timed where it happens; the rest is the start and the end.
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from ivfast import models, report, runs
+from ivfast import models, runs
 from ivfast.data import Dataset, load
+from ivfast.runs import report
 from ivfast.train import loop
 from ivfast.train.log import Bar, Log
 from ivfast.train.run import Run
 
-from . import machine
+from ..harness import machine
 from .train import images_of, settings_of
 
 PARTS = {

@@ -1,7 +1,7 @@
 """Image data sets as uint8 tensors `[N, C, H, W]`, decoded once, and point sets as float tensors `[N, D]`.
 
-Points are drawn from a fixed seed (`ivfast.points`). Digits come with scikit-learn; everything else is read where the
-user has it, in the layout torchvision uses. Sets of encoded files (CelebA, LSUN, an image folder) are decoded by
+Points are drawn from a fixed seed (`ivfast.data.points`). Digits come with scikit-learn; everything else is read where
+the user has it, in the layout torchvision uses. Sets of encoded files (CelebA, LSUN, an image folder) are decoded by
 parallel workers into a file in `<root>/.ivfast/`, which is mapped: such a set may be larger than memory.
 """
 
@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check, decoded
+from .. import _check
+from . import decoded
 from .sources import DATASETS, DataNotFound, Encoded, Read
 
 __all__ = ["DATASETS", "DataNotFound", "Dataset", "load", "stratified", "target_of"]

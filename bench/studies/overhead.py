@@ -1,4 +1,4 @@
-"""What a call costs before and behind its kernel, at the papers' sizes: `python -m ivfast.bench.overhead`.
+"""What a call costs before and behind its kernel, at the papers' sizes: `python -m ivfast.bench.studies.overhead`.
 
 Each row adds one thing to the row above it. Times are medians of 31 blocks of calls on one thread.
 """
@@ -12,7 +12,7 @@ import torch
 import ivfast
 from ivfast.ops import multi_js
 
-from .problem import _Empty
+from ..harness.problem import _Empty
 
 
 def microseconds(call: Callable, calls: int = 400, blocks: int = 31) -> float:

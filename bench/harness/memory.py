@@ -1,6 +1,6 @@
 """Peak memory of a provider's calls on the CPU, in a process of its own: the growth of its resident set over a call.
 
-`python -m ivfast.bench.memory`, with a job in JSON on its input, prints a JSON line per call. Linux alone tells.
+`python -m ivfast.bench.harness.memory` reads a job in JSON and prints a JSON line per call. Linux only.
 """
 
 import ctypes
@@ -39,7 +39,7 @@ def measured(op: str, provider: str, jobs: list[dict], threads: int, timeout: fl
     # a threshold of its own keeps what is freed from staying in the heap, where the next call would find it
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     text = json.dumps({"op": op, "provider": provider, "jobs": jobs, "threads": threads})
-    command = [sys.executable, "-W", "ignore", "-m", "ivfast.bench.memory"]
+    command = [sys.executable, "-W", "ignore", "-m", "ivfast.bench.harness.memory"]
     # in a clone of the repository, `-m` would find the sources instead of the installed package
     elsewhere = {"env": environment, "cwd": os.path.abspath(os.sep)}
     pipe = subprocess.PIPE
@@ -62,7 +62,7 @@ def measured(op: str, provider: str, jobs: list[dict], threads: int, timeout: fl
 def main() -> None:
     import torch
 
-    from . import problem_of
+    from .. import problem_of
     from .problem import Instance
 
     given = json.load(sys.stdin)

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _check
-from .ops.frechet import frechet_distance
+from .. import _check
+from .frechet import frechet_distance
 
 # A float32 sum of k squares strays by about ε√k/4 of its size, ε = 6e-8, if it is one chain: 1e-6 at k = 4096; at most
 # by kε/2, where an outlier is so large that all else is rounded beside it. Longer chunks save no time.
@@ -80,7 +80,7 @@ class GaussianStatistics:
     def _add_within(self, x: Tensor) -> tuple[int, Tensor]:
         """Add the scatter of each chunk of x about its own mean; rows of a chunk but the last, means `[k, d]`."""
         if _one_pass(x):
-            from .kernels import statistics
+            from ..kernels import statistics
 
             rows, means, scatter = statistics.forward(x)
             self._upper += scatter
@@ -166,7 +166,7 @@ class GaussianStatistics:
         """
         import torch.distributed as dist
 
-        from .ops import _collectives
+        from . import _collectives
 
         d, device = self.mean.shape[0], self.mean.device
         ranks = dist.get_world_size(group)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .nets import _dcgan_weights, check_image_shape, mlp
+from . import _dcgan_weights, check_image_shape, mlp
 
 HALVINGS = 4  # five layers with the linear one
 UNITS = 3  # residual ones in place of a hidden layer

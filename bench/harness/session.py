@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import measure, memory, problem_of
+from .. import problem_of
+from . import measure, memory
 from .problem import BACKWARD, Instance, Problem, Provider, Size, bind_torch, label
 
 SLOWEST = 40.0  # seconds of a call and its compilation beyond which it is left out

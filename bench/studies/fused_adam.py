@@ -1,4 +1,4 @@
-"""A linear layer's weight gradient and Adam, in one pass or two: `python -m ivfast.bench.fused_adam`.
+"""A linear layer's weight gradient and Adam, in one pass or two: `python -m ivfast.bench.studies.fused_adam`.
 
 Peers make the gradient gᵀx by a product and hand it to `torch.optim.Adam`, fused or as it comes. Medians over turns.
 """

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _check
+from .. import _check
 
 
 class Mixture(NamedTuple):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from .nn import Linear
+from ..nn import Linear
 
 SMALLEST_IMAGE = 8
 
