@@ -87,9 +87,9 @@ setup(
         *(
             f"ivfast.{part}"
             for part in (
-                "ops", "distributed", "data", "nets", "metrics", "models", "train", "runs", "papers", "cli", "kernels",
-                "bench", "bench.harness", "bench.studies",
-            )  # fmt: skip
+                *("ops", "distributed", "data", "nets", "metrics", "models", "train", "runs", "papers", "cli"),
+                *("kernels", "bench", "bench.harness", "bench.studies"),
+            )
         ),
     ],
     package_dir={"ivfast": "ivfast", "ivfast.kernels": "kernels", "ivfast.bench": "bench"},

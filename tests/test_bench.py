@@ -351,7 +351,7 @@ def test_errors_name_what_was_given_and_what_exists(arguments, said):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone binds a process")
 def test_threads_bind_every_provider():
-    code = "import os, torch; from ivfast.bench import machine; machine.use_threads(1)"
+    code = "import os, torch; from ivfast.bench.harness import machine; machine.use_threads(1)"
     code += "; assert torch.get_num_threads() == len(os.sched_getaffinity(0)) == 1; machine.use_threads(10_000)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert "--threads must be at most 1, the processors of this process, got 10000" in run.stderr
