@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numbers import parts as two_parts
+from .math import parts as two_parts
 
 # A tile is ROWS rows by COLUMNS columns of logits: by register count (tests/test_kernels.py), not yet by a clock.
 TILE = {torch.float32: 2048, torch.float64: 1024}  # elements, by the dtype of the arithmetic

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..ops.statistics import GaussianStatistics
+from ..ops.gaussian_statistics import GaussianStatistics
 from .classifier import Classifier
 from .systems import BATCH, to_float
 

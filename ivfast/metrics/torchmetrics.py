@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .. import _check
-from ..ops.statistics import GaussianStatistics
+from ..ops.gaussian_statistics import GaussianStatistics
 from .features import InceptionFeatures, distance_between
 from .latent import distance_to_prior
 

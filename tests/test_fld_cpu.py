@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import ivfast
-from ivfast.ops import frechet
-from ivfast.ops.inverse_root import CONVERGED, MOST, fld_gram_reference, inverse_root_reference
+from ivfast.ops.fld import fld_gram_reference, fld_reference
+from ivfast.ops.inverse_root import CONVERGED, MOST, inverse_root_reference
 
 pytest.importorskip("ivfast._C")
 
@@ -26,7 +26,7 @@ def error(result, expected):
 def test_distance_and_gradient(isa, n, d, dtype):
     z = (torch.randn(2, n, d) * (0.5 + torch.rand(d)) + torch.randn(d)).to(dtype)
     distance, gradient, left = torch.ops.ivfast.fld_gram(z, True)
-    expected, slope = frechet.fld_reference(z.double(), True)
+    expected, slope = fld_reference(z.double(), True)
     assert error(distance, expected) < (1e-12 if dtype == torch.float64 else 1e-6)
     assert error(gradient, slope) < GRADIENT[dtype]
     assert bool((left <= CONVERGED).all())
@@ -40,7 +40,7 @@ def test_distance_and_gradient(isa, n, d, dtype):
 def test_float32_keeps_five_digits_of_a_small_distance(isa, n):
     """z ~ N(0, I): the distance is a small difference of sums of size 128."""
     z = torch.randn(n, 128)
-    assert error(ivfast.fld(z), frechet.fld_reference(z.double(), False)[0]) < 2e-6
+    assert error(ivfast.fld(z), fld_reference(z.double(), False)[0]) < 2e-6
 
 
 @pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e6, 1e8, 1e10, 1e12, 1e16])
@@ -52,7 +52,7 @@ def test_every_condition(condition, n, d):
     z.requires_grad_()
     distance = ivfast.fld(z)
     (gradient,) = torch.autograd.grad(distance.sum(), z)
-    expected, slope = frechet.fld_reference(z.detach(), True)
+    expected, slope = fld_reference(z.detach(), True)
     assert error(distance, expected) < 1e-12
     # rounding of a Gram matrix is a share of 1e-16 of its largest eigenvalue; a direction of P has the size 1
     assert (gradient - slope).abs().max() < 1e-7 / n
@@ -70,7 +70,7 @@ def test_collapsed_codes(dtype):
         z = z.to(dtype).requires_grad_()
         distance = ivfast.fld(z)
         (gradient,) = torch.autograd.grad(distance, z)
-        expected, slope = frechet.fld_reference(z.detach().double(), True)
+        expected, slope = fld_reference(z.detach().double(), True)
         assert error(distance, expected) < 1e-6
         assert (gradient - slope).abs().max() < 1e-5
 
@@ -79,7 +79,7 @@ def test_collapsed_codes(dtype):
 def test_far_scales(isa, scale):
     z = torch.randn(50, 6)
     ours = torch.ops.ivfast.fld_gram(z * scale, True)
-    expected, slope = frechet.fld_reference((z * scale).double(), True)
+    expected, slope = fld_reference((z * scale).double(), True)
     assert torch.allclose(ours[0].double(), expected.float().double(), rtol=1e-6)  # infinity at 1e30
     assert error(ours[1], slope) < 2e-6
 
@@ -87,7 +87,7 @@ def test_far_scales(isa, scale):
 def test_far_mean(isa):
     z = torch.randn(300, 20) + 1e4
     distance, gradient, _ = torch.ops.ivfast.fld_gram(z, True)
-    expected, slope = frechet.fld_reference(z.double(), True)
+    expected, slope = fld_reference(z.double(), True)
     assert error(distance, expected) < 1e-6
     assert error(gradient, slope) < 1e-6
     centred = gradient.double() - gradient.double().mean(0), slope - slope.mean(0)
@@ -147,7 +147,7 @@ def test_inverse_root_says_where_it_does_not_serve():
 def test_references(condition):
     """The same by the products that kernels take."""
     z = torch.randn(2, 60, 9, dtype=torch.float64) * torch.logspace(0, -0.5, 9, base=condition, dtype=torch.float64)
-    expected, slope = frechet.fld_reference(z, True)
+    expected, slope = fld_reference(z, True)
     distance, gradient, left = fld_gram_reference(z, True)
     assert error(distance, expected) < 1e-9
     assert (gradient - slope).abs().max() < 1e-5 / 60

@@ -5,8 +5,8 @@ import torch
 
 import ivfast
 from ivfast import testing
-from ivfast.ops.frechet import fld_reference
-from ivfast.ops.inverse_root import CONVERGED, fld_gram, fld_gram_reference, inverse_root, inverse_root_reference
+from ivfast.ops.fld import fld_gram, fld_gram_reference, fld_reference
+from ivfast.ops.inverse_root import CONVERGED, inverse_root, inverse_root_reference
 
 device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
 pytestmark = [

@@ -5,8 +5,8 @@ import torch
 
 import ivfast
 from ivfast import testing
-from ivfast.ops.frechet import fld_reference
-from ivfast.ops.inverse_root import CONVERGED, fld_gram_reference, inverse_root_reference
+from ivfast.ops.fld import fld_gram_reference, fld_reference
+from ivfast.ops.inverse_root import CONVERGED, inverse_root_reference
 
 pytestmark = pytest.mark.usefixtures("simt")
 # float64 but for the results' rounding, and that of numbers of the size of the largest in a difference

@@ -80,9 +80,9 @@ class GaussianStatistics:
     def _add_within(self, x: Tensor) -> tuple[int, Tensor]:
         """Add the scatter of each chunk of x about its own mean; rows of a chunk but the last, means `[k, d]`."""
         if _one_pass(x):
-            from ..kernels import statistics
+            from ..kernels import gaussian_statistics
 
-            rows, means, scatter = statistics.forward(x)
+            rows, means, scatter = gaussian_statistics.forward(x)
             self._upper += scatter
             return rows, means
         single = x.is_cpu and x.dtype != torch.float64 and len(x) >= FEW and _exact_products()

@@ -13,7 +13,7 @@ import torch
 
 import ivfast
 from ivfast import GaussianStatistics
-from ivfast.ops import statistics as module
+from ivfast.ops import gaussian_statistics as module
 from ivfast.testing import error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -411,14 +411,14 @@ class TestTriton:
 
     @pytest.mark.parametrize("dimensions", [16, 64])
     def test_chunks_of_several_tiles(self, monkeypatch, dimensions):
-        from ivfast.kernels import statistics
+        from ivfast.kernels import gaussian_statistics
 
-        monkeypatch.setattr(statistics, "PROGRAMS", 2)
-        monkeypatch.setattr(statistics, "BLOCK", dimensions)
+        monkeypatch.setattr(gaussian_statistics, "PROGRAMS", 2)
+        monkeypatch.setattr(gaussian_statistics, "BLOCK", dimensions)
         x = normal(500, 20, torch.float32).to(device)
-        rows, means, _ = statistics.forward(x)
-        assert (len(means), rows % statistics.ROWS) == (-(-500 // rows), 0)
-        assert rows > statistics.ROWS
+        rows, means, _ = gaussian_statistics.forward(x)
+        assert (len(means), rows % gaussian_statistics.ROWS) == (-(-500 // rows), 0)
+        assert rows > gaussian_statistics.ROWS
         assert_right(of(x).update(x), torch.cat([x, x]))
 
     def test_a_mean_of_ten_thousand_deviations(self):
@@ -434,10 +434,10 @@ class TestTriton:
         assert_right(of(x[:, :3]), x[:, :3])
 
     def test_no_samples_and_strides_and_another_dtype(self):
-        from ivfast.kernels import statistics
+        from ivfast.kernels import gaussian_statistics
 
         x = normal(100, 6, torch.float32).to(device)
         assert equal(of(x[::2, ::2]), of(x[::2, ::2].contiguous()))
-        assert statistics.forward(x[:0])[1].shape == (0, 6)
+        assert gaussian_statistics.forward(x[:0])[1].shape == (0, 6)
         with pytest.raises(TypeError, match="x in Triton must be float32, bfloat16 or float16"):
-            statistics.forward(x.double())
+            gaussian_statistics.forward(x.double())
