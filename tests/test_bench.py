@@ -185,6 +185,12 @@ def test_nothing_is_started_after_the_deadline(monkeypatch):
     assert one.not_started == [f"square {n}x3 {what}" for n in (8, 16) for what in (FORWARD, BACKWARD)]
 
 
+def test_every_public_op_has_a_benchmark():
+    modules = {"distributed", "nn", "optim", "patch"}
+    public = set(ivfast.__all__) - modules - {"use"}
+    assert {bench.problem_of(name).op.split()[0] for name in bench.names()} == public
+
+
 @pytest.mark.parametrize("name", bench.names())
 def test_every_peer_is_right(name):
     """KeOps and torch.compile take a compiler's time here; `pytest bench` and the command check them as well."""

@@ -11,9 +11,11 @@ BENCH_HELP = """
 Measure the ops against the best other ways to compute them, on this machine.
 
 \b[bold]Ops[/bold]
-  as_distance, as_distance_additive, bridge, bridge_blockwise, frechet, frechet_fld,
-  frechet_samples, gaussian, gaussian_statistics, linear_multi_js, median, mmd, multi_js, svgd,
-  svgd_bridge
+  as_distance, as_distance_additive, as_distance_sums, bridge, bridge_blockwise,
+  bridge_substitute, exp_elbo, fld, frechet, frechet_samples, gaussian, gaussian_kl,
+  gaussian_statistics, importance, linear_multi_js, median, mmd, multi_js, multi_js_blocks,
+  multi_js_divergence, polar, reconstruction, reconstruction_bce, sqrtm_spd, svgd,
+  svgd_bridge, svgd_sampling
 
 \b[bold]Providers[/bold]
   ivfast as it comes and each of its implementations, eager PyTorch,

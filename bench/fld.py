@@ -1,4 +1,4 @@
-"""Fréchet latent distance of codes to the prior and its gradient: `ivfast bench frechet_fld`."""
+"""Fréchet latent distance of codes to the prior and its gradient: `ivfast bench fld`."""
 
 import torch
 
