@@ -1,7 +1,6 @@
-"""Streaming statistics: against NumPy in float64, in any split, across processes and through files."""
+"""Streaming statistics: against NumPy in float64, in any split, merged and across processes."""
 
 import copy
-import io
 import os
 import subprocess
 import sys
@@ -13,11 +12,9 @@ import torch
 
 import ivfast
 from ivfast import GaussianStatistics
-from ivfast.ops import gaussian_statistics as module
 from ivfast.testing import error
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel, interpreted there: tests/conftest.py
 
 
 def normal(n, d, dtype=torch.float64):
@@ -247,99 +244,6 @@ class TestErrors:
         assert float(own.frechet_distance(stats)) == float(expected)
 
 
-def test_state_dict_through_a_file():
-    stats = of(normal(40, 3))
-    for before in (stats, GaussianStatistics(3)):
-        file = io.BytesIO()
-        torch.save(before.state_dict(), file)
-        file.seek(0)
-        after = GaussianStatistics(3)
-        after.load_state_dict(torch.load(file, weights_only=True))
-        assert (before.count, after.mean.tolist()) == (after.count, before.mean.tolist())
-        assert torch.equal(before.scatter, after.scatter)
-    state = stats.state_dict()
-    stats.update(normal(5, 3))
-    assert int(state["count"]) == 40
-    assert not torch.equal(state["mean"], stats.mean)  # copies
-
-
-class TestFiles:
-    def test_pytorch_fid_reads_them(self, tmp_path):
-        fid_score = pytest.importorskip("pytorch_fid.fid_score")
-        stats = of(normal(40, 5))
-        stats.save(tmp_path / "stats.npz")
-        mu, sigma = fid_score.compute_statistics_of_path(str(tmp_path / "stats.npz"), None, 1, 5, "cpu")
-        assert mu.dtype == sigma.dtype == np.float64
-        np.testing.assert_array_equal(mu, stats.mean.numpy())
-        np.testing.assert_array_equal(sigma, stats.covariance.numpy())
-        assert [path.name for path in tmp_path.iterdir()] == ["stats.npz"]
-
-    @pytest.mark.parametrize("d", [1, 5])
-    def test_those_of_pytorch_fid(self, tmp_path, d):
-        x = normal(40, d).numpy()
-        path = tmp_path / "theirs.npz"
-        np.savez_compressed(path, mu=np.mean(x, axis=0), sigma=np.cov(x, rowvar=False))  # as its save_fid_stats
-        stats = GaussianStatistics.load(path)
-        assert stats.count is None
-        np.testing.assert_array_equal(stats.mean, x.mean(0))
-        np.testing.assert_allclose(stats.covariance, np.cov(x, rowvar=False).reshape(d, d), rtol=1e-15)
-        stats.save(tmp_path / "again.npz")
-        assert torch.equal(GaussianStatistics.load(tmp_path / "again.npz").covariance, stats.covariance)
-
-    def test_what_is_read_back_goes_on(self, tmp_path):
-        x = normal(60, 4)
-        of(x[:40]).save(tmp_path / "stats.npz")
-        assert_right(GaussianStatistics.load(tmp_path / "stats.npz").update(x[40:]), x, torch.float64)
-
-    def test_a_write_that_fails_leaves_the_old_file(self, tmp_path, monkeypatch):
-        path = tmp_path / "stats.npz"
-        of(normal(40, 4)).save(path)
-        before = path.read_bytes()
-        monkeypatch.setattr(np, "savez", full_disk)
-        with pytest.raises(OSError, match="No space left"):
-            of(normal(40, 4)).save(path)
-        assert path.read_bytes() == before
-        assert [p.name for p in tmp_path.iterdir()] == ["stats.npz"]
-
-    def test_refuse_what_cannot_be_written(self, tmp_path):
-        stats = of(normal(40, 4))
-        with pytest.raises(FileNotFoundError):
-            stats.save(tmp_path / "none" / "stats.npz")
-        with pytest.raises(ValueError, match=r"path must end in \.npz"):
-            stats.save(tmp_path / "stats.pt")
-        with pytest.raises(ValueError, match="covariance needs at least 2 samples, got 0"):
-            GaussianStatistics(4).save(tmp_path / "stats.npz")
-        assert list(tmp_path.iterdir()) == []
-
-    @pytest.mark.parametrize(
-        ("arrays", "said"),
-        [
-            ({"mu": np.zeros(3)}, r"must hold mu and sigma, got \['mu'\]"),
-            ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, r"must be \[d\] and \[d, d\], got \[3, 1\], \[3, 3\]"),
-            ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"must be \[d\] and \[d, d\], got \[3\], \[4, 4\]"),
-            ({"mu": np.zeros(3), "sigma": np.eye(3), "count": 1}, "count must be at least 2, got 1"),
-            ({"mu": np.array(["a"] * 3), "sigma": np.eye(3)}, "could not convert"),
-        ],
-    )
-    def test_refuse_other_arrays(self, tmp_path, arrays, said):
-        np.savez(tmp_path / "other.npz", **arrays)
-        with pytest.raises(ValueError, match=said):
-            GaussianStatistics.load(tmp_path / "other.npz")
-
-    @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken"])
-    def test_refuse_other_files(self, tmp_path, content):
-        (tmp_path / "other.npz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"is not an \.npz file"):
-            GaussianStatistics.load(tmp_path / "other.npz")
-        with pytest.raises(FileNotFoundError):
-            GaussianStatistics.load(tmp_path / "none.npz")
-
-
-def full_disk(file, **arrays):
-    file.write(b"PK")
-    raise OSError(28, "No space left on device")
-
-
 RANKS = """
 import sys, datetime, torch, torch.distributed as dist, ivfast
 rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -392,52 +296,3 @@ def test_all_reduce_gives_every_rank_the_statistics_of_all_samples(tmp_path):
             assert other == "d must match that of rank 0: 2, got 3 on rank 1"
             assert unknown == "rank 0 has statistics without a count of samples, which cannot be merged"
             assert nothing == 0
-
-
-@pytest.mark.usefixtures("poisoned")
-class TestTriton:
-    """Interpreted where there is no GPU."""
-
-    @pytest.fixture(autouse=True)
-    def _one_pass(self, monkeypatch):
-        pytest.importorskip("triton")
-        monkeypatch.setattr(module, "_one_pass", lambda x: True)
-
-    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-    @pytest.mark.parametrize(("n", "d"), [(2, 1), (3, 5), (31, 64), (65, 65), (300, 130), (1000, 3)])
-    def test_against_numpy(self, n, d, dtype):
-        x = normal(n, d, dtype).to(device)
-        assert_right(of(x), x)
-
-    @pytest.mark.parametrize("dimensions", [16, 64])
-    def test_chunks_of_several_tiles(self, monkeypatch, dimensions):
-        from ivfast.kernels import gaussian_statistics
-
-        monkeypatch.setattr(gaussian_statistics, "PROGRAMS", 2)
-        monkeypatch.setattr(gaussian_statistics, "BLOCK", dimensions)
-        x = normal(500, 20, torch.float32).to(device)
-        rows, means, _ = gaussian_statistics.forward(x)
-        assert (len(means), rows % gaussian_statistics.ROWS) == (-(-500 // rows), 0)
-        assert rows > gaussian_statistics.ROWS
-        assert_right(of(x).update(x), torch.cat([x, x]))
-
-    def test_a_mean_of_ten_thousand_deviations(self):
-        x = (normal(300, 6) + 1e4).float().to(device)
-        assert_right(of(x), x)
-
-    @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1e30, 1e37])
-    def test_scales_whose_squares_are_out_of_the_range_of_float32(self, scale):
-        x = (normal(300, 4) * torch.tensor([scale, 1, scale, 1], dtype=torch.float64)).float().to(device)
-        x[:, 3] = 0.1
-        stats = of(x)
-        assert not stats.covariance[3].any()
-        assert_right(of(x[:, :3]), x[:, :3])
-
-    def test_no_samples_and_strides_and_another_dtype(self):
-        from ivfast.kernels import gaussian_statistics
-
-        x = normal(100, 6, torch.float32).to(device)
-        assert equal(of(x[::2, ::2]), of(x[::2, ::2].contiguous()))
-        assert gaussian_statistics.forward(x[:0])[1].shape == (0, 6)
-        with pytest.raises(TypeError, match="x in Triton must be float32, bfloat16 or float16"):
-            gaussian_statistics.forward(x.double())
