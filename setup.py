@@ -86,7 +86,10 @@ setup(
         "ivfast",
         *(
             f"ivfast.{part}"
-            for part in ("ops", "distributed", "models", "metrics", "papers", "cli", "train", "kernels", "bench")
+            for part in (
+                *("ops", "distributed", "data", "nets", "metrics", "models", "train", "runs", "papers", "cli"),
+                *("kernels", "bench", "bench.harness", "bench.studies"),
+            )
         ),
     ],
     package_dir={"ivfast": "ivfast", "ivfast.kernels": "kernels", "ivfast.bench": "bench"},
