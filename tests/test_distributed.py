@@ -3,10 +3,13 @@
 Run as a script, this file is a rank.
 """
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from helpers import join
 
 import ivfast
 from ivfast import distributed
+from ivfast.ops import _collectives
 from ivfast.testing import error
 
 N, M, D = 23, 18, 5
@@ -216,3 +220,27 @@ def test_what_does_not_fit_raises_on_every_rank(results):
 
 if __name__ == "__main__":
     rank_main(int(sys.argv[3]), int(sys.argv[1]), sys.argv[2])
+
+
+def test_collectives_are_called_in_one_place():
+    """PyTorch renames them; ops/_collectives.py knows the names."""
+    named = r"\bdist(?:ributed)?\.(all_(?:gather|reduce|to_all)\w*|reduce_scatter\w*|batch_isend_irecv|reduce|gather)\("
+    root = Path(ivfast.__file__).parent
+    found = [
+        f"{path.relative_to(root)}: {call}"
+        for path in sorted(root.rglob("*.py"))
+        if path.name != "_collectives.py"
+        for call in re.findall(named, path.read_text())
+    ]
+    assert found == []
+
+
+def test_the_newest_name_of_a_collective_is_called(monkeypatch):
+    assert _collectives._present(("all_reduce", "all_gather")) is dist.all_reduce
+    assert _collectives._present(("a_name_to_come", "all_gather")) is dist.all_gather
+    for names in (_collectives._GATHER, _collectives._SCATTER):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            with contextlib.suppress(Exception):  # of a group that does not exist
+                _collectives._present(names)(torch.zeros(1), torch.zeros(1))
+        assert [str(w.message) for w in seen if "deprecated" in str(w.message)] == []
