@@ -96,6 +96,13 @@ class TestMedian:
         assert testing.error(h, expected) <= testing.TOLERANCES[torch.float32]
         assert torch.equal(dx, torch.zeros_like(dx))
 
+    @pytest.mark.parametrize("d", [5, 64, 300])
+    @pytest.mark.parametrize("n", [40, 66])
+    def test_equal_rows_are_at_distance_zero_to_the_bit(self, n, d):
+        x = torch.randn(1, d, device=device).expand(n, d).clone()
+        x[: n // 8] = torch.randn(n // 8, d, device=device)  # three quarters of the pairs are of equal rows
+        assert torch.equal(middles(x, False), torch.zeros(2, device=device))
+
     def test_strides(self):
         x = torch.randn(2, 5, 40, device=device).mT.requires_grad_()
         with ivfast.use("triton"):

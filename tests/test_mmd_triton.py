@@ -84,6 +84,14 @@ class TestMmd:
             value = ivfast.mmd(x, x + 0.5, kernel=kernel, scales=(1e-12,), bandwidth=1.0)
         assert abs(float(value.detach()) - 2 * 60 / (60 * 59)) < 1e-7  # each point of either sample meets its double
 
+    @pytest.mark.parametrize("d", [5, 64])
+    def test_equal_rows_are_at_distance_zero_to_the_bit(self, d):
+        x = 10 * torch.randn(30, d, device=device).repeat(2, 1)
+        with ivfast.use("triton"):
+            value = ivfast.mmd(x, x.flip(0), kernel="rbf", scales=(1e-12,), bandwidth=1.0)
+        # each point meets one double within its sample and two in the other
+        assert abs(float(value) - (2 * 60 / (60 * 59) - 2 * 120 / 60**2)) < 1e-7
+
     def test_only_the_gradients_asked_for(self):
         x, y = torch.randn(20, 5, device=device), torch.randn(7, 5, device=device)
         with ivfast.use("triton"):

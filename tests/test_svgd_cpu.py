@@ -107,6 +107,14 @@ def test_equal_particles_attract_nothing_and_share_their_scores(isa):
     torch.testing.assert_close(phi, score.mean(0).expand(40, 7), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("d", [1, 7, 64, 300, 1100])
+def test_equal_particles_are_at_distance_zero_to_the_bit(isa, d, dtype):
+    x = torch.randn(45, d, dtype=dtype).repeat(2, 1)
+    row_sum = torch.ops.ivfast.svgd_direction(x, None, torch.tensor(1e-9, dtype=dtype))[1]
+    assert torch.equal(row_sum, torch.full_like(row_sum, 2.0))
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1.2e-7), (torch.float64, 5e-16)], ids=str)
 def test_exponential_is_as_accurate_as_stated(isa, dtype, bound):
     # ±a and h = 2 log2(e): k = 2^(−2a²) with an exact exponent; the second particle's score (0, 1) brings out k/2

@@ -6,6 +6,7 @@ from helpers import by_cuda, same_bits_in_every_schedule, size
 
 import ivfast
 from ivfast import testing
+from ivfast.ops import svgd
 from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
@@ -54,6 +55,13 @@ class TestDirection:
         with ivfast.use("cuda"):
             phi = ivfast.svgd_direction(x, score, bandwidth=1.0)
         assert testing.error(phi, score.double().mean(0).expand(40, 7)) <= testing.TOLERANCES[torch.float32]
+
+    @pytest.mark.parametrize("d", [1, 40, 128])
+    def test_equal_particles_are_at_distance_zero_to_the_bit(self, simt, d):
+        x = torch.randn(45, d).repeat(2, 1)
+        with ivfast.use("cuda"):
+            row_sum = svgd._forward(x, None, torch.tensor(1e-9))[1]
+        assert torch.equal(row_sum, torch.full_like(row_sum, 2.0))
 
     def test_every_schedule_gives_the_same_bits(self, simt):
         same_bits_in_every_schedule(simt, by_cuda(direction_case(70, 33, batch=(2,))))
