@@ -7,6 +7,10 @@
 
 #include <vector>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // PyTorch 2.10 has it under this name
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace ivfast {
 
 using torch::headeronly::ScalarType;
