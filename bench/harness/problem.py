@@ -87,7 +87,7 @@ class Provider:
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 return f"the package {package} is not installed (pip install 'ivfast[bench]')"
-        return None if device in self.devices else f"it is timed on {' and '.join(self.devices)} tensors alone"
+        return None if device in self.devices else f"it is timed only on {' and '.join(self.devices)} tensors"
 
     def forced(self):
         return ivfast.use(self.implementation) if self.implementation else contextlib.nullcontext()

@@ -167,8 +167,8 @@ class Session:
             return f"needs {needs / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
         seconds = self.expected(group, provider)
         if seconds * (3 if provider.compiles else 1) > SLOWEST:  # compiled, called again, timed
-            return f"about {seconds:.0f} s a call"
-        return "the time given was up" if time.monotonic() > self.deadline else None
+            return f"about {seconds:.0f} s per call"
+        return "no time left" if time.monotonic() > self.deadline else None
 
     def checked(self, group: Group, provider: Provider, instance: Instance):
         """The call to time, the seconds it took last, and its error."""
