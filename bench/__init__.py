@@ -1,7 +1,7 @@
-"""Benchmarks: an op's problem and the ways to compute it, once, for pytest, `ivfast bench` and gpu.py.
+"""Benchmarks: each op's problem and the ways to compute it, shared by pytest, `ivfast bench` and gpu.py.
 
-Installed as ivfast.bench. A module named like an op's in `ivfast.ops`, with a suffix for a second form, holds its
-benchmark, `PROBLEM`. `harness/` runs them; `studies/` measures whole systems.
+The package is installed as ivfast.bench. The benchmark of an op is `PROBLEM` in the module with the op's name in
+`ivfast.ops`, plus a suffix for a second form. `harness/` runs the benchmarks; `studies/` measures whole systems.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from ivfast import ops
 
 
 def names() -> list[str]:
-    """Every op with a benchmark, by the word that its files share."""
+    """Every op with a benchmark, by the word that the op's files share."""
     here, there = ({module.name for module in pkgutil.iter_modules(path)} for path in (__path__, ops.__path__))
     return sorted(name for name in here if any(name == op or name.startswith(f"{op}_") for op in there))
 

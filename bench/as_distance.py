@@ -16,7 +16,7 @@ def draw(size):
 
 
 def work(size, what):
-    """Six operations per pair and dimension, ten more for its gradient; 2n² pairs, since two batches are symmetric."""
+    """Six operations per pair and dimension, ten more for its gradient; 2n² pairs, as two batches are symmetric."""
     *_, n, d = size
     return (16 if what == BACKWARD else 6) * 2 * n * n * d * torch.Size(size[:-2]).numel()
 

@@ -12,7 +12,7 @@ PROBLEM = dataclasses.replace(
     as_distance.PROBLEM,
     op="as_distance additive",
     long_sizes=((512, 256),),
-    tolerance=1e-3,  # the logarithm of a ratio of means that nearly agree
+    tolerance=1e-3,  # the logarithm of a ratio of nearly equal means
     function=lambda *posteriors: ivfast.as_distance(*posteriors, kernel="additive", log=True),
     peers=(
         Provider("eager", peers.as_distance_additive, cubes=(6, 16)),

@@ -13,7 +13,7 @@ from .harness.problem import Provider
 
 
 def eager(mu_r, logvar_r, mu_g, logvar_g):
-    """As one writes it: n×n×d arrays."""
+    """The usual code, with n×n×d arrays."""
 
     def log_sum(a, logvar_a, b, logvar_b):
         s = logvar_a.exp()[:, None] + logvar_b.exp()

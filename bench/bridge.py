@@ -1,4 +1,4 @@
-"""S1's radial bridge with t = 4, its draws given: `pytest bench/bridge.py`, `ivfast bench bridge`."""
+"""S1's (IVAAE's) radial bridge with t = 4 and given draws: `pytest bench/bridge.py`, `ivfast bench bridge`."""
 
 import math
 
@@ -18,7 +18,7 @@ def eager(z, draws):
 
 
 def problem(op, function, other) -> Problem:
-    """A bridge of codes [n, d], the draws a constant."""
+    """A bridge of codes [n, d] with constant draws."""
     return Problem(
         op=op,
         axes="n×d",
@@ -44,7 +44,7 @@ _drawn: dict = {}
 
 
 def constant(z):
-    """One tensor of draws per size, outside what is timed."""
+    """One tensor of draws per size, outside the timed code."""
     key = (z.shape, z.dtype, z.device)
     if key not in _drawn:
         _drawn[key] = torch.randn_like(z)

@@ -1,4 +1,4 @@
-"""S1's blockwise bridge with t = 4, its draws given: `ivfast bench bridge_blockwise`."""
+"""S1's (IVAAE's) blockwise bridge with t = 4 and given draws: `ivfast bench bridge_blockwise`."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""S2's block substitution with k = 4, its draws and indices given: `ivfast bench bridge_substitute`."""
+"""S2's (IVGAN's) block substitution with k = 4, given draws and indices: `ivfast bench bridge_substitute`."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""`pytest bench`: pytest-benchmark's measure of every op, size, pass and provider; --long adds the sizes of seconds."""
+"""`pytest bench`: times every op, size, pass and provider with pytest-benchmark; --long adds slow sizes."""
 
 import functools
 
@@ -8,7 +8,7 @@ from .harness.measure import rounds_of
 from .harness.problem import Instance, label
 from .harness.session import Session
 
-SECONDS = 0.5  # of a benchmark
+SECONDS = 0.5  # per benchmark
 
 
 def pytest_addoption(parser):

@@ -9,7 +9,7 @@ from .harness.problem import Problem, Provider
 
 
 def eager(z):
-    """By the eigenvalues of the covariance, a set at a time."""
+    """By the eigenvalues of the covariance, one set at a time."""
     if z.dim() > 2:
         return torch.stack([eager(part) for part in z])
     mu, covariance = z.mean(0), torch.cov(z.mT)

@@ -1,6 +1,6 @@
-"""Fréchet distance between means and covariances, as FID takes it, in float64: `ivfast bench frechet`.
+"""Fréchet distance between means and covariances, as in FID, in float64: `ivfast bench frechet`.
 
-Of n samples in d dimensions; with n > d the covariances have full rank.
+The statistics come from n samples in d dimensions; with n > d the covariances have full rank.
 """
 
 import torch

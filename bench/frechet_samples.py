@@ -1,4 +1,4 @@
-"""Fréchet distance straight from fewer samples than dimensions, in float64: `ivfast bench frechet_samples`."""
+"""Fréchet distance directly from fewer samples than dimensions, in float64: `ivfast bench frechet_samples`."""
 
 import math
 
@@ -11,7 +11,7 @@ from .harness.problem import FORWARD, Problem, Provider
 
 
 def by_statistics(function):
-    """As the packages do it: means and covariances first. NaN where the package refuses its own root as complex."""
+    """As in the packages: means and covariances first. NaN if the package rejects its own root as complex."""
 
     def call(x, y):
         try:
@@ -22,7 +22,7 @@ def by_statistics(function):
     return call
 
 
-ANY = math.inf  # their answers for singular covariances are off, or none; timed for what their users wait
+ANY = math.inf  # wrong or missing for singular covariances; timed to show how long their users wait
 
 PROBLEM = Problem(
     op="frechet_distance_from_samples",

@@ -1,4 +1,4 @@
-"""A VAE's samples and their KL to the prior, the draws given: `pytest bench/gaussian.py`, `ivfast bench gaussian`."""
+"""A VAE's samples and their KL to the prior, with given draws: `pytest bench/gaussian.py`, `ivfast bench gaussian`."""
 
 import torch
 

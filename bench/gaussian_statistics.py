@@ -1,6 +1,6 @@
 """Mean and covariance of a batch, streamed: `pytest bench/gaussian_statistics.py`, `ivfast bench gaussian_statistics`.
 
-What is timed is the update: covariances are formed from it when a result is checked, as torchmetrics' are.
+Only the update is timed; covariances are formed when a result is checked, as in torchmetrics.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def update(x):
 
 
 def bind_torchmetrics(function, tensors, cotangent):
-    """Its update on features that are there already: their sum and xᵀx in float64."""
+    """Its update on given features: their sum and xᵀx in float64."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     class Identity(torch.nn.Identity):
@@ -63,7 +63,7 @@ def exact(tensors, cotangent):
 
 
 class Streaming(Problem):
-    """One implementation serves each device; there is no other to force."""
+    """Each device has one implementation, so there is no other to force."""
 
     def providers(self, device, implementations=None):
         return [Provider("ivfast", self.function, "ivfast"), *self.peers]
@@ -83,7 +83,7 @@ PROBLEM = Streaming(
     peers=(
         Provider("torchmetrics", None, packages=("torchmetrics", "torch_fidelity"), bind=bind_torchmetrics),
         Provider("numpy-cov", None, devices=("cpu",), bind=bind_numpy),
-        Provider("matmul xᵀx", lambda x: x.mT @ x, "floor"),  # in float32, and nothing else
+        Provider("matmul xᵀx", lambda x: x.mT @ x, "floor"),  # in float32, without the sums
     ),
     work=lambda size, what: size[-2] * size[-1] * (size[-1] + 1),  # half of the products, which are symmetric
     passes=(FORWARD,),

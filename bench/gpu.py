@@ -1,10 +1,10 @@
 """Build, test and time the kernels on a CUDA machine; one JSON and one table in bench/results/.
 
-python bench/gpu.py                       # all of it, in less than nine minutes
-python bench/gpu.py --tune --minutes 20   # also which tiles the Triton kernels are fastest with
-python bench/gpu.py --device cpu          # the same code on the CPU: kernels interpreted, few and small sizes, no files
+python bench/gpu.py                       # everything, in less than nine minutes
+python bench/gpu.py --tune --minutes 20   # also finds the fastest tiles of the Triton kernels
+python bench/gpu.py --device cpu          # the same code on the CPU: interpreted kernels, few and small sizes, no files
 
-What the time does not suffice for is named in the table. The exit status is 1 if any result is wrong.
+The table names what there was no time for. The exit status is 1 if any result is wrong.
 """
 
 import argparse
@@ -21,7 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 STARTED = "IVFAST_BENCH_STARTED"  # time.time() of the first process, before the build
 TOOLS = ("memcheck", "racecheck", "synccheck")  # of compute-sanitizer
-# an implementation that does not take a size or dtype says so in these words
+# the words with which an implementation rejects a size or dtype
 REFUSAL = re.compile(r"implementation here|in (CUDA C\+\+|Triton) (computes in float32 and )?takes")
 
 
@@ -29,18 +29,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results; none for cpu)")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for everything, the build included (8.5)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for everything, including the build (8.5)")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="benchmarks to run (default: all)")
     parser.add_argument("--no-sanitizer", action="store_true")
-    parser.add_argument("--tune", action="store_true", help="sweep the tiles of the Triton kernels, last of all")
+    parser.add_argument("--tune", action="store_true", help="sweep the tiles of the Triton kernels at the end")
     parser.add_argument("--only", default="", help="a regular expression of cases to test, such as svgd_direction-odd")
-    parser.add_argument("--check", action="store_true", help="test and stop: what runs under compute-sanitizer")
+    parser.add_argument("--check", action="store_true", help="run the tests and stop; compute-sanitizer runs this")
     options = parser.parse_args()
     began = float(os.environ.setdefault(STARTED, str(time.time())))
     end = time.monotonic() + 60 * options.minutes - (time.time() - began)
     prepare(options.device, options.check)
 
-    # of the time, two fifths at most for the checks and one for the sanitizer
+    # the checks get at most two fifths of the time, the sanitizer one fifth
     checks = correctness(options.device, options.only, time.monotonic() + 0.4 * (end - time.monotonic()))
     wrong = [row for row in checks if row["status"] in ("wrong", "error")]
     print(f"{len(checks)} checks, {sum(r['status'] == 'ok' for r in checks)} right, {len(wrong)} wrong", flush=True)
@@ -66,8 +66,10 @@ def main() -> int:
 
 
 def prepare(device: str, quiet: bool) -> None:
-    """ivfast importable with the kernels of this device."""
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != RESULTS.parent]  # whose names are ours alone
+    """Make ivfast importable with the kernels of this device."""
+    sys.path[:] = [
+        path for path in sys.path if Path(path).resolve() != RESULTS.parent
+    ]  # its names are only for ivfast.bench
     if device == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
         sys.path.insert(0, str(REPOSITORY / "tests"))
@@ -90,7 +92,7 @@ def prepare(device: str, quiet: bool) -> None:
         log = (built.stdout + built.stderr)[-6000:]
         print(log if built.returncode or "was left out" in log else "built", flush=True)
         os.environ["IVFAST_BENCH_BUILT"] = "1"
-        os.execv(sys.executable, [sys.executable, *sys.argv])  # an editable install is found at the start of a process
+        os.execv(sys.executable, [sys.executable, *sys.argv])  # a process finds an editable install only at its start
     if not quiet:
         subprocess.run([sys.executable, "-m", "ivfast"], cwd="/")
         sys.stdout.flush()
@@ -104,9 +106,9 @@ def has_gpu_kernel(case) -> bool:
 
 
 def correctness(device: str, only: str, deadline: float) -> list[dict]:
-    """Every case by every implementation that serves it, against the float64 reference on the CPU.
+    """Every case in every implementation that supports it, against the float64 reference on the CPU.
 
-    The ops with kernels come first; a case that the time does not suffice for is a row that says so.
+    Ops with kernels come first; a case that there was no time for gets a row that says so.
     """
     import torch
 
@@ -138,7 +140,7 @@ def compare(case, tensors, implementation) -> dict:
 
 
 def sanitized(limit: int = 2000, each: int = 2) -> list[str]:
-    """The largest cases of few numbers of each op that has a kernel: odd sizes and batches among them."""
+    """The largest of the small cases of each op that has a kernel, including odd sizes and batches."""
     import torch
 
     from ivfast import testing
@@ -169,7 +171,7 @@ def sanitizer(seconds: float) -> dict:
         except subprocess.TimeoutExpired:
             results[tool] = {"status": f"did not end in {share:.0f} s"}
             continue
-        # a tool that cannot attach says so in words of its own and finds nothing
+        # a tool that cannot attach prints its own message and finds nothing
         could_not = run.returncode != 0 and "Device not supported" in run.stdout + run.stderr
         status = "passed" if run.returncode == 0 else "could not run" if could_not else "failed"
         results[tool] = {"status": status, "output": (run.stdout + run.stderr)[-1500:]}
@@ -178,14 +180,14 @@ def sanitizer(seconds: float) -> dict:
 
 
 def timings(options, found: dict, end: float):
-    """Every benchmark, written after each group of rows, and after them the tiles."""
+    """Every benchmark, written after each group of rows, and then the tiles."""
     import warnings
 
     from ivfast.bench import names
     from ivfast.bench.harness import command, tune
     from ivfast.bench.harness.session import Session
 
-    warnings.simplefilter("ignore")  # the peers' own
+    warnings.simplefilter("ignore")  # from the peers
     dry = options.device == "cpu"
     order = [name for name in ("svgd", "svgd_bridge", "median", "multi_js") if name in names()]
     session = Session(

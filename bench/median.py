@@ -1,4 +1,4 @@
-"""The median heuristic, S1's: `pytest bench/median.py`, `ivfast bench median`."""
+"""The median heuristic of S1 (IVAAE): `pytest bench/median.py`, `ivfast bench median`."""
 
 import torch
 
@@ -7,7 +7,7 @@ import ivfast
 from .harness import peers
 from .harness.problem import FORWARD, Problem, Provider
 
-# torch.median takes the lower of the two middle distances, of which 64 particles leave a gap of some 1e-3
+# torch.median takes the lower of the two middle distances, which differ by some 1e-3 with 64 particles
 LOWER = 1e-2
 
 PROBLEM = Problem(

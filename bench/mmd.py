@@ -12,7 +12,7 @@ from .harness.problem import BACKWARD, Problem, Provider
 
 @functools.cache
 def prior(size, dtype, device):
-    """Draws that carry no gradient, as many as there are codes."""
+    """Draws without gradient, one per code."""
     return torch.randn(size, generator=torch.Generator().manual_seed(0)).to(device, dtype)
 
 
@@ -31,7 +31,7 @@ PROBLEM = Problem(
     axes="n×d",
     sizes=((100, 64), (256, 64), (1024, 64)),
     long_sizes=((4096, 64), (32768, 64)),
-    draw=lambda size: (1.5 * torch.randn(size) + 0.5,),  # so far from the prior that the difference keeps four digits
+    draw=lambda size: (1.5 * torch.randn(size) + 0.5,),  # so far from the prior that the difference has four digits
     output=lambda size: size[:-2],
     function=against_the_prior(ivfast.mmd),
     peers=(

@@ -17,17 +17,17 @@ def labels(classes, n, device):
 
 
 def eager(logits):
-    """As S1 writes it: −log softmax of each block at its own class, a block after the other."""
+    """As written in S1 (IVAAE): −log softmax of each block at its own class, one block after the other."""
     return -sum(block.log_softmax(-1)[:, c].mean() for c, block in enumerate(logits)) / logits.shape[-1]
 
 
 def diagonal(logits):
-    """One log softmax, and of each block its own class."""
+    """One log softmax, then each block's own class."""
     return -logits.log_softmax(-1).diagonal(dim1=0, dim2=2).mean()
 
 
 def cross_entropy(logits):
-    """Labels are built outside."""
+    """The labels are built outside the timed code."""
     return F.cross_entropy(logits.flatten(0, 1), labels(*logits.shape[:2], logits.device))
 
 

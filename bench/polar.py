@@ -8,7 +8,7 @@ from .harness.problem import Problem, Provider
 
 
 def eager(m):
-    """By singular vectors; its gradient divides by differences of squared singular values."""
+    """By singular vectors; the gradient divides by differences of squared singular values."""
     U, _, Vh = torch.linalg.svd(m.double(), full_matrices=False)
     return (U @ Vh).to(m.dtype)
 

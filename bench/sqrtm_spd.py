@@ -13,7 +13,7 @@ def draw(size):
 
 
 def eager(a):
-    """By eigenvectors; its gradient divides by differences of eigenvalues."""
+    """By eigenvectors; the gradient divides by differences of eigenvalues."""
     values, V = torch.linalg.eigh((a.double() + a.double().mT) / 2)
     return ((V * values.sqrt().unsqueeze(-2)) @ V.mT).to(a.dtype)
 

@@ -13,9 +13,9 @@ def at_fixed_bandwidth(function):
 
 
 def exact(tensors, cotangent, rows=64, above=8192):
-    """φ_i and the gradients for some particles i, in O(n) memory, where n is too large for n × n matrices.
+    """φ_i and the gradients for some particles i, in O(n) memory, for n too large for n × n matrices.
 
-    The loss depends on particle i through φ_i, and through its term in every other φ_j.
+    The loss depends on particle i through φ_i and through the particle's term in every other φ_j.
     """
     x, score = tensors
     n, h = x.shape[-2], float(x.shape[-1])
@@ -25,7 +25,7 @@ def exact(tensors, cotangent, rows=64, above=8192):
     x_i, s_i = (t[chosen].clone().requires_grad_() for t in tensors)
 
     def terms(at, x, score):
-        """Σ_j [k(x_j, at) s_j + ∇_{x_j} k(x_j, at)]/n over the particles that are given."""
+        """Σ_j [k(x_j, at) s_j + ∇_{x_j} k(x_j, at)]/n over the given particles."""
         d2 = at.square().sum(1, keepdim=True) + x.square().sum(1) - 2 * at @ x.mT
         kernel = torch.exp(-d2 / h)
         return (kernel @ (score - (2 / h) * x) + (2 / h) * kernel.sum(1, keepdim=True) * at) / n

@@ -1,4 +1,4 @@
-"""S1's SVGD bridge with t = 4, its noise drawn inside: `pytest bench/svgd_bridge.py`, `ivfast bench svgd_bridge`."""
+"""S1's (IVAAE's) SVGD bridge, t = 4, noise drawn inside: `pytest bench/svgd_bridge.py`, `ivfast bench svgd_bridge`."""
 
 import functools
 
@@ -13,7 +13,7 @@ from .harness.problem import Problem, Provider
 T = 4
 STEPS = 2 * (T - 1)
 
-# the loop's bandwidth comes from the lower of the two middle distances, which 8 particles leave far apart
+# the loop's bandwidth uses the lower of the two middle distances, which are far apart for 8 particles
 LOWER = 2e-3
 
 eager = functools.partial(peers.svgd_bridge, t=T)
@@ -21,12 +21,12 @@ _compiled = peers.compiled(eager)
 
 
 def compiled(z, draws=None):
-    """Noise in one draw, outside the graph: inside, each torch.randn would leave it."""
+    """All noise in one draw, outside the graph: each torch.randn inside it would break the graph."""
     return _compiled(z, draws=torch.randn(STEPS + 1, *z.shape, device=z.device) if draws is None else draws)
 
 
 def work(size, what):
-    """Six times the median's distances and the direction, whose score −x saves one product of the five behind it."""
+    """Six times the median's distances and the direction; the score −x saves one of the five products that follow."""
     return STEPS * (svgd.work(size, what) + size[-2] * size[-1] * torch.Size(size[:-1]).numel())
 
 

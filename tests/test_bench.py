@@ -134,7 +134,7 @@ def test_a_missing_peer_is_reported_with_its_reason(monkeypatch):
     assert not {r["provider"] for r in rows} & {"absent", "elsewhere"}
     reasons = {r["provider"]: r["reason"] for r in one.missing}
     assert "no_such_package is not installed" in reasons["absent"]
-    assert reasons["elsewhere"] == "it is timed on cuda tensors alone"
+    assert reasons["elsewhere"] == "it is timed only on cuda tensors"
     text = tables.markdown(report_of(results.with_ratios([row("ivfast", 1.0, "ivfast")]), [row("absent", None)]))
     assert "- absent: no reason" in text
 
@@ -174,7 +174,7 @@ def test_a_peer_that_fails_or_does_not_fit_or_takes_too_long_is_a_row_with_the_r
     reasons = {r["provider"]: r.get("reason", "") for r in rows}
     assert reasons["fail"] == "RuntimeError: out of luck"
     assert "GB are free" in reasons["huge"]
-    assert reasons["slow"] == "about 100 s a call"
+    assert reasons["slow"] == "about 100 s per call"
     assert slow.calls == 0
     assert one.missing == []
 

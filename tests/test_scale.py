@@ -138,7 +138,7 @@ def test_the_page_is_that_of_its_report(tmp_path, monkeypatch):
     (bytes_,) = page.tables(page.read(text, "communication"))
     assert bytes_[1][3:6] == ["8", "8", "–"]
     (fits, reached) = page.tables(page.read(text, "reach"))
-    assert fits[1][1] == "1 ns a pair"
+    assert fits[1][1] == "1 ns per pair"
     assert [row[0] for row in reached[1:]] == ["1", "2", "4", "8"]
     assert (tmp_path / "scale.png").stat().st_size > 10_000
     assert scale.main(["--redraw", str(path), "--out", str(tmp_path)]) is None

@@ -1,4 +1,4 @@
-"""`ivfast bench`: measures, shows and writes."""
+"""`ivfast bench`: measure, show and write results."""
 
 import logging
 import math
@@ -42,7 +42,7 @@ def providers_of(text: str, ops: list[str], device: str) -> list[str]:
 
 
 def folder(out: Path | None, partial: bool) -> Path | None:
-    """Where results go: what is rough or has providers left out takes no other's place unless a folder is named."""
+    """The folder of the results; rough or partial results replace no others unless a folder is named."""
     if out or partial:
         return out
     return Path("bench/results") if Path("bench/harness/peers.py").is_file() else Path("bench-results")
@@ -62,7 +62,7 @@ def bench(
     resume: bool = False,
     out: Path | None = None,
 ) -> bool:
-    """Whether every result of ivfast was right."""
+    """Run the benchmarks; returns whether every result of ivfast was right."""
     warnings.simplefilter("ignore")  # the peers' own, as are these logs
     for noisy in ("torch", "jax"):
         logging.getLogger(noisy).setLevel(logging.ERROR)

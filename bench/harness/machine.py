@@ -1,4 +1,4 @@
-"""What the numbers were measured on and with."""
+"""The machine and the versions behind the numbers."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ def processor() -> str:
 
 
 def describe(device: str) -> dict[str, object]:
-    """The machine, without what can differ from run to run."""
+    """The machine, without anything that can differ from run to run."""
     found = {
         "cpu": processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -36,7 +36,7 @@ def describe(device: str) -> dict[str, object]:
 
 
 def short(machine: dict[str, object]) -> str:
-    """A file's name: nvidia-h100-80gb-hbm3, amd-epyc-9b14-avx512-2-threads."""
+    """The name for a file: nvidia-h100-80gb-hbm3, amd-epyc-9b14-avx512-2-threads."""
     name = str(machine.get("gpu") or f"{machine['cpu']} {machine['instructions']} {machine['threads']} threads")
     name = re.sub(r"\((r|tm|c)\)|\bcpu\b|@.*ghz|\bprocessor\b|\b\d+-core\b", " ", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
 
 
 def use_threads(threads: int | None) -> None:
-    """So many processors for every provider, JAX and KeOps included, which count those that the process may run on."""
+    """Limit all providers to `threads` processors, even JAX and KeOps, which count those available to the process."""
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0"))
     if not threads:
         return

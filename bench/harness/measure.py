@@ -1,6 +1,6 @@
-"""Times and memory of calls, and what no call here can beat.
+"""Times and memory of calls, and limits that no call on this machine can beat.
 
-Providers are timed in turns, in short blocks and a rotating order, so that a drift of the machine meets all of them.
+Providers are timed in turns, in short blocks and a rotating order, so that machine drift affects all of them.
 """
 
 import gc
@@ -15,9 +15,9 @@ import torch
 
 from .problem import Call, Provider
 
-BLOCK = 2e-3  # seconds of calls behind one sample of a short call
+BLOCK = 2e-3  # seconds of calls per sample of a short call
 ROUNDS = 31  # samples at most, odd
-SHORT = 0.05  # below so many seconds a call before each block warms the caches and quiets the others' threads
+SHORT = 0.05  # below this many seconds, a call before each block warms the caches and quiets other threads
 
 
 class Timing(NamedTuple):
@@ -28,7 +28,7 @@ class Timing(NamedTuple):
 
 
 def clock(call: Call, calls: int, cuda: bool) -> float:
-    """Seconds of one call among calls in a row; on a GPU by events around them."""
+    """Seconds of one call, averaged over calls in a row; on a GPU, from events around them."""
     if cuda:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -50,7 +50,7 @@ def rounds_of(seconds: float, budget: float) -> tuple[int, int]:
 
 
 def in_turns(calls: Mapping[Provider, tuple[Call, float]], budget: float, cuda: bool = False) -> dict[Provider, Timing]:
-    """Timings of calls, each given with the seconds it took before; some `budget` seconds for each."""
+    """Timings of calls, each given with the seconds that it took before, in about `budget` seconds each."""
     plans = {provider: rounds_of(seconds, budget) for provider, (_, seconds) in calls.items()}
     samples = {provider: [] for provider in calls}
     longest = max((rounds for rounds, _ in plans.values()), default=0)
@@ -63,7 +63,7 @@ def in_turns(calls: Mapping[Provider, tuple[Call, float]], budget: float, cuda: 
             for provider in order[start:] + order[:start]:
                 rounds, block = plans[provider]
                 if turn * rounds // longest == (turn + 1) * rounds // longest:
-                    continue  # its fewer rounds are spread over all
+                    continue  # spread its fewer rounds over all turns
                 call, seconds = calls[provider]
                 with provider.forced():
                     if seconds < SHORT:
@@ -75,7 +75,7 @@ def in_turns(calls: Mapping[Provider, tuple[Call, float]], budget: float, cuda: 
 
 
 def on_device(call: Call, copies: int = 10) -> float | None:
-    """Seconds of a call inside a CUDA graph of several; None where it cannot be captured."""
+    """Seconds of a call in a CUDA graph of several calls; None if it cannot be captured."""
     try:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -97,7 +97,7 @@ def on_device(call: Call, copies: int = 10) -> float | None:
 
 
 def peak_on_gpu(call: Call) -> float:
-    """Bytes allocated by PyTorch above what was there before the call."""
+    """Bytes that PyTorch allocates above the level before the call."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -117,7 +117,7 @@ class _Empty(torch.autograd.Function):
 
 
 def limits(device: str, quick: bool = False) -> dict[str, float]:
-    """The rates of a large fp32 product and a large copy, and the seconds of a call that computes nothing."""
+    """The rates of a large fp32 matrix product and a large copy, and the seconds of a call that computes nothing."""
     cuda = device == "cuda"
     side, length = (512, 1 << 20) if quick else (8192, 1 << 28) if cuda else (2048, 1 << 26)
     precision = torch.get_float32_matmul_precision()
@@ -146,7 +146,7 @@ def limits(device: str, quick: bool = False) -> dict[str, float]:
 
 
 def bound(limits: Mapping[str, float], work: float, traffic: float, what: str) -> tuple[str, float]:
-    """What limits a call of so many flop and bytes, and the least seconds it takes for that."""
+    """What limits a call with this much flop and traffic, and the least seconds that this takes."""
     least = {
         "matmul": work / limits["matmul_flop_per_s"],
         "copy": traffic / limits["copy_bytes_per_s"],
@@ -157,7 +157,7 @@ def bound(limits: Mapping[str, float], work: float, traffic: float, what: str) -
 
 
 def free_memory(device: str) -> float:
-    """Bytes that can be had; what is not known is infinite."""
+    """Available bytes; infinite if unknown."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]

@@ -1,6 +1,6 @@
-"""Peak memory of a provider's calls on the CPU, in a process of its own: the growth of its resident set over a call.
+"""Peak memory of a provider's calls on the CPU, in a separate process: the growth of the resident set during a call.
 
-`python -m ivfast.bench.harness.memory` reads a job in JSON and prints a JSON line per call. Linux only.
+`python -m ivfast.bench.harness.memory` reads a job in JSON and prints one line of JSON per call. Linux only.
 """
 
 import ctypes
@@ -35,8 +35,8 @@ def growth(call) -> int:
 
 
 def measured(op: str, provider: str, jobs: list[dict], threads: int, timeout: float = 300.0) -> Iterator[dict]:
-    """The jobs, each {"size", "what", "warm"}, with "peak_bytes"; those that did not come to an end are left out."""
-    # a threshold of its own keeps what is freed from staying in the heap, where the next call would find it
+    """The jobs, each {"size", "what", "warm"}, with "peak_bytes"; jobs that did not finish are left out."""
+    # a fixed threshold returns freed memory to the system; in the heap, the next call would reuse it
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     text = json.dumps({"op": op, "provider": provider, "jobs": jobs, "threads": threads})
     command = [sys.executable, "-W", "ignore", "-m", "ivfast.bench.harness.memory"]
@@ -52,7 +52,7 @@ def measured(op: str, provider: str, jobs: list[dict], threads: int, timeout: fl
         except BaseException:
             process.kill()
             raise
-    if process.returncode > 0 and not output:  # a job too large ends by a signal, or after others
+    if process.returncode > 0 and not output:  # a job that is too large ends by a signal, or after other jobs
         raise RuntimeError(f"the process that measures the memory of {provider} failed:\n{said[-2000:]}")
     for line in output.splitlines():
         if line.startswith('{"peak_bytes"'):  # compilers print too

@@ -1,4 +1,4 @@
-"""Pages whose tables a command writes, between `<!-- name -->` and `<!-- /name -->`; the rest is text."""
+"""Pages with tables that a command writes between `<!-- name -->` and `<!-- /name -->`; the rest is text."""
 
 import re
 
@@ -13,7 +13,7 @@ def table(rows: Table, right: int = 1) -> str:
 
 
 def tables(text: str) -> list[Table]:
-    """The tables of a text, as `table` writes them."""
+    """The tables of a text, in the format of `table`."""
     found, before = [], ""
     for line in text.splitlines():
         if line.startswith("|"):
@@ -30,10 +30,10 @@ def _section(name: str) -> re.Pattern:
 
 
 def read(page: str, name: str) -> str:
-    """What stands between a section's markers.
+    """The text between a section's markers.
 
     Raises:
-        ValueError: a page without them.
+        ValueError: the page does not have the markers.
     """
     found = _section(name).search(page)
     if not found:

@@ -1,4 +1,4 @@
-"""The best other ways to compute what ivfast computes. Each is checked against float64 before it is timed."""
+"""The best alternatives to ivfast for each op. Each is checked against float64 before it is timed."""
 
 import functools
 import math
@@ -40,7 +40,7 @@ def svgd_cdist(x: Tensor, score: Tensor, h: float) -> Tensor:
 def svgd_attention(x: Tensor, score: Tensor, h: float) -> Tensor:
     """SVGD direction of x [..., n, d] by fused attention, which never writes K.
 
-    Key j's logit is 2 x_i·x_j/h − ‖x_j‖²/h. One more key, of logit ‖x_i‖²/h and of value (0, 1), brings out the
+    Key j's logit is 2 x_i·x_j/h − ‖x_j‖²/h. One more key, with logit ‖x_i‖²/h and value (0, 1), yields the
     denominator: the last column is 1/(r_i + 1), and the others are (K V)_i/(r_i + 1).
     """
     x = x - x.mean(-2, keepdim=True)
@@ -69,7 +69,7 @@ def svgd_keops(x: Tensor, score: Tensor, h: float) -> Tensor:
 
 
 def bind_jax(function: Callable, tensors, cotangent: Tensor | None):
-    """One jitted call of `function` on jax arrays that are there already, with its gradients by jax.vjp."""
+    """One jitted call of `function` on given jax arrays, with its gradients by jax.vjp."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
@@ -101,8 +101,8 @@ def svgd_jax(x, score, h: float):
 def svgd_blackjax(x, score, h: float):
     """SVGD direction of a jax array x [n, d] by blackjax's own kernel.
 
-    Its score is a function of a particle, so a particle carries its score with it; an optimiser whose state is the
-    gradient that it is given hands out −φ.
+    Its score is a function of a particle, so each particle carries its score; an optimiser that stores the gradient it
+    receives returns −φ.
     """
     import jax
     import optax
@@ -121,12 +121,12 @@ def svgd_blackjax(x, score, h: float):
 
 
 def median_pdist(x: Tensor) -> Tensor:
-    """med²/log n of x [n, d] as it is usually written; torch.median is the lower of two middles."""
+    """med²/log n of x [n, d] in the usual form; torch.median takes the lower of two middle values."""
     return torch.pdist(x).median().square() / math.log(len(x))
 
 
 def median_cdist(x: Tensor) -> Tensor:
-    """The same over the full matrix: n zeros, then each distance twice."""
+    """The same over the full matrix, which has n zeros and each distance twice."""
     n = len(x)
     lower = (n * (n - 1) // 2 - 1) // 2
     return torch.cdist(x, x).flatten().kthvalue(n + 2 * lower + 1).values.square() / math.log(n)
@@ -150,7 +150,7 @@ def median_jax(x):
 
 
 def svgd_bridge(z: Tensor, t: int, draws: Tensor | None = None) -> Tensor:
-    """S1's bridge of z [n, d] as a loop: two noisy steps from one bridge to the next, the bandwidth anew in each."""
+    """S1's bridge of z [n, d] as a loop: two noisy steps between bridges, each with a new bandwidth."""
     x, bridges = z, [z]
     for step in range(2 * (t - 1)):
         h = 100 * median_pdist(x.detach())
@@ -180,7 +180,7 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mmd_keops(x: Tensor, y: Tensor) -> Tensor:
-    """The same by KeOps reductions, which never write a matrix; the pairs of a sample with itself are taken off."""
+    """The same by KeOps reductions, which never write a matrix; pairs of a sample with itself are subtracted."""
     for name in ("PYKEOPS_VERBOSE", "KEOPS_VERBOSE"):
         os.environ.setdefault(name, "0")
     from pykeops.torch import LazyTensor
@@ -197,7 +197,7 @@ def mmd_keops(x: Tensor, y: Tensor) -> Tensor:
 
 
 def as_distance(mu_r: Tensor, logvar_r: Tensor, mu_g: Tensor, logvar_g: Tensor) -> Tensor:
-    """log S_rr + log S_gg − 2 log S_rg of diagonal Gaussians [n, d], as one writes it: n×n×d arrays."""
+    """log S_rr + log S_gg − 2 log S_rg of diagonal Gaussians [n, d] in the usual form, with n×n×d arrays."""
 
     def log_mean(a, logvar_a, b, logvar_b):
         s = logvar_a.exp()[:, None] + logvar_b.exp()
@@ -221,7 +221,7 @@ def as_distance_additive(mu_r: Tensor, logvar_r: Tensor, mu_g: Tensor, logvar_g:
 
 
 def pytorch_fid(*statistics: Tensor) -> Tensor:
-    """pytorch-fid's, by SciPy's square root; SciPy 1.18 took away an argument that it passes."""
+    """pytorch-fid's, by SciPy's square root; SciPy 1.18 removed an argument that pytorch-fid passes."""
     import scipy.linalg
     from pytorch_fid import fid_score
 

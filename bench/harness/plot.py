@@ -1,4 +1,4 @@
-"""Times against the first number of a size, such as the particles: a line a provider, a panel a pass."""
+"""Times against the first number of a size, such as the particles: one line per provider, one panel per pass."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ OURS = "#d62728"
 
 
 def draw(report: dict, op: str, path: Path) -> Path | None:
-    """The picture of an op; None where nothing was timed."""
+    """The picture of an op; None if nothing was timed."""
     from matplotlib.figure import Figure
 
     found = {key: rows for key, rows in groups(report["rows"]).items() if key[0] == op and len(key[1]) == 2}

@@ -1,4 +1,4 @@
-"""What a benchmark is: an op's problem, and the providers that compute it, each in its own way."""
+"""What a benchmark consists of: an op's problem, and the providers that compute it in different ways."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ from ivfast._registry import OPS
 
 FORWARD, BACKWARD = "forward", "forward+backward"
 Size = tuple[int, ...]
-Call = Callable[[], tuple]  # its output; with a backward pass also the gradients; in whatever arrays the provider has
+Call = Callable[[], tuple]  # output, and gradients with a backward pass, in the provider's own kind of array
 Exact = list[tuple[Tensor | slice, Tensor]]  # per output and gradient: the rows to compare, and what they must be
 
 
@@ -33,7 +33,7 @@ def several(x: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def bind_torch(function: Callable, tensors: Sequence[Tensor], cotangent: Cotangent | None) -> Call:
-    """One call of `function`, with its gradients where there is a cotangent."""
+    """One call of `function`, with its gradients if there is a cotangent."""
     if cotangent is None:
         return lambda: several(function(*tensors))
     leaves = [x.detach().clone().requires_grad_() for x in tensors]
@@ -57,7 +57,7 @@ class _Empty(torch.autograd.Function):
 
 
 def bind_empty(function: Callable, tensors: Sequence[Tensor], cotangent: Cotangent | None) -> Call:
-    """An autograd Function that saves a tensor and computes nothing, for the first output and input."""
+    """An autograd Function that saves a tensor and computes nothing, with the first input and output."""
     like = several(cotangent)[0]
     return bind_torch(lambda x: _Empty.apply(x, like), tensors[:1], like)
 
@@ -66,8 +66,8 @@ def bind_empty(function: Callable, tensors: Sequence[Tensor], cotangent: Cotange
 class Provider:
     """One way to compute a problem.
 
-    `squares` and `cubes` count the n × n and n × n × d arrays alive at once, forward and with the backward pass: what
-    does not fit is known beforehand. `compiles` says that a first call measures a compiler.
+    `squares` and `cubes` count the n × n and n × n × d arrays alive at once, forward and with the backward pass; they
+    tell beforehand what does not fit. `compiles` says that the first call includes a compiler's time.
     """
 
     name: str
@@ -83,11 +83,11 @@ class Provider:
     tolerance: float | None = None  # in place of the problem's, with its reason beside it
 
     def missing(self, device: str) -> str | None:
-        """Why it cannot be had here, whatever the size."""
+        """Why the provider is not available here, whatever the size."""
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 return f"the package {package} is not installed (pip install 'ivfast[bench]')"
-        return None if device in self.devices else f"it is timed on {' and '.join(self.devices)} tensors alone"
+        return None if device in self.devices else f"it is timed only on {' and '.join(self.devices)} tensors"
 
     def forced(self):
         return ivfast.use(self.implementation) if self.implementation else contextlib.nullcontext()
@@ -105,7 +105,7 @@ FLOOR = Provider("empty Function", lambda *tensors: None, "floor", bind=bind_emp
 class Problem:
     """An op on given sizes."""
 
-    op: str  # its name in ivfast and in the registry; behind a space, a second form of it
+    op: str  # its name in ivfast and in the registry; after a space, a second form of it
     axes: str  # of a size, such as "n×d"
     sizes: tuple[Size, ...]
     draw: Callable[[Size], tuple[Tensor, ...]]  # float32, all differentiable
@@ -117,25 +117,25 @@ class Problem:
     gpu_sizes: tuple[Size, ...] = ()
     passes: tuple[str, ...] = (FORWARD, BACKWARD)
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)  # the first on a CPU, all on a GPU
-    # float32 sums in another order: four digits say that it is the same function
+    # float32 sums in another order: four digits show that it is the same function
     tolerance: float = 1e-4
-    # what every provider draws for itself when it is timed, given by keyword when it is checked
+    # what each provider draws itself when it is timed; passed by keyword when it is checked
     constants: Callable[[Size], Mapping[str, Tensor]] = lambda size: {}
     squares: tuple[float, float] = (0, 0)  # of ivfast's reference, as a provider's
-    # in place of the whole reference in float64 where that is too much
+    # replaces the whole float64 reference if that is too expensive
     exact: Callable[[Sequence[Tensor], Tensor | None], Exact | None] = lambda tensors, cotangent: None
 
     def providers(self, device: str, implementations: Sequence[str] | None = None) -> list[Provider]:
-        """ivfast as it comes, its other implementations for this device, and the peers."""
+        """ivfast with its default, its other implementations for this device, and the peers."""
         ours = [Provider("ivfast", self.function, "ivfast", squares=self._squares(self.served(device)))]
         for name in implementations or {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}[device]:
             if (device, name) == ("cpu", self.served(device)):
-                continue  # that is ivfast as it comes
+                continue  # that is ivfast with its default
             ours.append(Provider(f"ivfast:{name}", self.function, "implementation", name, squares=self._squares(name)))
         return [*ours, *self.peers]
 
     def served(self, device: str) -> str:
-        """What ivfast takes by itself; on a GPU the shape chooses where two are named."""
+        """ivfast's default; if two are named on a GPU, the shape decides."""
         candidates = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}[device]
         return " or ".join(n for n in candidates if self.unserved(n, device) is None) or "reference"
 
@@ -158,7 +158,7 @@ def _nested(shapes) -> bool:
 
 
 class Instance:
-    """A problem of one size, drawn, and what is right about it."""
+    """A problem of one size, its inputs, and the exact results."""
 
     def __init__(self, problem: Problem, size: Size, dtype: torch.dtype, device: str):
         self.problem, self.size, self.dtype, self.device = problem, size, dtype, device
@@ -188,7 +188,7 @@ class Instance:
             return [(slice(None) if x.dim() else ..., x) for x in call()]
 
     def error(self, results: Sequence) -> float:
-        """The largest error of any output or gradient, each over the largest value of its own."""
+        """The largest error of any output or gradient, each relative to its own largest value."""
         arrays = [x if isinstance(x, Tensor) else torch.from_numpy(np.array(x)) for x in results]
         expected = self.exact[: len(arrays)]
         if any(x.shape[1:] != e.shape[1:] for x, (_, e) in zip(arrays, expected, strict=True)):
@@ -199,6 +199,6 @@ class Instance:
         return max(provider.tolerance or self.problem.tolerance, testing.TOLERANCES[self.dtype])
 
     def bytes(self, what: str) -> float:
-        """The least traffic: inputs read and output written once; with gradients, these and the cotangent too."""
+        """The least traffic: inputs read and output written once; with gradients, also these and the cotangent."""
         inputs, output = sum(x.nbytes for x in self.tensors), sum(x.nbytes for x in several(self.cotangent))
         return inputs + output if what == FORWARD else 3 * inputs + 2 * output

@@ -1,4 +1,4 @@
-"""Rows on disk: <machine>.json, written after every group, and the ratios that the tables show."""
+"""Rows on disk, in <machine>.json, written after every group, and the ratios in the tables."""
 
 import json
 import os
@@ -14,7 +14,7 @@ def key(row: Row) -> tuple:
 
 
 def groups(rows: Iterable[Row]) -> dict[tuple, list[Row]]:
-    """Rows by op, size, dtype and pass, in the order in which people read them."""
+    """Rows by op, size, dtype and pass, in reading order."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
@@ -42,7 +42,7 @@ def best_peer(rows: list[Row]) -> Row | None:
 
 
 class Results:
-    """The rows of a machine. A group that is measured again replaces its rows; each row names its session."""
+    """The rows of a machine. Measuring a group again replaces its rows; each row names its session."""
 
     def __init__(self, machine: Row, session: Row, path: Path | None = None):
         self.machine, self.path = machine, path
@@ -67,7 +67,7 @@ class Results:
         return any(key(row) == wanted for row in self.alike(versions))
 
     def alike(self, versions: dict) -> list[Row]:
-        """The rows measured with these versions, and not roughly."""
+        """The rows measured with these versions, except rough ones."""
         sessions = {s["id"] for s in self.sessions if s["versions"] == versions and not s.get("quick")}
         return [row for row in self.rows if row["session"] in sessions]
 
@@ -78,7 +78,7 @@ class Results:
         return {"machine": self.machine, **self.extra, "sessions": sessions, "rows": rows}
 
     def write(self) -> None:
-        """In one step: who stops it at any moment finds the file before or after."""
+        """Atomically: an interruption leaves either the old or the new file."""
         if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)

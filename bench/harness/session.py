@@ -1,4 +1,4 @@
-"""One run of benchmarks: groups of rows, a group being an op, a size, a dtype and a pass with every provider in it."""
+"""One run of benchmarks, in groups of rows: a group is one op, size, dtype and pass, with every provider."""
 
 import gc
 import math
@@ -13,8 +13,8 @@ from .. import problem_of
 from . import measure, memory
 from .problem import BACKWARD, Instance, Problem, Provider, Size, bind_torch, label
 
-SLOWEST = 40.0  # seconds of a call and its compilation beyond which it is left out
-ONCE = 5.0  # seconds of a call that is not repeated
+SLOWEST = 40.0  # a call that takes more seconds, including compilation, is left out
+ONCE = 5.0  # a call that takes more seconds is not repeated
 Row = dict[str, object]
 
 
@@ -40,7 +40,7 @@ class Session:
     names: Sequence[str]
     device: str = "cpu"
     sizes: Sequence[Size] | None = None  # in place of the problems' own
-    providers: Sequence[str] | None = None  # beside ivfast, which is always in it
+    providers: Sequence[str] | None = None  # in addition to ivfast, which is always included
     implementations: Sequence[str] | None = None
     quick: bool = False
     deadline: float = math.inf  # of time.monotonic()
@@ -52,7 +52,7 @@ class Session:
     _seen: dict[tuple, tuple[float, float]] = field(default_factory=dict)  # what a call took, and its cost
 
     def groups(self) -> list[Group]:
-        """What is to be done, the long sizes of every op after the others."""
+        """The groups to run, with the long sizes of every op last."""
         found = []
         for long in (False, True):
             for name in self.names:
@@ -76,7 +76,7 @@ class Session:
         return sum(len(self.chosen(group.problem)) for group in self.groups())
 
     def run(self) -> Iterator[tuple[Group, list[Row]]]:
-        """The rows of each group as they come in."""
+        """The rows of each group as soon as they are measured."""
         self.step("limits")
         self.limits |= measure.limits(self.device, self.quick)  # in place: the results hold it
         absent = self._absent()
@@ -93,7 +93,7 @@ class Session:
             yield group, self._group(group, instance, absent)
 
     def _absent(self) -> set[tuple[str, str]]:
-        """Notes the providers that are not to be had here, with the reason."""
+        """Records the providers that are not available here, with the reason."""
         for name in self.names:
             p = problem_of(name)
             for provider in self.chosen(p):
@@ -156,22 +156,22 @@ class Session:
         return group.problem.work(group.size, group.what) or math.prod(group.size)
 
     def expected(self, group: Group, provider: Provider) -> float:
-        """Seconds of a call, from what the provider took at the last size."""
+        """Seconds of a call, extrapolated from the provider's last size."""
         seconds, cost = self._seen.get((group.name, provider.name, group.what), (0.0, 1.0))
         return seconds * self._cost(group) / cost
 
     def refused(self, group: Group, provider: Provider) -> str | None:
-        """Why a call is not tried: memory, or time."""
+        """Why a call is not tried: memory or time."""
         needs, free = provider.needs(group.size, group.what, group.dtype), measure.free_memory(self.device)
         if needs > 0.8 * free:
             return f"needs {needs / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
         seconds = self.expected(group, provider)
         if seconds * (3 if provider.compiles else 1) > SLOWEST:  # compiled, called again, timed
-            return f"about {seconds:.0f} s a call"
-        return "the time given was up" if time.monotonic() > self.deadline else None
+            return f"about {seconds:.0f} s per call"
+        return "no time left" if time.monotonic() > self.deadline else None
 
     def checked(self, group: Group, provider: Provider, instance: Instance):
-        """The call to time, the seconds it took last, and its error."""
+        """The call to time, the seconds that it last took, and its error."""
         with provider.forced():
             call = instance.bind(provider, group.what)
             first = time.perf_counter()
@@ -188,7 +188,7 @@ class Session:
         return call, seconds, error
 
     def memory(self, rows: list[Row]) -> Iterator[tuple[str, str]]:
-        """Fills in the peak memory of the timed rows that have none; yields each op and provider before its process."""
+        """Fills in missing peak memory of the timed rows; yields each op and provider before its process starts."""
         todo: dict[tuple[str, str], list[Row]] = {}
         for row in rows:
             if row.get("us") and "peak_bytes" not in row and row["us"] < 15e6:

@@ -1,4 +1,4 @@
-"""Tables of results: for a terminal, a row a provider; for a file, a column a provider."""
+"""Tables of results: one row per provider on a terminal, one column per provider in a file."""
 
 from collections import Counter
 
@@ -42,7 +42,7 @@ def brief(key: tuple) -> str:
 
 
 def terminal(report: dict, op: str) -> Group:
-    """Every row of an op, and why others are missing."""
+    """Every row of an op, and the reasons for missing rows."""
     on_gpu = any("device_us" in row for row in report["rows"] if row["op"] == op)
     table = Table(title=op, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
@@ -82,19 +82,20 @@ def markdown(report: dict) -> str:
         limit = s["limits"]
         lines += [
             f"Session {s['id']}, {s['date']}{', rough' if s.get('quick') else ''}: {versions}. "
-            f"Limits: fp32 product {limit['matmul_flop_per_s'] / 1e9:,.0f} GFLOP/s, "
-            f"copy {limit['copy_bytes_per_s'] / 1e9:,.1f} GB/s read and written, "
+            f"Limits: fp32 matrix product {limit['matmul_flop_per_s'] / 1e9:,.0f} GFLOP/s, "
+            f"copy {limit['copy_bytes_per_s'] / 1e9:,.1f} GB/s (reads plus writes), "
             f"empty call {limit['empty_forward_s'] * 1e6:.1f} µs, "
             f"with backward {limit['empty_forward+backward_s'] * 1e6:.1f} µs"
             + (f", empty launch {limit['empty_launch_s'] * 1e6:.1f} µs" if "empty_launch_s" in limit else "")
             + "."
-            + (f" The time was up before: {'; '.join(s['not_started'])}." if s["not_started"] else ""),
+            + (f" Not started for lack of time: {'; '.join(s['not_started'])}." if s["not_started"] else ""),
             "",
         ]
     lines += [
-        "Median µs of a call through the public functions, providers in turns, each checked against float64 first;",
-        "best peer / ivfast below 1: ivfast is the slower. The limit is the largest of the op's flop at the rate of a",
-        "large product, its traffic at the rate of a large copy, and a call that computes nothing.",
+        "The tables show the median time of a call through the public functions, in µs. Providers run in turns, each",
+        "checked against float64 first. Where best peer / ivfast is below 1, ivfast is slower. The limit is the",
+        "longest of three times: the op's flop at the rate of a large matrix product, its traffic at the rate of a",
+        "large copy, and that of a call that computes nothing.",
         "",
     ]
     for op in dict.fromkeys(row["op"] for row in report["rows"]):
@@ -103,7 +104,7 @@ def markdown(report: dict) -> str:
 
 
 def _checked(report: dict) -> list[str]:
-    """What gpu.py found before it timed."""
+    """What gpu.py found before it took times."""
     lines = []
     if "checks" in report:
         counts = Counter((row["implementation"], row["status"]) for row in report["checks"])
@@ -117,7 +118,7 @@ def _checked(report: dict) -> list[str]:
     if "tiles" in report:
         lines += ["| op | size | pass | tile | µs |", "|---|---|---|---|---:|"]
         for row in report["tiles"]:
-            tile = ", ".join(f"{k} {v}" for k, v in row["tile"].items()) + (" (present)" if row["present"] else "")
+            tile = ", ".join(f"{k} {v}" for k, v in row["tile"].items()) + (" (in use)" if row["present"] else "")
             took = microseconds(row["us"]) if "us" in row else row["reason"]
             lines.append(_row(row["op"], times(row["size"]), row["pass"], tile, took))
         lines.append("")
@@ -129,7 +130,7 @@ def _wide(report: dict, op: str) -> list[str]:
     timed = {row["provider"] for row in report["rows"] if row["op"] == op and row.get("us")}
     names = [n for n in dict.fromkeys(row["provider"] for rows in found.values() for row in rows) if n in timed]
     served = next((row["served"] for rows in found.values() for row in rows if "served" in row), "not timed")
-    lines = [f"`ivfast` as it comes is {served}.", ""]
+    lines = [f"Default implementation of `ivfast`: {served}.", ""]
     lines += _header("size", "pass", *names, "best peer / ivfast", "ivfast of limit")
     on_device, memory, reasons = [], [], {}
     for key, rows in found.items():
@@ -149,9 +150,9 @@ def _wide(report: dict, op: str) -> list[str]:
             if row.get("reason"):
                 reasons.setdefault((row["provider"], row["reason"]), []).append(" ".join(heading(key)))
     if on_device:
-        lines += ["", "On the device alone, µs in a CUDA graph:", "", *_header("size", "pass", *names), *on_device]
+        lines += ["", "On the device alone, in a CUDA graph, µs:", "", *_header("size", "pass", *names), *on_device]
     if memory:
-        lines += ["", "Peak memory above what was there before the call, MB:", ""]
+        lines += ["", "Peak memory above the level before the call, MB:", ""]
         lines += [*_header("size", "pass", *names), *memory]
     notes = [f"- {name}, {'; '.join(where)}: {reason}" for (name, reason), where in reasons.items()]
     notes += [f"- {name}: {reason}" for name, reason in missing(report, op)]

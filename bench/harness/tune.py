@@ -1,7 +1,7 @@
-"""Which tiles a Triton kernel is fastest with: `python bench/gpu.py --tune`.
+"""The fastest tiles of the Triton kernels: `python bench/gpu.py --tune`.
 
-A module of `ivfast.kernels` that can be tuned has `forward_tile` and `backward_tile`, which take the padded dimension D
-first and return a NamedTuple. One of its fields is changed at a time, and a change that helps is kept.
+A tunable module of `ivfast.kernels` has `forward_tile` and `backward_tile`, which take the padded dimension D first and
+return a NamedTuple. The sweep changes one field at a time and keeps a change that helps.
 """
 
 import importlib
@@ -26,7 +26,7 @@ SIZES = ((4096, 16), (4096, 64), (4096, 128))
 
 
 def module_of(name: str):
-    """The op's Triton kernels, where they choose tiles."""
+    """The module of the op's Triton kernels, if it chooses tiles."""
     if importlib.util.find_spec(f"ivfast.kernels.{name}") is None:
         return None
     module = importlib.import_module(f"ivfast.kernels.{name}")
@@ -34,7 +34,7 @@ def module_of(name: str):
 
 
 def sweep(names: Sequence[str], device: str, deadline: float, sizes: Sequence[Size] | None = None) -> list[dict]:
-    """A row per tile that was tried: op, size, pass, tile, µs or why not, and whether it is what the kernel has."""
+    """One row per tile: op, size, pass, tile, µs or the reason for none, and whether the kernel uses it now."""
     rows = []
     for name in names:
         module, p = module_of(name), problem_of(name)
@@ -77,7 +77,7 @@ def _descent(module, p: Problem, instance: Instance, what: str, deadline: float)
 
 
 def _timed(p: Problem, instance: Instance, what: str) -> dict:
-    """Median µs on the device, or why there are none."""
+    """Median µs on the device, or the reason for none."""
     provider = Provider("triton", p.function, "implementation", "triton")
     cuda = instance.device == "cuda"
     try:

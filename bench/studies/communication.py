@@ -1,9 +1,9 @@
 """The bytes that a rank sends: by formula, counted call by call, and written to the sockets of gloo.
 
-`counted` wraps the collectives that ivfast calls and books each by what it is: a gathered block goes to every other
-rank, a reduce-scatter sends every other rank's part, an all-reduce is a reduce-scatter and a gather of the sums, a
-block of a ring goes to one neighbour. What the backend makes of a call is up to it: gloo's reduce-scatter is an
-all-reduce, twice the bytes.
+`counted` wraps the collectives that ivfast calls and counts each by its kind: a gathered block goes to every other
+rank, a reduce-scatter sends every other rank's part, an all-reduce is a reduce-scatter and a gather of the sums, and a
+block of a ring goes to one neighbour. The backend may send more: gloo's reduce-scatter is an all-reduce, which is twice
+the bytes.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from .train import images_of, run_of, settings_of
 T, ITERATIONS = 4, 2  # of the bridge
 PASSES = 3  # of a median in float32: 31 bits, 11 at a time
 COUNTS = 8 * (2 * 2**11 + 1)  # int64, of the digits of two middles
-ABOUT = 7 * 8  # n and what ranks must share, of each tensor, where `even` is not given
+ABOUT = 7 * 8  # n and what the ranks must share, for each tensor, unless `even` is given
 
 
 class Link(NamedTuple):
@@ -233,7 +233,7 @@ IO = Path("/proc/self/io")
 
 
 def written() -> int | None:
-    """Bytes that this process has handed to write calls; gloo's sockets take theirs by these. None but on Linux."""
+    """Bytes that this process has passed to write calls, which gloo's sockets use. None except on Linux."""
     if not IO.exists():
         return None
     return int(next(line for line in IO.read_text().splitlines() if line.startswith("wchar")).split()[1])
@@ -245,7 +245,7 @@ def sends(call: Callable[[], object]) -> tuple[object, float, int | None]:
     before = written()
     with counted() as sent:
         result = call()
-    dist.barrier()  # ours have arrived
+    dist.barrier()  # our bytes have arrived
     return result, sum(sent), None if before is None else written() - before
 
 
@@ -268,7 +268,7 @@ def of_op(case: Case, n: int, d: int) -> list[dict]:
 
 
 def of_step(system: str, setting: str) -> list[dict]:
-    """A training step's exchange of gradients: an all-reduce of P floats, whatever the batch."""
+    """A training step's exchange of gradients: an all-reduce of P floats for any batch."""
     to, seen = Link(dist.get_world_size()), []
     settings = settings_of(system, setting)
     run = run_of(settings, images_of(setting))
@@ -289,7 +289,7 @@ def of_step(system: str, setting: str) -> list[dict]:
 
 
 def bandwidth(size: int = 1 << 22, turns: int = 9) -> float:
-    """Bytes a second that this rank sends to the next one, while it receives as many: the median of some turns."""
+    """Bytes per second that this rank sends to the next one while it receives as many: a median over turns."""
     block = torch.zeros(size)
     rows = distributed.rows_of(None, True, block=block[None])[0]
     seconds = []

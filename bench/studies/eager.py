@@ -1,15 +1,15 @@
-"""Eager PyTorch training scripts of S1's systems, written as authors of such papers write theirs.
+"""Eager PyTorch training scripts of the systems of S1 (IVAAE), in the style of the authors of such papers.
 
-A Dataset hands out float images, a DataLoader stacks them (shuffled, in the process itself). Each network has its own
-`torch.optim.Adam` as it comes. D is called for one bridge after the other, its loss is a sum of cross-entropies; SVGD
-is cdist, median and exp, MMD a loop over scales. Codes whose gradient is not needed are computed under no_grad, and
-`.item()` is called once per line of the log.
+A Dataset yields float images, and a DataLoader stacks them (shuffled, in the same process). Each network has its own
+default `torch.optim.Adam`. The discriminator D is called for one bridge after the other, and its loss is a sum of
+cross-entropies; SVGD is cdist, median and exp, MMD a loop over scales. Codes that need no gradient are computed under
+no_grad, and `.item()` is called once per line of the log.
 
-A step is Algorithm 1 line by line: an update of D, one of E, one of G, each with a forward and a backward pass of its
-own. `joint` is the shorter way: E and G from one backward pass. Both are ivfast's step in numbers, so noise is drawn
-once per step, E meets D as its update left it, and E and G move from the same weights: E's optimizer waits for G's
-gradients. What differs are the running statistics of batch normalisation, which each forward pass moves: no loss of
-the training reads them. The presets' moving average of the weights is left out.
+A step is Algorithm 1 line by line: an update of D, one of the encoder E and one of the decoder G, each with its own
+forward and backward pass. `joint` is shorter: it updates E and G from one backward pass. Both compute the same numbers
+as ivfast's step: noise is drawn once per step, E sees D after D's update, and E and G start from the same weights,
+because E's optimizer waits for G's gradients. Only the running statistics of batch normalisation differ, because each
+forward pass moves them; no training loss reads them. The presets' moving average of the weights is left out.
 """
 
 import copy
@@ -27,7 +27,7 @@ from ..harness import peers
 
 
 class Images(Dataset):
-    """Images as torchvision's ToTensor and Normalize(.5, .5) leave them, one by one."""
+    """Images as torchvision's ToTensor and Normalize(.5, .5) return them, one by one."""
 
     def __init__(self, images: Tensor):
         self.images = images  # uint8 [N, C, H, W]
@@ -87,7 +87,7 @@ class Script:
         return losses
 
     def encoder_gradients(self, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """G's as well, which `joint` keeps."""
+        """The gradients of E, and those of G, which `joint` uses."""
         z = self.E(x)
         losses = {"recon": self.recon_weight() * self.reconstruction(z, x), **self.penalty(z, noise)}
         self.optimizers["encoder"].zero_grad()

@@ -1,6 +1,7 @@
-"""A linear layer's weight gradient and Adam, in one pass or two: `python -m ivfast.bench.studies.fused_adam`.
+"""A linear layer's weight gradient and Adam, in one pass or in two: `python -m ivfast.bench.studies.fused_adam`.
 
-Peers make the gradient gᵀx by a product and hand it to `torch.optim.Adam`, fused or as it comes. Medians over turns.
+Peers compute the gradient gᵀx by a matrix product and pass it to `torch.optim.Adam`, fused or default. Times are
+medians over turns.
 """
 
 import statistics
@@ -48,7 +49,7 @@ def measure(calls: dict[str, Callable], seconds: float = 1.0) -> dict[str, float
 
 
 def main() -> None:
-    optim.LEAST, optim.MOST_SAMPLES = 1, 10**6  # the fused step at every size, to see from where it pays
+    optim.LEAST, optim.MOST_SAMPLES = 1, 10**6  # the fused step at every size, to see where it starts to pay
     names = ("ivfast", "fused Adam", "Adam")
     print(f"{torch.get_num_threads()} threads, float32, ms\n\n| samples | weights | {' | '.join(names)} |")
     print("|---:|---:|" + "---:|" * len(names))

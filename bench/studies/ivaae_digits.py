@@ -1,11 +1,11 @@
 """S1's claim on the embedded digits: FLD and classifier-feature distance of the five systems.
 
-python bench/studies/ivaae_digits.py           # every run: 5 systems, 3 seeds, d = 8, 16, 32, both encoder objectives;
+python bench/studies/ivaae_digits.py           # all runs: 5 systems, 3 seeds, d = 8, 16, 32, both encoder objectives;
                                                # at d = 16 also the preset of `ivfast train SYSTEM`
-python bench/studies/ivaae_digits.py --table   # only the table of what has run
+python bench/studies/ivaae_digits.py --table   # only the table of the finished runs
 
-The grid's runs have S1's weights, rates and Adam (S1). Rows go to bench/results/ivaae_digits.jsonl as they come in; a
-row that is there is not run again. The table is written to bench/results/ivaae_digits.md.
+The grid uses the weights, learning rates and Adam settings of the paper (`S1`). Each finished run adds a row to
+bench/results/ivaae_digits.jsonl and is not run again. The table is written to bench/results/ivaae_digits.md.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PRESET = "preset"  # in place of an encoder objective
 
 
 def jobs() -> list[tuple[str, str, int, int]]:
-    """(system, encoder objective, d, seed); the objective is a choice for the intervention systems alone."""
+    """(system, encoder objective, d, seed); only the intervention systems have a choice of objective."""
     forms = [(s, e) for s in SYSTEMS for e in (("ascent", "confusion") if s.startswith("ivaae") else ("-",))]
     grid = [(s, e, d, seed) for seed, d, (s, e) in itertools.product(SEEDS, DIMENSIONS, forms)]
     return grid + [(s, PRESET, 16, seed) for seed, s in itertools.product(SEEDS, SYSTEMS)]
@@ -93,10 +93,12 @@ def table(real: float) -> str:
 
     seconds = [row["seconds"] for row in rows() if "seconds" in row]
     lines = [
-        f"Digits 8×8, {len(SEEDS)} seeds: median (lowest–highest). S1's settings (λ 1, Adam's β₁ .9, 250 epochs), or",
-        "the preset of `ivfast train`, last weights. FLD on the 1,497 training codes; FCD, Fréchet distance of 5,000",
-        f"samples to the 300 test images in features of a digit classifier (real training images score {real:.3g}).",
-        f"torch {torch.__version__}, one CPU thread a run: {statistics.median(seconds):.0f} s." if seconds else "",
+        f"Digits 8×8, {len(SEEDS)} seeds: median (lowest–highest). The settings are S1's (IVAAE; weight λ of the",
+        "reconstruction 1, Adam's β₁ .9, 250 epochs) or the preset of `ivfast train`; values are those of the last",
+        "weights. FLD: Fréchet distance of the 1,497 training codes of size d to the prior. FCD: Fréchet distance of",
+        "5,000 samples to the 300 test images in features of a digit classifier (real training images score "
+        f"{real:.3g}).",
+        f"torch {torch.__version__}, one CPU thread per run: {statistics.median(seconds):.0f} s." if seconds else "",
         "Command: `python bench/studies/ivaae_digits.py`.",
         "",
         "| system | encoder | " + " | ".join(f"FLD d={d}" for d in DIMENSIONS) + " | "
@@ -111,7 +113,7 @@ def table(real: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="write the table of what has run, run nothing")
+    parser.add_argument("--table", action="store_true", help="write the table of the finished runs and run nothing")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     options = parser.parse_args()
     real = yardstick()  # also trains and stores the classifier, once

@@ -1,6 +1,6 @@
-"""What a call costs before and behind its kernel, at the papers' sizes: `python -m ivfast.bench.studies.overhead`.
+"""What a call costs before and after its kernel, at the papers' sizes: `python -m ivfast.bench.studies.overhead`.
 
-Each row adds one thing to the row above it. Times are medians of 31 blocks of calls on one thread.
+Each row adds one thing to the row above. Times are medians of 31 blocks of calls on one thread.
 """
 
 import statistics
@@ -55,12 +55,12 @@ def rows() -> list[tuple[str, float]]:
     like = torch.empty(())
     return [
         ("torch.empty", microseconds(lambda: torch.empty(4))),
-        ("a product of two numbers by PyTorch", microseconds(lambda: one * one)),
+        ("PyTorch's product of two numbers", microseconds(lambda: one * one)),
         ("the forward op on 4 numbers: dispatch, boxing, two outputs", microseconds(lambda: forward(tiny, None, 0.0))),
         ("the forward op on 1,600 logits", microseconds(lambda: forward(plain, None, 0.0))),
         ("the backward op on 1,600 logits", microseconds(lambda: backward(one, plain, None, lse, 0.0))),
-        ("from the call of multi_js_loss to that of its op, autograd on", until_the_op(logits)),
-        ("of these, the checks", microseconds(lambda: multi_js._check_blocks(plain))),
+        ("from the call of multi_js_loss to the call of its op, autograd on", until_the_op(logits)),
+        ("of which the checks", microseconds(lambda: multi_js._check_blocks(plain))),
         ("multi_js_loss without gradients", microseconds(lambda: ivfast.multi_js_loss(plain))),
         ("multi_js_loss with gradients, forward", microseconds(lambda: ivfast.multi_js_loss(logits))),
         ("an empty Function, forward", microseconds(lambda: _Empty.apply(logits, like))),
@@ -74,10 +74,10 @@ def rows() -> list[tuple[str, float]]:
 def table() -> str:
     measured = rows()
     times = dict(measured)
-    before = times["from the call of multi_js_loss to that of its op, autograd on"]
+    before = times["from the call of multi_js_loss to the call of its op, autograd on"]
     to_kernel = before + times["the forward op on 4 numbers: dispatch, boxing, two outputs"]
     lines = ["| what | µs |", "|---|---|", *(f"| {name} | {us:.1f} |" for name, us in measured)]
-    return "\n".join([*lines, f"| **from Python's call to the kernel, autograd on, at most** | **{to_kernel:.1f}** |"])
+    return "\n".join([*lines, f"| **at most, from Python's call to the kernel, autograd on** | **{to_kernel:.1f}** |"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What n and what batch a number of devices reaches: t = a·n²/R + b + bytes sent/bandwidth.
+"""The n and the batch that a number of devices reaches: t = a·n²/R + b + bytes sent/bandwidth.
 
-On the CPU a and b are fitted to measured times and the bandwidth is measured; what more than one device takes is
-extrapolated. On GPUs all is arithmetic from data-sheet peaks.
+On the CPU, a and b are fitted to measured times and the bandwidth is measured; times of more than one device are
+extrapolated. On GPUs, everything is arithmetic from data-sheet peaks.
 """
 
 import math
@@ -37,7 +37,7 @@ H100 = Gpu("H100 SXM", 67e12, 3.35e12, 450e9, 80e9)
 
 
 class Fit(NamedTuple):
-    """t(x) = slope·x^power + start, and the largest relative error at the points that it was fitted to."""
+    """t(x) = slope·x^power + start, and the largest relative error at the fitted points."""
 
     slope: float
     start: float
@@ -49,7 +49,7 @@ class Fit(NamedTuple):
 
 
 def fit(points: list[tuple[float, float]], power: int) -> Fit:
-    """Least relative squares; a coefficient that would be negative is 0."""
+    """Least squares of the relative error; a coefficient that would be negative is 0."""
     x, t = torch.tensor(points, dtype=torch.float64).T
     columns = torch.stack((x**power, torch.ones_like(x)), -1) / t[:, None]
     slope, start = torch.linalg.lstsq(columns, torch.ones_like(t)[:, None]).solution.flatten().tolist()
@@ -75,8 +75,8 @@ def largest(seconds: Callable[[float], float], limit: float) -> float:
 
 
 def direction_seconds(a: Fit, ranks: int, bandwidth: float, d: int = D, gather: bool = False) -> Callable:
-    """A direction of n particles at a given bandwidth. With gather every rank does all pairs; a ring's blocks travel
-    during the work, so that the sum is an upper bound."""
+    """A direction of n particles at a given bandwidth. With gather, every rank computes all pairs. A ring's blocks
+    travel during the work, so the sum is an upper bound."""
     to = Link(ranks)
 
     def seconds(n: float) -> float:
@@ -87,8 +87,8 @@ def direction_seconds(a: Fit, ranks: int, bandwidth: float, d: int = D, gather: 
 
 
 def step_seconds(step: Fit, pair: float, ranks: int, parameters: float, bandwidth: float) -> Callable:
-    """A training step of a batch: samples are shared out, the optimizer's part is not, nor are the pairs of codes,
-    which are gathered; gradients are all-reduced."""
+    """A training step of a batch: samples are divided among the ranks; the optimizer's part is not, and neither are the
+    pairs of codes, which are gathered. Gradients are all-reduced."""
 
     def seconds(batch: float) -> float:
         samples = step.slope * batch / ranks + step.start

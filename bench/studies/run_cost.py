@@ -1,7 +1,7 @@
-"""What a run costs beside its steps: `python -m ivfast.bench.studies.run_cost`.
+"""What a run costs in addition to its steps: `python -m ivfast.bench.studies.run_cost`.
 
-`fit` trains with its bar, its log and TensorBoard, checkpoints, FLD with the other metrics, and pictures, as often as
-the preset says and then after every epoch. Each part is timed where it happens; the rest is the start and the end.
+`fit` trains with progress bar, log, TensorBoard, checkpoints, FLD and the other metrics, and pictures: first as often
+as the preset says, then after every epoch. Each part is timed where it happens; the rest is start and end.
 """
 
 import argparse
@@ -31,7 +31,7 @@ PARTS = {
 
 
 class Clocks:
-    """Seconds by part of what runs inside."""
+    """Seconds of each part of the code that runs inside."""
 
     def __enter__(self) -> dict[str, float]:
         self.kept, seconds = [], dict.fromkeys(PARTS, 0.0)
@@ -66,7 +66,7 @@ def dataset_of(setting: str) -> Dataset:
 
 
 def measure(system: str, setting: str, epochs: int, every: int | None) -> tuple[float, dict[str, float]]:
-    """Seconds of a run, and of its parts; `every` so many epochs for metrics and checkpoints, None as the preset."""
+    """Seconds of a run and of its parts, with metrics and checkpoints every `every` epochs; None: as in the preset."""
     settings, dataset = settings_of(system, setting), dataset_of(setting)
     settings = replace(settings, epochs=epochs)
     if every:

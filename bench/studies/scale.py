@@ -1,7 +1,7 @@
 """Cost against n, d, batch and ranks: `python -m ivfast.bench.studies.scale` fills docs/scale.md and docs/scale.png.
 
 Medians over turns on this CPU, the bytes that gloo ranks send (`communication.py`), and what follows for more devices
-(`reach.py`). Runs in a clone of the repository; fewer minutes than the default are written only with --out.
+(`reach.py`). It runs in a clone of the repository. With fewer minutes than the default it writes only with --out.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def calls_of(n: int, d: int) -> dict[str, Callable[[], object]]:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """A group of one rank: its ring has the arithmetic of a ring and sends nothing."""
+    """A group of one rank: its ring does the arithmetic of a ring and sends nothing."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
@@ -81,7 +81,7 @@ def steps_of(batch: int) -> dict[str, Callable[[], None]]:
 
 
 def affordable(expected: dict[str, float], seconds: float) -> set[str]:
-    """The calls, the shortest first, of which three fit in the time together."""
+    """The calls that fit into the time together, shortest first, at three repeats each."""
     found = set()
     for name, each in sorted(expected.items(), key=lambda item: item[1]):
         seconds -= 3 * each
@@ -91,7 +91,7 @@ def affordable(expected: dict[str, float], seconds: float) -> set[str]:
 
 
 def curves(end: float) -> tuple[list[dict], list[str]]:
-    """Rows {"against", "at", "what", "us", "turns", "threads"} and what the time was too short for."""
+    """Rows {"against", "at", "what", "us", "turns", "threads"} and what there was no time for."""
     groups = [("n", at) for at in NS] + [("d", at) for at in DS] + [("batch", at) for at in BATCHES]
     shares = [max(1.0, at / 2048) if against == "n" else 1.0 for against, at in groups]
     rows, left_out, threads = [], [], torch.get_num_threads()
@@ -167,16 +167,16 @@ def about_text(report: dict) -> str:
     if max(session["load"]) > its["threads"] + 1:
         lines.append("**The machine was busy with other work: times, and what follows from them, are rough.**")
     if session["left_out"]:
-        lines.append(f"The time was too short for: {'; '.join(session['left_out'])}.")
+        lines.append(f"There was no time for: {'; '.join(session['left_out'])}.")
     return "\n".join(lines)
 
 
 def curves_text(report: dict) -> str:
     parts = []
     for against, points, about in (
-        ("n", NS, f"Median ms against n, d = {AT_D}:"),
-        ("d", DS, f"Median ms against d, n = {AT_N}:"),
-        ("batch", BATCHES, "Median ms of a training step at S1's MNIST setting, against the batch:"),
+        ("n", NS, f"Median time in ms against n, at d = {AT_D}:"),
+        ("d", DS, f"Median time in ms against d, at n = {AT_N}:"),
+        ("batch", BATCHES, "Median time in ms of a training step with S1's MNIST settings, against the batch:"),
     ):
         rows = [["", *(f"{at}" for at in points)]]
         for name in names_of(report, against):
@@ -187,7 +187,9 @@ def curves_text(report: dict) -> str:
 
 
 def communication_text(report: dict) -> str:
-    rows = [["call", "by", "pass", *(f"{of}, {ranks}" for ranks in RANKS for of in ("formula", "counted", "written"))]]
+    rows = [
+        ["call", "exchange", "pass", *(f"{of}, {ranks}" for ranks in RANKS for of in ("formula", "counted", "written"))]
+    ]
     found: dict[tuple, dict[int, dict]] = {}
     for row in report["communication"]:
         found.setdefault((row["what"], row["exchange"], row["pass"]), {})[row["ranks"]] = row
@@ -214,11 +216,11 @@ def reach_text(report: dict) -> str:
     gradients = {row["what"]: row for row in report["communication"] if "parameters" in row}
     rows = [["time of", "a", "b", "largest error of the fit"]]
     for name in (DIRECTION, RING, MEDIAN, *SYSTEMS):
-        its, unit = found[name], "µs a sample" if name in SYSTEMS else "ns a pair"
+        its, unit = found[name], "µs per sample" if name in SYSTEMS else "ns per pair"
         slope = its.slope * (1e6 if name in SYSTEMS else 1e9)
         rows.append([name, f"{slope:.3g} {unit}", f"{milliseconds(its.start)} ms", f"{its.error:.0%}"])
     reached = [
-        ["devices", "n by gather", "n by ring", "n in 16 GB a rank, by ring", *(f"batch of {s}" for s in SYSTEMS)],
+        ["devices", "n by gather", "n by ring", "n in 16 GB per rank, by ring", *(f"batch of {s}" for s in SYSTEMS)],
     ]
     for ranks in reach.DEVICES:
         gather = reach.direction_seconds(found[DIRECTION], ranks, bandwidth, gather=True)
@@ -231,15 +233,23 @@ def reach_text(report: dict) -> str:
             cells.append(reach.rounded(reach.largest(seconds, 1.0)))
         reached.append([f"{ranks}", *cells])
     parameters = gradients[f"{SYSTEMS[0]}, mnist"]["parameters"]
-    link = f"Between two gloo processes here a rank sends {bandwidth / 1e9:.2f} GB/s while it receives as much; "
-    link += f"the gradients of a step of {SYSTEMS[0]} are {parameters * 4 / 1e6:.0f} MB."
-    within = "What fits in one second, a direction at a given bandwidth (d = 64) or a step:"
+    link = f"Between two gloo processes here, a rank sends {bandwidth / 1e9:.2f} GB/s while it receives as much; "
+    link += f"the gradients of one step of {SYSTEMS[0]} are {parameters * 4 / 1e6:.0f} MB."
+    within = "The largest n of a direction at a given bandwidth (d = 64) and the largest batch of a step in one second:"
     return "\n\n".join([page.table(rows), link, within, page.table(reached, right=0)])
 
 
 def gpu_text() -> str:
-    header = ["GPUs", "n", "pairs a rank", "flop a rank", "products at peak, s", "as written, s", "median before it, s"]
-    rows = [[*header, "memory a rank, GB", "sent a rank, GB", "links, s"]]
+    header = [
+        "GPUs",
+        "n",
+        "pairs per rank",
+        "flop per rank",
+        "products at peak, s",
+        "as written, s",
+        "median before it, s",
+    ]
+    rows = [[*header, "memory per rank, GB", "sent per rank, GB", "links, s"]]
     for ranks, n in [
         *((r, reach.largest(lambda n, r=r: reach.on_gpus(n, r).streamed, 1.0)) for r in reach.DEVICES),
         *((r, 1e7) for r in reach.DEVICES),
@@ -250,7 +260,7 @@ def gpu_text() -> str:
         counts = f"{its.pairs:.1e}", f"{its.flop:.1e}"
         rows.append([f"{ranks}", count, *counts, *(f"{x:.2g}" if x < 10 else f"{x:,.0f}" for x in numbers)])
     most = reach.rounded(reach.fits_in_memory())
-    return page.table(rows, right=0) + f"\n\nMemory alone would hold {most} particles a GPU."
+    return page.table(rows, right=0) + f"\n\nMemory alone would hold {most} particles per GPU."
 
 
 def sections(report: dict) -> dict[str, str]:
@@ -309,14 +319,14 @@ def draw(report: dict, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="in all, at the most (default: %(default)g)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="at most, for everything (default: %(default)g)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results, page and picture")
     parser.add_argument("--redraw", type=Path, metavar="JSON", help="page and picture from earlier results")
     options = parser.parse_args(arguments)
     template = Path("docs/scale.md")
     if not template.is_file():
-        parser.error("there must be a docs/scale.md to fill: call it in a clone of the repository")
+        parser.error("docs/scale.md must exist: run this in a clone of the repository")
     if options.redraw:
         report = json.loads(options.redraw.read_text())
     else:

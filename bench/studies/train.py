@@ -1,8 +1,8 @@
-"""A training step of S1's systems beside eager PyTorch scripts: `python -m ivfast.bench.studies.train`.
+"""A training step of S1's systems against eager PyTorch scripts: `python -m ivfast.bench.studies.train`.
 
-The scripts are those of `eager.py`: `eager` updates D, E and G one after the other, `eager-joint` E and G by one
-backward pass. `check` compares every loss and all weights over some steps before anything is timed. A system takes half
-a minute with perceptrons and a quarter of an hour with convolutions on two cores.
+The scripts are in `eager.py`: `eager` updates D, E and G one after the other, `eager-joint` updates E and G from one
+backward pass. `check` compares every loss and all weights over some steps before anything is timed. On two cores, a
+system takes half a minute with MLPs and a quarter of an hour with convolutions.
 """
 
 import argparse
@@ -30,14 +30,14 @@ from ..harness import command, machine, memory, tables
 from ..harness.results import Results, Row, groups
 from .eager import SCRIPTS
 
-STEPS = 50  # of each provider, at the least
-BLOCK = 0.5  # seconds of steps in a row, as training takes them: caches and the heap are then the provider's own
+STEPS = 50  # of each provider, at least
+BLOCK = 0.5  # seconds of steps in a row, as in training: caches and the heap then belong to the provider
 # Float32 sums in another order. Losses are compared over max(1, |loss|): the unbiased MMD is a difference of sums of
 # order 1. Weights are compared by how far they moved: Adam's first steps are lr times a gradient's sign, and a
-# gradient that is zero but for rounding has the sign of its rounding.
+# gradient that is zero except for rounding has the sign of its rounding.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 5e-3
-# In one of sixty draws of wae-mmd the weights' error was 6e-3, in the others 3e-6 to 3e-5: rounding took a unit at the
-# kink of its activation to the other side. In float64 scripts and systems agree to 1e-13 in every draw, as a test sees.
+# In one of sixty draws of wae-mmd the weights' error was 6e-3, in the others 3e-6 to 3e-5: rounding moved a unit across
+# the kink of its activation. In float64, scripts and systems agree to 1e-13 in every draw, as a test checks.
 DRAWS = 3
 JOINT = {"eager": False, "eager-joint": True}
 
@@ -49,9 +49,9 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "mnist": Setting("S1's MNIST: perceptrons; synthetic images", (1, 64, 64)),
-    "digits": Setting("the preset: perceptrons; scikit-learn's digits", (1, 8, 8)),
-    "cifar10": Setting("S1's CIFAR-10: convolutions; synthetic images", (3, 64, 64), 32),
+    "mnist": Setting("S1's settings for MNIST: MLPs; synthetic images", (1, 64, 64)),
+    "digits": Setting("the preset: MLPs; scikit-learn's digits", (1, 8, 8)),
+    "cifar10": Setting("S1's settings for CIFAR-10: convolutions; synthetic images", (3, 64, 64), 32),
 }
 
 
@@ -73,7 +73,7 @@ def run_of(settings: Settings, images: Tensor) -> Run:
 
 
 def check(settings: Settings, images: Tensor, joint: bool) -> tuple[float, float]:
-    """Errors of a script against ivfast, in the first of `DRAWS` draws that is within the tolerances or in the last."""
+    """Errors of a script against ivfast, in the first of `DRAWS` draws within the tolerances, or else in the last."""
     for _ in range(DRAWS):
         errors = compare(settings, images, joint)
         if within(errors):
@@ -86,10 +86,10 @@ def within(errors: tuple[float, float]) -> bool:
 
 
 def compare(settings: Settings, images: Tensor, joint: bool, steps: int = 3) -> tuple[float, float]:
-    """The largest error of a loss in any step, and the largest of the way that a network went.
+    """The largest error of a loss in any step, and the largest relative error of the change of a network's weights.
 
-    Weights, batches and noise are the same, and drawn anew for each call. Batches are two images short: then the
-    number of distances is odd, and torch.median, which takes the lower of two middles, finds the middle.
+    Weights, batches and noise are the same, and drawn anew for each call. Batches have two images less: the number
+    of distances is then odd, and torch.median, which takes the lower of two middle values, finds the middle.
     """
     first, *seeds = torch.randint(1 << 31, (1 + steps,)).tolist()
     settings = replace(settings, batch_size=settings.batch_size - 2, seed=first)
@@ -132,7 +132,7 @@ def step_of(run: Run) -> Callable[[], None]:
 
 
 def in_turns(calls: dict[str, Callable], steps: int, deadline: float) -> dict[str, list[float]]:
-    """Seconds of single steps, the providers in turns and in a rotating order."""
+    """Seconds of single steps; the providers run in turns, in a rotating order."""
     blocks = {}
     for name, call in calls.items():
         call()
@@ -159,7 +159,7 @@ def timed(call: Callable) -> float:
 
 
 class Parts:
-    """Where a run's steps spend their time: its own functions, each behind a clock."""
+    """Where a run's steps spend their time: clocks around the run's own functions."""
 
     def __init__(self, run: Run):
         self.samples: dict[str, list[float]] = {}
@@ -187,7 +187,7 @@ class Parts:
         return call
 
     def milliseconds(self) -> dict[str, float]:
-        """Medians by part, in the order of a step; what an update is beside loss and optimizer is its backward pass."""
+        """Medians by part, in the order of a step; the backward pass is an update minus its loss and optimizer."""
         medians = {name: statistics.median(values) * 1e3 for name, values in self.samples.items()}
         found = {name: medians[name] for name in ("batch", "share")}
         for phase in self.run.system.phases:
@@ -230,13 +230,14 @@ def markdown(report: dict) -> str:
     lines = [f"# A training step: {report['machine']['name']}", "", about, ""]
     for session in report["sessions"]:
         versions = ", ".join(f"{k} {v}" for k, v in session["versions"].items())
-        late = f" The time was up before: {'; '.join(session['not_started'])}." if session["not_started"] else ""
+        late = f" Not started for lack of time: {'; '.join(session['not_started'])}." if session["not_started"] else ""
         lines += [f"Session {session['id']}, {session['date']}: {versions}.{late}", ""]
     lines += [
-        "Median ms of a step with its data, providers in turns in one process, each script checked against ivfast's",
-        "losses and weights first. `eager`: Algorithm 1, an update of D, of E and of G, each with its own passes;",
-        "`eager-joint`: E and G from one backward pass (`bench/studies/eager.py`). Peak: memory above what was there",
-        "before the step, MB. No provider averages its weights, which the preset for digits would.",
+        "The table shows the median time of a step including its data, in ms. Providers run in turns in one process;",
+        "each script is checked against ivfast's losses and weights first. `eager` is Algorithm 1 of S1 (IVAAE): it",
+        "updates the discriminator D, the encoder E and the decoder G, each with its own passes. `eager-joint`",
+        "updates E and G from one backward pass (`bench/studies/eager.py`). Peak is memory above the level before the",
+        "step, in MB. No provider averages its weights, as the preset for digits would.",
         "",
         *(f"- {name}: {setting.about}" for name, setting in SETTINGS.items()),
         "",
@@ -257,13 +258,15 @@ def markdown(report: dict) -> str:
         parts = mine["parts_ms"]
         told = ", ".join(f"{name} {ms:.2f} ({ms / sum(parts.values()):.0%})" for name, ms in parts.items())
         split.append(f"- {system}, {setting}: {told}")
-    return "\n".join([*lines, "", "Where ivfast's step goes, ms:", "", *split, ""])
+    return "\n".join([*lines, "", "Where the time of ivfast's step goes, ms:", "", *split, ""])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", metavar="SYSTEM[:SETTING]", help="such as ivaae-svgd:mnist (default: all)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="after so long a turn ends and no job begins")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="end the turn and start no more jobs after this time"
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help="of each provider; fewer are written only with --out")
     parser.add_argument("--threads", type=int, help="default: as `ivfast train`, 1 for small networks")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")

@@ -43,12 +43,15 @@ def heading(session: Session, seconds: float) -> tuple[str, str]:
     where = f" on {session.data}" if session.data else ""
     title = f"{experiment.name}: {experiment.source}{where}"
     if not experiment.data:
-        return title, f"Exact, {seconds:.1f} s."
+        return title, f"Computed exactly, in {seconds:.1f} s."
     size = "the paper's size" if session.full else "a size for two CPU cores"
     given = {"steps": session.steps, "samples": session.samples}
     options = "".join(f", --{name} {value}" for name, value in given.items() if value is not None)
     seeds = ", ".join(map(str, session.seeds))
-    return title, f"At {size}{options}; seeds {seeds}, ± is the standard deviation over them; {seconds:.0f} s."
+    return (
+        title,
+        f"Run at {size}{options}, with seeds {seeds}, in {seconds:.0f} s; ± is the standard deviation over seeds.",
+    )
 
 
 def show(console: Console, session: Session, found: Findings, seconds: float) -> None:

@@ -65,7 +65,9 @@ def figure2(session: Session) -> Findings:
             panel.legend(fontsize=8)
     table = Table("Cross-entropy of D per point", ("system", "d", "S1's curve", "first tenth", "last tenth",
                   "last / log C"), rows)  # fmt: skip
-    note = "S1 prints no numbers for its curves. Of C classes a D that knows nothing has log C: .693 and 1.609."
+    note = (
+        "S1 prints no numbers for its curves. With C classes, a D that knows nothing has a loss of log C: .693, 1.609."
+    )
     return Findings([table], {"S1 Fig. 2": path}, [note])
 
 
@@ -142,18 +144,18 @@ def tables(session: Session) -> Findings:
     by_name = {name: [row for row in found if row.job.settings.system == name] for name in NAMES}
     here = f"ours, {session.data}"
     first = Table(
-        f"Table 1: samples; S1 has FID, ours is {called(kind)} (training images: {real:.3g})",
+        f"Table 1, samples: S1 reports FID, ours is {called(kind)} (training images: {real:.3g})",
         ("system", "S1 MNIST", "S1 CelebA", "S1 CIFAR10", here),
         [(NAMES[name], *TABLE1[name], spread(rows, "distance")) for name, rows in by_name.items()],
     )
     second = Table(
-        "Table 2: FLD of the codes at that look",
+        "Table 2: FLD of the codes at the same evaluation",
         ("system", "S1 MNIST", "S1 CelebA", "S1 CIFAR10", here, "PSNR, dB"),
         [(NAMES[name], *TABLE2[name], spread(rows, "fld"), spread(rows, "psnr")) for name, rows in by_name.items()],
     )
     return Findings([first, second], _table_figures(session, by_name, kind), [
-        "S1 prints no spread. bench/results/ivaae_digits.md has the last weights, three latent sizes and both encoder "
-        "objectives; docs/ivaae_on_digits.md says why S1's order does not carry over to digits.",
+        "S1 prints no spread. bench/results/ivaae_digits.md covers the last weights, three latent sizes and both "
+        "encoder objectives; docs/ivaae_on_digits.md discusses why S1's order does not carry over to digits.",
     ])  # fmt: skip
 
 
@@ -228,8 +230,8 @@ def figure5(session: Session) -> Findings:
     table = Table(f"Test error of the probe after {extra['steps']:,} steps, %",
                   ("encoder of", "S1's curve", *layers.values()), rows)  # fmt: skip
     note = (
-        "S1 prints no numbers, and calls its curves favourable to IVAAE. It probes the encoder's last hidden layer; "
-        "the codes, whose regularity it speaks of, are beside it."
+        "S1 prints no numbers and calls its curves favourable to IVAAE. It probes the encoder's last hidden layer; the "
+        "last column probes the codes, whose regularity S1 discusses."
     )
     return Findings([table], {"S1 Fig. 5": path}, [note])
 

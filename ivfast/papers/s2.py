@@ -35,7 +35,7 @@ def example1(session: Session) -> Findings:
     ]
     table = Table(
         "Divergences at the optimal classifier, nats",
-        ("shift a", "JS2, S2", "JS2, ours", "L_IV, S2, but for a constant", "JS4, ours", "(1 + a) log 2"),
+        ("shift a", "JS2, S2", "JS2, ours", "L_IV, S2, up to a constant", "JS4, ours", "(1 + a) log 2"),
         rows,
     )
     path = session.out / "example1.png"
@@ -62,8 +62,8 @@ def example1(session: Session) -> Findings:
         draw.style(curves, "divergence, nats", "shift a")
         curves.legend(fontsize=8)
     return Findings([table], {"S2 Fig. 2, and both divergences": path}, [
-        "S2's claim holds: JS2 is log 2 at every shift, and JS4 depends on it. Its sign does not: S2 prints "
-        "-(log 2) a - Const, and its own squares give (1 + a) log 2, which falls as β comes to stand above α.",
+        "S2's claim holds: JS2 is log 2 at every shift, and JS4 depends on the shift. Its sign does not hold: S2 "
+        "prints -(log 2) a - Const, but its own squares give (1 + a) log 2, which falls as β moves to stand above α.",
     ])  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def stacked(session: Session) -> Findings:
     ]
     rows.append(("test images", None, None, real.covered, real.kl, real.confident))
     table = Table(
-        f"Table 2: of {samples:,} samples; S2 on stacked MNIST after 100,000 steps, ours after {steps:,}",
+        f"Table 2, on {samples:,} samples: S2 on stacked MNIST after 100,000 steps, ours after {steps:,}",
         ("system", "modes, S2", "KL, S2", "modes", "KL, nats", "share of confident samples"),
         rows,
     )
@@ -102,9 +102,9 @@ def stacked(session: Session) -> Findings:
         for panel, (name, images) in zip(axes, shown.items(), strict=True):
             draw.grid(panel, images, name)
     return Findings([table], {"S2 Fig. 6": path}, [
-        "A sample counts where a classifier is sure (p >= .9) of all three digits, which S2 does not ask; noise too "
-        "'covers' 1,000 modes without that. The KL of exactly uniform modes is about 999 / 2n: "
-        f"{999 / 2 / samples:.2g}.",
+        "A sample counts only if a classifier is sure (p >= .9) of all three digits, which S2 does not require; "
+        "without that, noise also 'covers' 1,000 modes. The KL of n samples of exactly uniform modes is about 999 / "
+        f"2n: {999 / 2 / samples:.2g}.",
     ])  # fmt: skip
 
 
@@ -139,8 +139,8 @@ def ring(session: Session) -> Findings:
     found = session.values(covered_points, jobs)
     by_name = {name: [row for row in found if row.job.settings.system == name] for name in names}
     table = Table(
-        f"After {steps:,} steps, of {extra['samples']:,} samples",
-        ("system", "in S2", f"modes of {len(centers)}", "KL, nats", "share within 3 s.d. of one"),
+        f"After {steps:,} steps, on {extra['samples']:,} samples",
+        ("system", "in S2", f"modes of {len(centers)}", "KL, nats", "share within 3 s.d. of a mode"),
         [
             (name, None, spread(rows, "covered"), spread(rows, "kl"), spread(rows, "confident"))
             for name, rows in by_name.items()
@@ -156,8 +156,8 @@ def ring(session: Session) -> Findings:
             panel.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
             draw.style(panel, name)
     return Findings([table], {"samples of the first seed": path}, [
-        "S2 does not use this set: the experiment is Srivastava et al. 2017's and Lin et al. 2018's, whose measure it "
-        "takes, and shows whether the intervention covers modes that the base GAN drops.",
+        "S2 does not use this set. The experiment and its measure are those of Srivastava et al. 2017 and Lin et al. "
+        "2018. It shows whether the intervention covers modes that the base GAN drops.",
     ])  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def ablation(session: Session) -> Findings:
     }
     best = {setting: spread(rows, "distance") for setting, rows in by_setting.items()}
     table = Table(
-        f"Table 3: lowest distance of IVLSGAN; S2 has FID on CIFAR-10, ours is {called(kind)} on {session.data} "
+        f"Table 3: lowest distance of IVLSGAN; S2 reports FID on CIFAR-10, ours is {called(kind)} on {session.data} "
         f"(training images: {real:.3g})",
         ("μ", "k", "FID, S2", f"ours, {session.data}"),
         [(mu, k, TABLE3[mu, k], best[mu, k]) for mu, k in TABLE3],
@@ -201,7 +201,7 @@ def ablation(session: Session) -> Findings:
                   "μ at k = 4": [(mu, 4) for mu in (0.0, 0.25, 0.5, 1.0)]}  # fmt: skip
         for panel, (name, settings) in zip(axes[1:], sweeps.items(), strict=True):
             _relative(panel, name, settings, best)
-    return Findings([table], {"S2 Fig. 7, and Table 3 over its value at k = 4, μ = 0.5": path})
+    return Findings([table], {"S2 Fig. 7, and Table 3 relative to its value at k = 4, μ = 0.5": path})
 
 
 def _relative(panel, name: str, settings: list, best: dict[tuple, Spread]) -> None:

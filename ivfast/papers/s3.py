@@ -135,9 +135,10 @@ def gans(at: Session) -> Findings:
             for name in pair
         ])
         for title, sets, pair in (
-            (f"Inception score's formula; ours by a classifier of {at.data}, test images {score:.3g}",
+            (f"Inception score formula; ours uses a classifier of {at.data} (test images: {score:.3g})",
              ("MNIST", "SVHN", "CIFAR10"), names[:2]),
-            (f"Share of conditional samples of their class, by a classifier of accuracy {classifier.accuracy:.3f}",
+            ("Share of conditional samples classified as their class, by a classifier of accuracy "
+             f"{classifier.accuracy:.3f}",
              ("MNIST", "SVHN"), names[2:]),
         )
     ]  # fmt: skip
@@ -227,9 +228,9 @@ def _compared(at: Session, jobs: list[Job], value: str, paper: dict, title: str)
             panel.axhline(0, color="0.4", linewidth=1)
             draw.style(panel, f"{activated} less {base}", "share of the data", value)
             panel.legend(fontsize=8)
-    notes = ["Not S3's numbers beside ours, but the sign of the gain compares: the images are others."]
+    notes = ["The images differ, so that only the sign of the gain compares with S3, not its numbers."]
     if any(paper.get(system, {}).get(share) is None for system, share in groups):
-        notes.append("Numbers of S3 that are missing cannot be read in the copy of the paper that we have.")
+        notes.append("S3's missing numbers cannot be read in our copy of the paper.")
     return Findings([table], {"the gain": path}, notes)
 
 
@@ -254,7 +255,7 @@ def lemma1(at: Session) -> Findings:
             left, right = (round(side, 12) + 0.0 for side in sides[:2])  # no rounding errors for zeros
             rows.append((name, theta, left, right, fourteenth, f"{abs(sides.left - sides.right):.0e}"))
     table = Table(
-        "Gradients by θ at θ₀",
+        "Gradients with respect to θ at θ₀",
         ("discriminator", "θ₀", "−∇ E log q^r(y|x)", "∇ (E KL − JSD), Eq. 10", "∇ (½ KL − JSD), Eq. 14", "difference"),
         rows,
     )
@@ -278,8 +279,8 @@ def lemma1(at: Session) -> Findings:
         draw.style(curves, "gradient by θ at θ₀", "θ₀")
         curves.legend(fontsize=8)
     return Findings([table], {"S3 Fig. 2, and both sides": path}, [
-        "Eq. 10 holds for every discriminator, Eq. 14 for the optimal one alone; a uniform one gives 0, as S3 says. "
-        "Eq. 24, of which the lemma is the gradient, lacks the normaliser of q^r(x|y), a constant in θ.",
+        "Eq. 10 holds for every discriminator, Eq. 14 only for the optimal one; a uniform one gives 0, as S3 says. "
+        "Eq. 24, whose gradient is the lemma, lacks the normaliser of q^r(x|y), a constant in θ.",
     ])  # fmt: skip
 
 

@@ -162,7 +162,7 @@ def experiment(session: Session) -> Findings:
     found = session.values(row_and_samples, jobs)
     by_name = {name: [row for row in found if row.job.extra["system"] == name] for name in PAPER}
     table = Table(
-        f"Table 1, C1: of {SAMPLES:,} samples",
+        f"Table 1, C1: on {SAMPLES:,} samples",
         ("system", "KL, S5", "KL, ours", "JSD, S5", "JSD, ours", "JS, nats", "modes of 8", "within 3 s.d."),
         [
             (name, PAPER[name][0], spread(rows, "kl"), PAPER[name][1],
@@ -176,7 +176,7 @@ def experiment(session: Session) -> Findings:
         if samples:
             panels[name] = torch.tensor(samples[0])
     return Findings([table], {"S5 Fig. 5": draw(panels, session.out / "fig5.png")}, [
-        "S5's KL and JSD are no divergences in nats (see `ivfast.metrics.histogram_divergence`); the proper JS is at "
+        "S5's KL and JSD are not divergences in nats (see `ivfast.metrics.histogram_divergence`); the proper JS is at "
         "most log 2 = .693.",
     ])  # fmt: skip
 
