@@ -1,4 +1,4 @@
-"""AS-Distance and its gradient in Triton: log-sums over all pairs of two batches of Gaussians, without a matrix of pairs.
+"""AS-Distance and its gradient in Triton: log-sums over all pairs of two batches of Gaussians, no pair matrix.
 
 Per pair and dimension ℓ = −½ (A/P + log P) + const, with δ = u_i − u_j and
   P = l_i + l_j, A = δ² (Lebesgue measure);  P = l_i + l_j + l_i l_j, A = δ² + u_i² l_j + u_j² l_i (the prior's).

@@ -7,8 +7,8 @@ edges. With q_i = ‖x_i‖²/2,
   u_ij = q_i + q_j − x_i·x_j = ‖x_i − x_j‖²/2 >= 0,
 
 where q_i is half the diagonal of the same product. q is infinite in the padding, so that k = exp(−2u/h) is 0 there.
-The rounding of a product may depend on a row's position, so equal rows, whose distance is 0, are recognised by a mark, a
-hash of their bits.
+The rounding of a product may depend on a row's position, so equal rows, whose distance is 0, are recognised by a mark,
+a hash of their bits.
 """
 
 import functools
