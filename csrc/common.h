@@ -1,4 +1,4 @@
-// What the operators of csrc/ share: allocation and contiguous views on PyTorch's stable ABI.
+// Shared by the operators of csrc/: allocation and contiguous views on PyTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,7 @@ namespace ivfast {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// `x` itself where it is contiguous: the dispatcher's call costs more than a small kernel.
+// `x` itself if it is contiguous, because a dispatcher call costs more than a small kernel.
 inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
 
 // Uninitialised, contiguous, on the device of `like`.
@@ -34,7 +34,7 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, Scala
   return Tensor(handle);
 }
 
-// The dtype that an operator computes in: float for half precision, its own otherwise.
+// The dtype that an operator computes in: float for half precision, otherwise the tensor's own.
 inline ScalarType arithmetic(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

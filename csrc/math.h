@@ -22,7 +22,7 @@ IVFAST_MATH To bit_cast(const From& from) {
   return to;
 }
 
-// What tensors are stored in; arithmetic is in float for half precision.
+// Storage types of tensors; half precision computes in float.
 enum class Storage { float32, float64, bfloat16, float16 };
 struct BFloat16 {
   uint16_t bits;
@@ -36,7 +36,7 @@ IVFAST_MATH double load(double x) { return x; }
 IVFAST_MATH float load(BFloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 IVFAST_MATH float load(Float16 x) {
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; the largest exponent means inf or NaN
+  // 2^112 moves the exponent's bias from 15 to 127, also for subnormals; the largest exponent means inf or NaN
   const uint32_t finite = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   return bit_cast<float>(sign | ((x.bits & 0x7c00) == 0x7c00 ? magnitude | 0x7f800000u : finite));
 }
@@ -50,7 +50,7 @@ IVFAST_MATH void store(BFloat16* to, float x) {
 }
 IVFAST_MATH void store(Float16* to, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
-  // below 2^-14 the sum with 0.5 leaves multiples of 2^-24, rounded, in the low bits
+  // below 2^-14, adding 0.5 leaves the value in the low bits, rounded to multiples of 2^-24
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   const uint32_t finite = magnitude < (113u << 23) ? subnormal : normal;
@@ -58,8 +58,8 @@ IVFAST_MATH void store(Float16* to, float x) {
   to->bits = uint16_t(sign | (magnitude >= (143u << 23) ? special : finite));
 }
 
-// 2^f for |f| <= 1/2, a polynomial through Chebyshev's points: relative error below 1.2e-7 (float) and 4e-16 (double),
-// 2^0 is exactly 1. Here and below V is a scalar or a GCC vector of T; must be compiled without -ffast-math.
+// 2^f for |f| <= 1/2, by a polynomial through the Chebyshev nodes: relative error below 1.2e-7 (float) and 4e-16
+// (double); 2^0 is exactly 1. Here and below V is a scalar or a GCC vector of T. Compile without -ffast-math.
 template <class V>
 IVFAST_MATH V exp2_fraction(V f, float) {
   V p = f * 1.54531629451206902e-4f + 1.33908633646712344e-3f;
@@ -86,7 +86,7 @@ IVFAST_MATH V exp2_fraction(V f, double) {
   return p * f + 1.;
 }
 
-// The layout of T: `shift` adds to a number below 2^(mantissa − 1) what leaves its nearest integer in the low bits.
+// The layout of T. Adding `shift` to a number below 2^(mantissa − 1) leaves its nearest integer in the low bits.
 template <class T>
 struct Layout;
 template <>
@@ -102,7 +102,7 @@ struct Layout<double> {
   static constexpr int64_t root_half = 0x3fe6a09e667f3bcd;
 };
 
-// 2^t for t <= 0 in the error of `exp2_fraction`, 0 below the normal numbers; a NaN gives 0. I is V's bits.
+// 2^t for t <= 0 with the error of `exp2_fraction`; 0 below the normal numbers and for NaN. I is V's bits.
 // With t = n + f: 2^n shifts the exponent.
 template <class V, class I, class T>
 IVFAST_MATH V exp2_nonpositive(V t, T) {
@@ -124,8 +124,8 @@ IVFAST_MATH V exp_moderate(V x, T) {
   return bit_cast<V>(bit_cast<I>(exp2_fraction(f, T())) + (bit_cast<I>(shifted) << L::mantissa));
 }
 
-// e^x for any x: 0 and inf beyond what T holds, NaN for NaN; the error of `exp_moderate` where the result is normal.
-// 2^n as the product of two powers, since n itself may be beyond the exponents.
+// e^x for any x: 0 or inf outside the range of T, NaN for NaN; the error of `exp_moderate` if the result is normal.
+// 2^n is the product of two powers, because n may exceed the range of exponents.
 template <class V, class I, class T>
 IVFAST_MATH V exp_any(V x, T) {
   using L = Layout<T>;
@@ -141,14 +141,14 @@ IVFAST_MATH V exp_any(V x, T) {
 }
 
 // log2 x of a positive normal number, as e + log2 m with √½ <= m < √2: absolute error below 1.2e-7 (float) and 2e-16
-// (double) besides one rounding of the result. log m = 2 artanh z, z = (m − 1)/(m + 1), |z| < 0.172.
+// (double) plus one rounding of the result. log m = 2 artanh z, z = (m − 1)/(m + 1), |z| < 0.172.
 template <class V, class I, class T>
 IVFAST_MATH V log2_normal(V x, T) {
   using L = Layout<T>;
   const I exponent = (bit_cast<I>(x) - L::root_half) >> L::mantissa;
   const V m = bit_cast<V>(bit_cast<I>(x) - (exponent << L::mantissa));
   const V z = (m - T(1)) / (m + T(1)), z2 = z * z;
-  constexpr int terms = sizeof(T) == 4 ? 5 : 11;  // z2^terms / (2 terms + 1) is lost
+  constexpr int terms = sizeof(T) == 4 ? 5 : 11;  // z2^terms / (2 terms + 1) is below the rounding error
   V series = V{} + T(1) / T(2 * terms - 1);
 #pragma GCC unroll 11
   for (int k = terms - 2; k >= 0; --k) series = series * z2 + T(1) / T(2 * k + 1);

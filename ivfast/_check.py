@@ -1,4 +1,4 @@
-"""Argument checks whose messages name the argument and both sides; they run before any kernel does."""
+"""Argument checks whose messages name the argument and both sides; they run before any kernel."""
 
 import math
 
@@ -40,7 +40,7 @@ def same(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """`x` has the dtype and device of `other`, which has been checked."""
+    """`x` has the dtype and device of `other`, which is already checked."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
     if x.dtype != other.dtype:
@@ -50,7 +50,7 @@ def alike(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
 
 
 def two_samples(x_name: str, x: Tensor, y_name: str, y: Tensor, *, at_least: int = 1) -> None:
-    """`x [..., n, d]` and `y [..., m, d]` share everything but the number of samples."""
+    """`x [..., n, d]` and `y [..., m, d]` agree in everything except the number of samples."""
     samples(x_name, x, at_least=at_least)
     samples(y_name, y, at_least=at_least)
     alike(y_name, y, x_name, x)

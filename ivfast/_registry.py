@@ -1,8 +1,9 @@
-"""An operator is a schema, a reference that runs anywhere, and faster implementations of the same schema.
+"""An operator consists of a schema, a reference that runs anywhere, and faster implementations of the same schema.
 
-PyTorch's dispatcher is the registry. `register` defines the operator, gives it the reference as the fallback for every
-device (and for fake tensors), and, for CUDA tensors, a launcher that takes the best implementation present. Kernels in
-csrc/ add themselves by name: C++ CPU kernels to `ivfast::<name>`, CUDA C++ kernels to its overload `<name>.cuda`.
+PyTorch's dispatcher is the registry. `register` defines the operator, with the reference as the fallback for every
+device (and for fake tensors) and, for CUDA tensors, a launcher that picks the best implementation available. Kernels
+in csrc/ register themselves by name: C++ CPU kernels under `ivfast::<name>`, CUDA C++ kernels under its overload
+`<name>.cuda`.
 """
 
 import contextlib
@@ -26,8 +27,9 @@ _forced: str | None = None
 def use(implementation: str) -> Iterator[None]:
     """Force one implementation (`reference`, `cpu`, `triton` or `cuda`) for every op called inside the block.
 
-    An op that cannot be served so raises `RuntimeError`, naming the op and what is missing; it never falls back. A
-    backward pass is covered where it runs inside the block too. The choice is process-wide, not per thread.
+    An op without that implementation raises `RuntimeError`, which names the op and what is missing; it never falls
+    back. A backward pass is covered only if it also runs inside the block. The choice applies to the whole process, not
+    per thread.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
@@ -51,9 +53,9 @@ def register(
 ) -> "Op":
     """Define `schema` and return its handle.
 
-    `triton` names the launcher as `<module>.<function>` below `ivfast.kernels`; `cuda` declares a CUDA C++ kernel in
-    csrc/cuda; `prefer(*args)` orders the two by shape (default: Triton, then CUDA C++, then the reference).
-    `composition` computes the op from `parts`, other ops that have kernels, and is what every device runs.
+    `triton` names the launcher as `<module>.<function>` below `ivfast.kernels`. `cuda` declares a CUDA C++ kernel in
+    csrc/cuda. `prefer(*args)` orders the two by shape (default: Triton, then CUDA C++, then the reference).
+    `composition` computes the op from `parts`, other ops that have kernels; every device runs it.
     """
     name, _, signature = schema.partition("(")
     _library.define(schema)
@@ -69,7 +71,7 @@ def register(
 
 
 class Op:
-    """Handle of one operator: calls the dispatcher, or the implementation that `use` forces."""
+    """Handle of one operator; it calls the dispatcher or the implementation that `use` forces."""
 
     def __init__(self, name, reference, triton, cuda, prefer, composition, parts):
         self.name, self.reference, self.triton, self.cuda, self.prefer = name, reference, triton, cuda, prefer
@@ -87,7 +89,7 @@ class Op:
         return self.implementation(_forced)(*args)
 
     def on_cuda(self, *args):
-        """The best implementation present for these CUDA tensors."""
+        """The best implementation available for these CUDA tensors."""
         for name in self.prefer(*args):
             if name not in self._served:
                 self._served[name] = not self.missing(name, "cuda")
@@ -99,7 +101,7 @@ class Op:
         if name == "reference":
             return self.reference
         if self.composition:
-            return self.composition  # its parts are forced in turn
+            return self.composition  # its parts are forced themselves
         if name == "triton":
             return self.launch_triton
         return self.default if name == "cpu" else getattr(torch.ops.ivfast, self.name).cuda
@@ -114,7 +116,7 @@ class Op:
         return getattr(importlib.import_module(f"ivfast.kernels.{module}"), function)
 
     def missing(self, name: str, device: str) -> str | None:
-        """Why implementation `name` cannot serve tensors on `device`; None where it can."""
+        """Why implementation `name` cannot run on `device`; None if it can."""
         if name == "reference":
             return None
         if self.parts:
@@ -148,10 +150,10 @@ INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 
 
 def load_extensions() -> None:
-    """Load csrc's compiled modules, CPU and CUDA apart, and keep the reason of each that is absent.
+    """Load the compiled modules of csrc, CPU and CUDA separately, and record why a missing one is missing.
 
-    The environment variable IVFAST_ISA, one of `INSTRUCTION_SETS`, makes the C++ kernels use less than this CPU has,
-    as tests do; what it does not have is an error.
+    The environment variable IVFAST_ISA, one of `INSTRUCTION_SETS`, restricts the C++ kernels to an older instruction
+    set than this CPU has, for tests. Requesting one that the CPU does not have is an error.
     """
     for module in ("_C", "_cuda"):
         try:
@@ -167,10 +169,10 @@ def load_extensions() -> None:
 
 
 def instruction_set(wanted: str | None = None) -> str:
-    """The instruction set that the C++ kernels use, from now on `wanted` where it is given.
+    """Return the instruction set that the C++ kernels use, after switching to `wanted` if it is given.
 
     Raises:
-        ValueError: one that this CPU does not have.
+        ValueError: this CPU does not have `wanted`.
     """
     choose = ctypes.CDLL(importlib.import_module("ivfast._C").__file__).ivfast_isa
     if wanted is not None and wanted not in INSTRUCTION_SETS:

@@ -1,4 +1,4 @@
-"""The losses as modules, with the habits of torch.nn, and a linear layer whose gradient an optimizer may take over."""
+"""The losses as modules in the style of torch.nn, and a linear layer whose gradient an optimizer can compute itself."""
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class ASDistance(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear`, whose weight gradient `ivfast.optim.Adam.fuse` may leave to the optimizer."""
+    """`torch.nn.Linear`, whose weight gradient can be left to the optimizer by `ivfast.optim.Adam.fuse`."""
 
     def forward(self, x: Tensor) -> Tensor:
         pending = getattr(self.weight, "pending", None)
@@ -69,7 +69,7 @@ class Linear(nn.Linear):
 
 
 class Pending(list):
-    """What a weight's gradient is a sum over: pairs of the layer's output gradient and its input."""
+    """The pairs (output gradient, input) of a layer whose products sum to the gradient of its weight."""
 
     def take(self) -> tuple[Tensor, Tensor]:
         grads, inputs = zip(*self, strict=True)
@@ -89,7 +89,7 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dx = grad @ weight if ctx.needs_input_grad[0] else None
         dbias = grad.sum(0) if ctx.needs_input_grad[2] else None
-        if torch.is_grad_enabled():  # the gradient is to be differentiated
+        if torch.is_grad_enabled():  # the gradient will be differentiated
             return dx, grad.t() @ x, dbias, None
         if ctx.needs_input_grad[1]:
             ctx.pending.append((grad, x))

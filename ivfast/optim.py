@@ -1,8 +1,8 @@
-"""Adam that makes and spends a linear layer's weight gradient in one pass, on the CPU.
+"""Adam that computes and applies a linear layer's weight gradient in one pass, on the CPU.
 
-A step of a perceptron with few samples is bound by memory: the gradient gᵀx of a weight is written, read again by the
-optimizer, and its memory given back and asked for anew. `Adam.fuse` leaves the product to the optimizer, which sums it
-tile by tile in registers and spends it at once: 24 bytes a weight pass through memory instead of 36.
+A training step of a perceptron on few samples is memory-bound: the gradient gᵀx of a weight is written, read again by
+the optimizer, then freed and allocated anew. `Adam.fuse` leaves the product to the optimizer, which accumulates it tile
+by tile in registers and applies it at once: memory traffic is 24 bytes per weight instead of 36.
 """
 
 from collections.abc import Iterable
@@ -13,22 +13,23 @@ from torch import Tensor, nn
 from .nn import Linear, Pending
 from .ops.linear_adam import linear_adam_
 
-LEAST = 2**19  # weights of a layer from which the fused step is faster: bench/studies/fused_adam.py
-MOST_SAMPLES = 96  # with more, the product is what the step costs, and PyTorch's is faster
+LEAST = 2**19  # weights per layer from which the fused step is faster: bench/studies/fused_adam.py
+MOST_SAMPLES = 96  # with more, the product dominates the step, and PyTorch's is faster
 
 
 class Adam(torch.optim.Adam):
-    """`torch.optim.Adam`, the same state under the same names, that can take over the gradients of linear layers."""
+    """`torch.optim.Adam` that can also compute the weight gradients of linear layers. The state and its names are the
+    same."""
 
     def fuse(self, modules: Iterable[nn.Module]) -> None:
-        """Make the weight gradients of the `ivfast.nn.Linear` layers in `modules` in `step`, where they are large.
+        """Compute the weight gradients of the large `ivfast.nn.Linear` layers in `modules` inside `step`.
 
-        Their `weight.grad` then stays None: backward leaves the layer's input and its output's gradient for `step`,
-        `zero_grad` drops them. Adam's numbers are those of `torch.optim.Adam` up to rounding. What asks autograd for
+        Their `weight.grad` then stays None: backward keeps the layer's input and its output's gradient for `step`, and
+        `zero_grad` drops them. Results equal those of `torch.optim.Adam` up to rounding. Code that asks autograd for
         the gradient of such a weight (`torch.autograd.grad`, hooks on the weight) does not get it.
 
         Raises:
-            ValueError: weight decay, AMSGrad or maximisation, which the fused step does not have.
+            ValueError: weight decay, AMSGrad or maximisation, which the fused step does not support.
         """
         for group in self.param_groups:
             for name in ("weight_decay", "amsgrad", "maximize"):
@@ -41,14 +42,14 @@ class Adam(torch.optim.Adam):
                     layer.weight.pending = Pending()
 
     def unfuse(self) -> None:
-        """Let backward make all gradients again."""
+        """Let backward compute all gradients again."""
         for _, weight, _ in list(self._fused()):
             del weight.pending
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         if not set_to_none:
             super().zero_grad(set_to_none)
-        for group in self.param_groups:  # the same without its 60 µs of profiling hooks
+        for group in self.param_groups:  # the same without 60 µs of profiling hooks
             for p in group["params"]:
                 if set_to_none:
                     p.grad = None
@@ -71,7 +72,7 @@ class Adam(torch.optim.Adam):
         return loss
 
     def _spend(self) -> None:
-        """Step the weights whose gradients backward has left to be made."""
+        """Update the weights whose gradients backward left to this optimizer."""
         for group, weight, pending in self._fused():
             if not pending:
                 continue
@@ -87,14 +88,14 @@ class Adam(torch.optim.Adam):
                     p.grad = _laid_out_as(p, p.grad)
 
     def _is_plain(self, group: dict[str, object]) -> bool:
-        """Whether `torch.optim.Adam` would hand the group to one kernel as it is."""
+        """Whether `torch.optim.Adam` would pass the group to a single kernel unchanged."""
         if not group["fused"] or any(group[name] for name in ("amsgrad", "differentiable", "capturable")):
             return False
         of = (p for p in group["params"] if p.grad is not None)
         return all(p.device.type == "cpu" and p.dtype == torch.float32 and self.state[p] for p in of)
 
     def _step_plain(self, group: dict[str, object]) -> None:
-        """What `torch.optim.Adam` does then, in a third of its time: small networks wait for the rest."""
+        """What `torch.optim.Adam` does in that case, in a third of its time; its overhead dominates small networks."""
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
             return
@@ -133,7 +134,7 @@ class Adam(torch.optim.Adam):
 
     def _step(self, group: dict[str, object], weight: Tensor, grad: Tensor, x: Tensor) -> None:
         state = self.state[weight]
-        if not state:  # as torch.optim.Adam's
+        if not state:  # as in torch.optim.Adam
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(weight)
             state["exp_avg_sq"] = torch.zeros_like(weight)
@@ -146,7 +147,8 @@ class Adam(torch.optim.Adam):
 
 
 def _laid_out_as(p: Tensor, x: Tensor) -> Tensor:
-    """x with the strides of p: PyTorch's fused Adam on the CPU walks through the memory of both, whatever they are."""
+    """x with the strides of p: PyTorch's fused Adam on the CPU ignores strides and walks linearly through the memory of
+    both."""
     return x if x.stride() == p.stride() else torch.empty_like(p).copy_(x)
 
 

@@ -1,11 +1,12 @@
-"""The Fréchet distance of other packages, replaced by ivfast's in one line.
+"""Replace the Fréchet distance of other packages with ivfast's in one line.
 
     ivfast.patch.pytorch_fid()  # from here on
     with ivfast.patch.torchmetrics(): ...  # within the block
 
-The function is replaced in its module and wherever else the package has imported it; what your own code imported by
-name before keeps the original. The replacement has the original's signature, checks and kind of result, and computes
-`ivfast.frechet_distance` in float64. Covariances that are not finite raise the LinAlgError of NumPy or PyTorch.
+The function is replaced in its module and wherever else the package imported it. Your own code keeps the original if it
+imported the function by name earlier. The replacement has the same signature, checks and type of result as the
+original, and computes `ivfast.frechet_distance` in float64. Covariances that are not finite raise the LinAlgError of
+NumPy or PyTorch.
 """
 
 import functools
@@ -24,14 +25,14 @@ from .ops.frechet import frechet_distance
 
 
 class Patch:
-    """A function of a package in place of another. Leaving a `with` block leaves the package as it was before."""
+    """A replaced function of a package. Leaving a `with` block restores the package's previous state."""
 
     def __init__(self, package: str, original: Callable, replacement: Callable):
         self._package, self.original, self.replacement = package, original, replacement
         self._changed = self._swap(original, replacement)
 
     def restore(self) -> None:
-        """Put the original back, whichever call replaced it."""
+        """Restore the original, whichever call replaced it."""
         self._swap(self.replacement, self.original)
         self._changed = False
 
@@ -44,7 +45,7 @@ class Patch:
             self.restore()
 
     def _swap(self, old: Callable, new: Callable) -> bool:
-        """Every name of `old` in the package's modules is given to `new`; whether there was one."""
+        """Bind every name of `old` in the package's modules to `new`; return whether there was one."""
         modules = [m for name, m in list(sys.modules.items()) if f"{name}.".startswith(f"{self._package}.")]
         names = [(m, name) for m in modules if m is not None for name, value in vars(m).items() if value is old]
         for module, name in names:
@@ -53,29 +54,30 @@ class Patch:
 
 
 def pytorch_fid() -> Patch:
-    """`pytorch_fid.fid_score.calculate_frechet_distance`, which fails with SciPy >= 1.18. `eps` has no effect.
+    """Replace `pytorch_fid.fid_score.calculate_frechet_distance`, which fails with SciPy >= 1.18. `eps` has no effect.
 
     Raises:
         ImportError: pytorch-fid is not installed.
-        RuntimeError: this version of it has no such function; nothing is replaced.
+        RuntimeError: the installed version has no such function; nothing is replaced.
     """
     parameters = ("mu1", "sigma1", "mu2", "sigma2", "eps")
     return _patch("pytorch-fid", "pytorch_fid.fid_score", "calculate_frechet_distance", parameters, _pytorch_fid)
 
 
 def torchmetrics() -> Patch:
-    """`torchmetrics.image.fid._compute_fid`, which FrechetInceptionDistance and its MiFID call; differentiable once.
+    """Replace `torchmetrics.image.fid._compute_fid`, which FrechetInceptionDistance and torchmetrics' MiFID call. The
+    replacement is differentiable once.
 
-    Raises as `pytorch_fid` does.
+    Raises the same errors as `pytorch_fid`.
     """
     parameters = ("mu1", "sigma1", "mu2", "sigma2")
     return _patch("torchmetrics", "torchmetrics.image.fid", "_compute_fid", parameters, _torchmetrics)
 
 
 def torch_fidelity() -> Patch:
-    """`torch_fidelity.metric_fid.fid_statistics_to_metric`, which `calculate_metrics(fid=True)` calls.
+    """Replace `torch_fidelity.metric_fid.fid_statistics_to_metric`, which `calculate_metrics(fid=True)` calls.
 
-    Raises as `pytorch_fid` does.
+    Raises the same errors as `pytorch_fid`.
     """
     name, parameters = "fid_statistics_to_metric", ("stat_1", "stat_2", "verbose")
     return _patch("torch-fidelity", "torch_fidelity.metric_fid", name, parameters, _torch_fidelity)
@@ -130,13 +132,13 @@ def _torch_fidelity(home: ModuleType) -> Callable:
 
 
 def _array_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Fréchet distance of means `[d]` and covariances `[d, d]`, each pair of one shape."""
+    """Fréchet distance from means `[d]` and covariances `[d, d]`; the two of each have the same shape."""
     if mu1.ndim != 1 or sigma1.shape != (mu1.size, mu1.size):
         raise ValueError(f"means must have shape (d,) and covariances (d, d), got {mu1.shape} and {sigma1.shape}")
     for name, sigma in (("sigma1", sigma1), ("sigma2", sigma2)):
         if not np.isfinite(sigma).all():
             raise np.linalg.LinAlgError(f"{name} must be finite, got NaN or infinity")
-    # PyTorch takes no negative strides and warns of read-only arrays, so each is copied
+    # PyTorch does not accept negative strides and warns about read-only arrays, so each array is copied
     copies = (np.array(x, np.float64, order="C") for x in (mu1, sigma1, mu2, sigma2))
     return frechet_distance(*map(torch.from_numpy, copies)).item()
 
@@ -144,7 +146,7 @@ def _array_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2
 def _patch(
     distribution: str, module: str, name: str, parameters: tuple[str, ...], build: Callable[[ModuleType], Callable]
 ) -> Patch:
-    """Replace `module.name(*parameters)` by `build(module)`."""
+    """Replace `module.name(*parameters)` with `build(module)`."""
     package = module.partition(".")[0]
     expected = f"{module}.{name}({', '.join(parameters)})"
     try:
@@ -165,7 +167,7 @@ def _patch(
     return Patch(package, original, _replacement(build, home, original))
 
 
-_ORIGINALS: dict[Callable, Callable] = {}  # of each replacement
+_ORIGINALS: dict[Callable, Callable] = {}  # replacement → original
 
 
 @functools.cache

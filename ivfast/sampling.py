@@ -13,21 +13,21 @@ from . import _check
 from .ops._pairwise import arithmetic
 from .ops.svgd import svgd_direction
 
-CHECK_EVERY = 64  # steps between two looks at what a GPU found: a look waits for it
+CHECK_EVERY = 64  # steps between checks of results on a GPU, because each check waits for it
 
 
 class SvgdResult(NamedTuple):
-    """What `svgd` leaves, on x0's device. A step is one move of all particles."""
+    """The result of `svgd`, on x0's device. One step moves all particles once."""
 
     particles: Tensor  # [..., n, d] after the last step, in x0's dtype
-    trajectory: Tensor  # [k, ..., n, d]: entry i after step i * trajectory_every, entry 0 is x0; k = 0 if not asked for
+    trajectory: Tensor  # [k, ..., n, d]: entry i after step i * trajectory_every, entry 0 is x0; k = 0 if not requested
     phi_norm: Tensor  # [steps, ...]: mean over the particles of ‖φ_i‖ at each step; 0 where SVGD has converged
-    steps: int  # steps made
+    steps: int  # steps taken
     interrupted: bool  # by Ctrl-C
 
 
 class NonFiniteParticles(ArithmeticError):
-    """A score or a particle became NaN or infinite in `step`; `result` is the SvgdResult of the steps before it."""
+    """A score or a particle became NaN or infinite in `step`. `result` is the SvgdResult of the steps before it."""
 
     def __init__(self, message: str, step: int, result: SvgdResult):
         super().__init__(message)
@@ -35,14 +35,14 @@ class NonFiniteParticles(ArithmeticError):
 
 
 class AdaGradWithMomentum(torch.optim.Optimizer):
-    """h ← φ² at first, then α h + (1 − α) φ²;  x ← x + lr φ/(ε + √h), elementwise: the rule of Liu & Wang's code.
+    """h ← φ² in the first step, then α h + (1 − α) φ²;  x ← x + lr φ/(ε + √h), elementwise, as in Liu & Wang's code.
 
-    Its steps keep a length of about `lr` however small φ has become, so at a fixed `lr` the particles end up circling
-    the solution at that distance.
+    Step lengths stay at about `lr` however small φ becomes, so with a fixed `lr` the particles end up circling the
+    solution at that distance.
 
     Args:
         parameters: as for any torch.optim.Optimizer; their gradient is −φ.
-        lr: the step size; Liu & Wang take 0.05 for logistic regression.
+        lr: the step size; Liu & Wang use 0.05 for logistic regression.
         alpha, eps: α and ε.
     """
 
@@ -82,40 +82,40 @@ def svgd(
     callback: Callable[[int, Tensor], object] | None = None,
     progress: bool = False,
 ) -> SvgdResult:
-    """Move particles along φ of SVGD until they are a sample of the target p: x ← x + ε φ(x), `steps` times.
+    """Move particles along the SVGD direction φ towards a sample of the target p: x ← x + ε φ(x), `steps` times.
 
-    The target is given as `log_prob` or as `score`; without either it is N(0, I). Both may be unnormalised and may
-    draw a new minibatch at each call. No gradient flows from the result to x0.
+    Pass the target as `log_prob` or as `score`; without either it is N(0, I). Both may be unnormalised and may draw a
+    new minibatch at each call. No gradient flows from the result to x0.
 
     Args:
         x0: particles `[..., n, d]` to start from; leading dimensions are independent particle sets. In half precision
-            the particles are kept in float32, and the target and φ see them rounded.
+            the particles are kept in float32, and the target and φ see rounded values.
         steps: number of steps.
         log_prob: log density of each particle, x `[..., n, d]` → `[..., n]`, differentiated by autograd in one
             batched backward; or an object with a method `log_prob`, such as a torch.distributions.Distribution over
-            vectors, or over numbers, which then stands for d independent coordinates. (On a GPU give a Distribution
-            validate_args=False: its checks wait for the device.)
+            vectors, or over scalars, which is applied to the d coordinates independently. (On a GPU, construct the
+            Distribution with validate_args=False: its checks wait for the device.)
         score: ∇ log p, x `[..., n, d]` → `[..., n, d]`; called in the caller's gradient mode.
-        optimizer: makes a torch.optim.Optimizer of a list of one tensor, the particles, whose gradient is −φ:
-            `lambda p: torch.optim.Adagrad(p, lr=1.0)`. Default: Adam at 0.05, which comes to rest; Liu & Wang's
+        optimizer: creates a torch.optim.Optimizer from a list of one tensor, the particles, whose gradient is −φ:
+            `lambda p: torch.optim.Adagrad(p, lr=1.0)`. Default: Adam at 0.05, which converges to rest. Liu & Wang's
             rule is `ivfast.sampling.AdaGradWithMomentum`. Elementwise rules keep particle sets independent.
-        step_size: ε of the plain update, in place of an optimizer.
+        step_size: ε of the plain update, instead of an optimizer.
         bandwidth, scale, convention: as for `svgd_direction`.
-        trajectory_every: keep the particles after every so many steps, x0 included; these
-            `steps // trajectory_every + 1` particle sets take memory on x0's device from the start.
+        trajectory_every: keep the particles every this many steps, including x0. The
+            `steps // trajectory_every + 1` particle sets are allocated on x0's device at the start.
         callback: called after each step with its number, from 1, and the particles, which later steps do not
-            overwrite; a true result stops. On a GPU, looking at their values waits for it.
-        progress: show a bar, on stderr.
+            overwrite. A true result stops the run. Reading the values on a GPU waits for it.
+        progress: show a progress bar on stderr.
 
     Returns:
-        SvgdResult. Ctrl-C stops cleanly: the result is that of the steps made, with `interrupted` set.
+        SvgdResult. Ctrl-C stops cleanly: the result covers the steps taken so far, with `interrupted` set.
 
     Raises:
         TypeError, ValueError: wrong arguments, or a target that returns a wrong shape or does not depend on x.
         RuntimeError: `log_prob` under torch.inference_mode(); torch.no_grad() is fine.
         NonFiniteParticles: a NaN or infinite score, or particles that left the range of their dtype; carries the
-            result of the steps before. On the CPU it is raised at once; on a GPU, which is never waited for
-            otherwise, within the next 64 steps.
+            result of the steps before. On the CPU it is raised at once; on a GPU within the next 64 steps, because
+            checking more often would wait for the device.
 
     Source: Liu & Wang 2016, Algorithm 1.
     """
@@ -222,16 +222,16 @@ def _rule(optimizer, step_size: float | None, x: Tensor) -> Callable[[Tensor], T
 
 
 class _State(NamedTuple):
-    """Replaced as a whole, so that Ctrl-C finds the particles of one step."""
+    """Replaced as a whole, so that Ctrl-C always finds the particles of a single step."""
 
     step: int
     x: Tensor  # stays at the last good particles
     good: Tensor  # int64 [], steps before the first that failed
-    bad_scores: Tensor  # int64 [], particles whose score was not finite in the latest step up to that
+    bad_scores: Tensor  # int64 [], particles whose score was not finite in the last step, or the first that failed
 
 
 class _Run:
-    """Particles and what is kept of them. All of it stays on the device; `check` waits for it."""
+    """The particles and their record. Everything stays on the device; only `check` waits for it."""
 
     def __init__(self, x: Tensor, steps: int, every: int | None):
         kept = 0 if every is None else steps // every + 1
@@ -251,7 +251,7 @@ class _Run:
             bad_scores = torch.where(healthy, bad, bad_scores)
             finite = finite & (bad == 0)
         healthy = healthy & finite
-        x = torch.where(healthy, moved, x)  # a copy: optimizers write to theirs
+        x = torch.where(healthy, moved, x)  # a copy: optimizers write in place
         self.phi_norm[step] = phi.norm(dim=-1).mean(-1)
         step += 1
         if self.every is not None and step % self.every == 0:
@@ -282,7 +282,7 @@ class _Run:
 
 @contextlib.contextmanager
 def _bar(steps: int, shown: bool) -> Iterator[Callable[[int, Tensor], None]]:
-    """A function of the step and of all ‖φ‖, which looks at them ten times a second."""
+    """Yield a function of the step and of all ‖φ‖ that reads them ten times a second."""
     if not shown:
         yield lambda step, phi_norm: None
         return

@@ -1,4 +1,4 @@
-"""CASES: for each op the inputs it must be right on, and how right. Tests and benchmarks draw from this one table."""
+"""CASES: for each op, the inputs it must handle and the accuracy required. Tests and benchmarks share this table."""
 
 import contextlib
 import math
@@ -12,19 +12,19 @@ import ivfast
 
 from .ops import linear_multi_js
 
-# Largest error over the largest value of the float64 reference on the same (rounded) inputs.
-# float32: n·eps of a sum of a few hundred terms; half precision: one rounding of the result.
+# Largest error divided by the largest value of the float64 reference on the same (rounded) inputs.
+# float32: n·eps for a sum of a few hundred terms; half precision: one rounding of the result.
 TOLERANCES = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
 
 class Case(NamedTuple):
     op: str  # a public name of ivfast
     label: str
-    function: Callable[..., Tensor | tuple[Tensor, ...]]  # of the drawn tensors alone
+    function: Callable[..., Tensor | tuple[Tensor, ...]]  # takes only the drawn tensors
     draw: Callable[[torch.Generator], tuple[Tensor, ...]]  # float64 inputs, each differentiable
-    slack: float = 1.0  # factor on TOLERANCES, with its reason beside it
-    gradcheck: bool = True  # False where part of the value is detached on purpose
-    unit: float = 0.0  # for a difference of means: what its terms measure; values are compared on that scale at least
+    slack: float = 1.0  # factor on TOLERANCES, with the reason next to it
+    gradcheck: bool = True  # False if part of the value is detached on purpose
+    unit: float = 0.0  # for a difference of means: the size of its terms, the smallest scale of comparison
     constants: int = 0  # how many of the drawn tensors, the last ones, carry no gradient
 
     def __str__(self):
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 def inputs(case: Case, dtype: torch.dtype, *, device="cpu", seed: int | None = None) -> list[Tensor]:
-    """Fresh leaves for `case`; without a seed PyTorch's default generator picks one."""
+    """Fresh leaf tensors for `case`; without a seed, PyTorch's default generator picks one."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
     tensors = [x.to(dtype).to(device) for x in case.draw(generator)]
     for x in tensors[: len(tensors) - case.constants]:
@@ -45,7 +45,8 @@ def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def value_and_gradients(case: Case, tensors: list[Tensor], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of `case`, and the gradients of their sum weighted by fixed random numbers that every dtype holds."""
+    """Outputs of `case`, and the gradients of their sum weighted by fixed random numbers that are exact in every
+    dtype."""
     out = outputs(case.function(*tensors))
     tensors = [x for x in tensors if x.requires_grad]
     generator = torch.Generator().manual_seed(seed)
@@ -57,7 +58,8 @@ def value_and_gradients(case: Case, tensors: list[Tensor], seed: int = 0) -> tup
 
 
 def error(actual: Tensor, expected: Tensor, unit: float = 0.0) -> float:
-    """Largest absolute difference over the largest expected value, or `unit`; infinite where a value is NaN."""
+    """Largest absolute difference divided by the largest expected value (at least `unit`); infinite if a value is
+    NaN."""
     if expected.numel() == 0:
         return 0.0
     actual, expected = actual.detach(), expected.detach()
@@ -67,10 +69,10 @@ def error(actual: Tensor, expected: Tensor, unit: float = 0.0) -> float:
 
 
 def gradient_units(tensors: list[Tensor], gradients: list[Tensor]) -> list[float]:
-    """The scale of each input's gradient: what moves the value as much as the largest gradient does.
+    """The scale of each input's gradient: the size that would change the value as much as the largest gradient does.
 
-    A scalar's gradient, such as a bandwidth's, can cancel to nothing against random weights; |∂L/∂x||x| of all inputs
-    together does not.
+    The gradient of a scalar, such as a bandwidth, can cancel to nothing against random weights; |∂L/∂x||x| over all
+    inputs together does not.
     """
     sizes = [float(x.detach().abs().max()) for x in tensors if x.requires_grad]
     effect = max(float(g.abs().max()) * size for g, size in zip(gradients, sizes, strict=True))
@@ -80,8 +82,8 @@ def gradient_units(tensors: list[Tensor], gradients: list[Tensor]) -> list[float
 def compare(case: Case, tensors: list[Tensor], implementation: str | None = None) -> dict[str, float]:
     """The error of each value and gradient of `case` against the float64 reference on the CPU, on the same inputs.
 
-    Errors are shares of what the dtype and the case allow: up to 1 is right. `implementation` is forced for the
-    computation where it is given; what cannot be served raises RuntimeError.
+    Errors are relative to what the dtype and the case allow: up to 1 passes. `implementation`, if given, is forced for
+    the computation; an op without it raises RuntimeError.
     """
     exact = [x.detach().to("cpu", torch.float64).requires_grad_(x.requires_grad) for x in tensors]
     with ivfast.use("reference"):
@@ -99,7 +101,7 @@ def compare(case: Case, tensors: list[Tensor], implementation: str | None = None
 
 
 def check(case: Case, tensors: list[Tensor], implementation: str | None = None) -> None:
-    """Raises AssertionError where `compare` finds an error above 1."""
+    """Raise AssertionError if `compare` finds an error above 1."""
     wrong = {name: ratio for name, ratio in compare(case, tensors, implementation).items() if not ratio <= 1}
     assert not wrong, f"{case} in {tensors[0].dtype}, times what is allowed: {wrong}"
 
@@ -136,7 +138,7 @@ def _linear(classes: int, n: int, features: int, bias: bool = True):
 
 
 def _duplicates(n: int, d: int):
-    """Every particle twice, so half of the distances of each row's nearest pairs are 0."""
+    """Every particle occurs twice, so half of the distances of each row's nearest pairs are 0."""
 
     def draw(generator):
         half = torch.randn(n // 2, d, generator=generator, dtype=torch.float64)
@@ -172,13 +174,13 @@ def _gaussians(n: int, m: int, d: int, batch: tuple[int, ...] = ()):
 
 
 def _as_distance(label, draw, *, slack=1.0, unit=0.0, **form):
-    """A logarithm is as right as its argument, and may come near 0."""
+    """A logarithm is as accurate as its argument and may be close to 0."""
     unit = 1.0 if form.get("log") else unit
     return Case("as_distance", label, lambda *q: ivfast.as_distance(*q, **form), draw, slack=slack, unit=unit)
 
 
 def _mmd(label, draw, *, gradcheck=True, **form):
-    """Each kernel is 1 at distance 0, and their sum over scales a few times that."""
+    """Each kernel is 1 at distance 0, and the sum over scales is a few times that."""
     return Case("mmd", label, lambda x, y: ivfast.mmd(x, y, **form), draw, gradcheck=gradcheck, unit=0.1)
 
 
@@ -189,7 +191,7 @@ def _cycle(z: Tensor, k: int) -> Tensor:
 
 
 def _moments(d: int, batch: tuple[int, ...] = (), rank: int | None = None):
-    """Two means and two covariances `[..., d, d]` of samples of `rank` (default: more than d) points."""
+    """Two means and two covariances `[..., d, d]`, computed from `rank` points each (default: more than d)."""
 
     def draw(generator):
         def one():
@@ -213,7 +215,7 @@ def _with_bandwidth(draw, batch=(), scale=1.0):
     return drawn
 
 
-# one case a line
+# one case per line
 # fmt: off
 CASES: list[Case] = [
     _svgd("score", _with_bandwidth(_normal((64, 16), (64, 16)))),
@@ -228,7 +230,7 @@ CASES: list[Case] = [
     _svgd("one", _normal((1, 4)), bandwidth="median", gradcheck=False),
     _svgd("two", _normal((2, 4)), bandwidth="median", gradcheck=False),
     _svgd("duplicates", _duplicates(40, 6), bandwidth=3.0),
-    # inputs of mean 10 leave float32 ten times less of each difference
+    # inputs with mean 10 leave float32 ten times less precision in each difference
     _svgd("shifted", _with_bandwidth(_normal((64, 16), (64, 16), shift=10.0)), slack=10),
     Case("median_bandwidth", "liu-wang", lambda x: ivfast.median_bandwidth(x), _normal((20, 5))),
     *(
@@ -303,7 +305,7 @@ CASES: list[Case] = [
     Case("frechet_distance_from_samples", "rank-deficient", lambda x, y: ivfast.frechet_distance_from_samples(x, y), _normal((5, 12), (4, 12)), gradcheck=False),
     Case("frechet_distance", "full-rank", lambda *m: ivfast.frechet_distance(*m), _moments(4)),
     Case("frechet_distance", "batch", lambda *m: ivfast.frechet_distance(*m), _moments(6, batch=(2,))),
-    Case("sqrtm_spd", "full-rank", lambda x: ivfast.sqrtm_spd(x @ x.mT), _normal((6, 24)), unit=0.1, slack=2),  # x xᵀ is rounded before and its gradient after; 24 columns keep it well-conditioned
+    Case("sqrtm_spd", "full-rank", lambda x: ivfast.sqrtm_spd(x @ x.mT), _normal((6, 24)), unit=0.1, slack=2),  # x xᵀ is rounded before, its gradient after; 24 columns keep it well-conditioned
     Case("sqrtm_spd", "batch", lambda x: ivfast.sqrtm_spd(x @ x.mT), _normal((2, 4, 20)), unit=0.1, slack=2),  # as above
     Case("polar", "tall", lambda m: ivfast.polar(m), _normal((9, 4)), unit=0.1),
     Case("polar", "wide", lambda m: ivfast.polar(m), _normal((2, 3, 7)), unit=0.1),

@@ -1,12 +1,13 @@
-"""AS-Distance and its gradient in Triton: log-sums over all pairs of two batches of Gaussians, no matrix of them.
+"""AS-Distance and its gradient in Triton: log-sums over all pairs of two batches of Gaussians, no pair matrix.
 
 Per pair and dimension ℓ = −½ (A/P + log P) + const, with δ = u_i − u_j and
   P = l_i + l_j, A = δ² (Lebesgue measure);  P = l_i + l_j + l_i l_j, A = δ² + u_i² l_j + u_j² l_i (the prior's).
 Backward, with w_ij = (∂L/∂log Σk) k_ij/Σk, per dimension for the additive kernel, and c = 1, or 1 + l_j for the prior,
   t = δ/P, or (δ + u_i l_j)/P,  ∂u_i = −Σ_j w t,  ∂log l_i = ½ l_i Σ_j w (t² − c/P).
 
-Special functions bind: fractions are merged, so that four dimensions take one division and one logarithm. A thread owns
-one Gaussian and meets the others in registers, so that its sums need no exchange between threads. Logarithms are of 2.
+Special functions are the bottleneck: fractions are merged, so that four dimensions need one division and one
+logarithm. A thread owns one Gaussian and compares it with the others in registers, so its sums need no exchange between
+threads. Logarithms are to base 2.
 """
 
 import math
@@ -18,24 +19,24 @@ import triton.language as tl
 
 from .particles import OPTIONS, check_dtype, shares
 
-OWNED = 128  # Gaussians of a program, one to each thread
+OWNED = 128  # Gaussians per program, one per thread
 PACK_ROWS, PACK_WIDTH = 32, 32
-PARTS = 256  # that are combined at once
+PARTS = 256  # combined at once
 GROUP = tl.constexpr(4)
-CHUNK = tl.constexpr(64)  # dimensions that are added up before the sum of all sees them: it rounds less often
+CHUNK = tl.constexpr(64)  # dimensions summed before they are added to the total, which then rounds less often
 LOG2E = tl.constexpr(math.log2(math.e))
 LOG2_2PI = tl.constexpr(math.log2(2 * math.pi))
 
 
 class Tile(NamedTuple):
-    """How many others a program meets at once; nothing here is measured yet: the most that fit in registers."""
+    """How many others a program processes at once: the most that fit in registers. Nothing here is measured yet."""
 
     forward: int = 8
     backward: int = 8
 
 
 TILE = Tile()
-# three programs to a processor, two backward; without the bound ptxas aims at 96 registers and spills a few
+# three programs per SM, two in backward; without the bound ptxas targets 96 registers and spills a few
 SUMS_OPTIONS, GRADIENT_OPTIONS = OPTIONS | {"maxnreg": 168}, OPTIONS | {"maxnreg": 192}
 
 
@@ -43,7 +44,7 @@ SUMS_OPTIONS, GRADIENT_OPTIONS = OPTIONS | {"maxnreg": 168}, OPTIONS | {"maxnreg
 def _pack_kernel(
     p_mu, p_logvar, p_u, p_l, p_wide, n, d, N, D, PRIOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """u and l transposed to [D, N], and whether a Gaussian is too wide or narrow, or far, for products of four P."""
+    """u and l transposed to [D, N], and whether a Gaussian is too wide, narrow or far for products of four P."""
     i_set, row = (
         (tl.program_id(0) // (N // ROWS)).to(tl.int64),
         tl.program_id(0) % (N // ROWS) * ROWS + tl.arange(0, ROWS),
@@ -57,7 +58,7 @@ def _pack_kernel(
         logvar = tl.load(p_logvar + given, mask=mask, other=0.0).to(tl.float32)
         beyond = (logvar < -20) | (logvar > (9 if PRIOR else 20)) | (tl.abs(u) > 1e4)
         wide = tl.maximum(wide, tl.max(beyond.to(tl.int32), 1))
-        # in padding P = 1
+        # P = 1 in the padding
         l = tl.where(mask, tl.exp(logvar), 0.41421356 if PRIOR else 0.5)
         packed = (i_set * D + column)[:, None] * N + row[None, :]
         inside = (column < D)[:, None] & (row < N)[None, :]
@@ -143,7 +144,7 @@ def _log_kernel(
 
 @triton.jit
 def _pairs(first_i, first_j, n, m, DIAGONAL: tl.constexpr, OTHERS: tl.constexpr, OWNED: tl.constexpr):
-    """Which pairs of a tile there are."""
+    """Which pairs of a tile exist."""
     i, j = first_i + tl.arange(0, OWNED)[None, :], first_j + tl.arange(0, OTHERS)[:, None]
     there = (i < n) & (j < m)
     return there if DIAGONAL else there & (i != j)
@@ -172,7 +173,7 @@ def _sums_kernel(
     OTHERS: tl.constexpr,
     OWNED: tl.constexpr,
 ):
-    """Σ k_ij = S 2^top over the owned i of one batch and a share of the j of another, or of the same: WITHIN."""
+    """Σ k_ij = S 2^top over the owned i of one batch and a share of the j of another (of the same if WITHIN)."""
     i_set, first_i = (tl.program_id(0) // (N // OWNED)).to(tl.int64), tl.program_id(0) % (N // OWNED) * OWNED
     low, high = tl.program_id(1) * share, tl.minimum((tl.program_id(1) + 1) * share, M)
     at_i = i_set * D * N + first_i
@@ -187,7 +188,7 @@ def _sums_kernel(
         log_k = tl.where(_pairs(first_i, j, n, m, DIAGONAL, OTHERS, OWNED), log_k, -float("inf"))
         higher = tl.maximum(top, tl.max(log_k, 0))
         shift = tl.where(higher == -float("inf"), 0.0, higher)
-        # within a batch the tiles above the diagonal stand for those below, too
+        # within a batch the tiles above the diagonal also count for those below
         times = ((j >= first_i).to(tl.float64) + (j >= first_i + OWNED)) if WITHIN else 1
         total = total * tl.exp2(top - shift) + times * tl.sum(tl.exp2(log_k - shift[None, :]), 0)
         top = higher
@@ -275,12 +276,12 @@ def _gradient_kernel(
     OTHERS: tl.constexpr,
     OWNED: tl.constexpr,
 ):
-    """Adds Σ_j w t and Σ_j w (t² − c/P) over pairs of the KIND 0 (r, r'), 1 (g, g') or 2 (r, g) to p_du and p_dl."""
+    """Add Σ_j w t and Σ_j w (t² − c/P) over pairs of KIND 0 (r, r'), 1 (g, g') or 2 (r, g) to p_du and p_dl."""
     i_set, first_i = (tl.program_id(0) // (N // OWNED)).to(tl.int64), tl.program_id(0) % (N // OWNED) * OWNED
     low, high = tl.program_id(1) * share, tl.minimum((tl.program_id(1) + 1) * share, M)
     at_i = i_set * D * N + first_i
     part = tl.program_id(1).to(tl.int64) * sets * D * N + at_i
-    # ∂L/∂log Σk; within a batch a pair (i, j) stands twice
+    # ∂L/∂log Σk; within a batch a pair (i, j) occurs twice
     log_sum, weight = tl.load(p_sums + 3 * i_set + KIND), 0.0
     if p_dsums is not None:
         weight += tl.load(p_dsums + 3 * i_set + KIND)
@@ -341,7 +342,7 @@ def _finish_kernel(p_l, p_du, p_dl, p_dmu, p_dlogvar, sets, n, d, N, D, parts, R
 
 
 class _Batch(NamedTuple):
-    """Gaussians transposed, `[sets, D, N]` but for `wide` `[sets, N]`."""
+    """Transposed Gaussians, `[sets, D, N]` except `wide` `[sets, N]`."""
 
     u: torch.Tensor
     l: torch.Tensor
@@ -388,7 +389,7 @@ def forward(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
 
 
 def backward(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prior, log, unbiased):
-    """∂mu_r, ∂logvar_r, ∂mu_g and ∂logvar_g, given the gradients of what forward returned; None stands for zeros."""
+    """∂mu_r, ∂logvar_r, ∂mu_g and ∂logvar_g, given the gradients of forward's results; None means zeros."""
     check_dtype("as_distance_backward", mu_r)
     gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (mu_r, logvar_r, mu_g, logvar_g)]
     sets, d = mu_r.shape[:-2].numel(), mu_r.shape[-1]

@@ -1,22 +1,23 @@
-"""Bridges and the block substitution in Triton: every T_k z from one read of z and of the draws, in one launch each.
+"""Bridges and the block substitution in Triton: all T_k z from one read of z and of the draws, in one launch.
 
-A program takes ELEMENTS neighbours of the contiguous z `[..., n, d]`; T_k z is `size` elements after T_{k−1} z.
+A program processes ELEMENTS consecutive elements of the contiguous z `[..., n, d]`; T_k z follows T_{k−1} z after
+`size` elements.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-# by register count (tests/test_cubins.py), not yet by a clock: eight elements a thread, two loads of 16 bytes
+# chosen by register count (tests/test_cubins.py), not yet timed: eight elements per thread, two loads of 16 bytes
 ELEMENTS = 1024
-# fusion stated, since its default differs between versions of Triton
+# fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
 def _elements(size, d, ELEMENTS: tl.constexpr):
-    """Where a program's elements are in z, which of them exist, the first's row, and the row from there and column of
-    each."""
+    """Offsets of a program's elements in z, which of them exist, the row of the first, and each element's row relative
+    to it and column."""
     first = tl.program_id(0).to(tl.int64) * ELEMENTS
     i = tl.arange(0, ELEMENTS)
     column = tl.cast(first % d, tl.int32) + i
@@ -25,8 +26,8 @@ def _elements(size, d, ELEMENTS: tl.constexpr):
 
 @triton.jit
 def _cos_sin(k, t, dtype: tl.constexpr):
-    """cos and sin of kπ/2t, by their series in the angle x <= π/4 to the nearer end."""
-    LAST: tl.constexpr = 18 if dtype == tl.float64 else 12  # x^LAST/LAST! is below the rounding
+    """cos and sin of kπ/2t, by their series in the angle x <= π/4 from the nearer end."""
+    LAST: tl.constexpr = 18 if dtype == tl.float64 else 12  # x^LAST/LAST! is below the rounding error
     x = tl.cast(tl.minimum(k, t - k), dtype) / tl.cast(t, dtype) * 1.5707963267948966
     cos, sin = tl.cast(1.0, dtype), tl.cast(1.0, dtype)
     for i in tl.static_range(LAST, 0, -2):
@@ -80,7 +81,7 @@ def _radial_backward_kernel(p_grad, p_dz, size, t, ELEMENTS: tl.constexpr):
     dtype: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = at < size
-    # dz = Σ_k cos(kπ/2t) grad_k; T_t z = ε has no part in it
+    # dz = Σ_k cos(kπ/2t) grad_k; T_t z = ε does not contribute
     b_dz = tl.load(p_grad + at, mask=inside).to(dtype)
     for k in range(1, t):
         c, _ = _cos_sin(k, t, dtype)
@@ -90,7 +91,7 @@ def _radial_backward_kernel(p_grad, p_dz, size, t, ELEMENTS: tl.constexpr):
 
 @triton.jit
 def _substitute_kernel(p_z, p_draws, p_index, p_out, size, d, width, ELEMENTS: tl.constexpr):
-    """Without draws, zeros in their place: what the gradient of z is."""
+    """Without draws, replace with zeros: this is the gradient of z."""
     at, inside, row_0, row, column = _elements(size, d, ELEMENTS)
     chosen = tl.load(p_index + row_0 + row, mask=inside, other=-1) == column // width
     b_out = tl.load(p_z + at, mask=inside & (chosen == 0), other=0.0)

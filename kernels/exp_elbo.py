@@ -1,6 +1,6 @@
-"""The exponential of the ELBO in Triton: a program per set forward, one launch backward.
+"""The exponential of the ELBO in Triton: one program per set forward, one launch backward.
 
-L = 1/(α n) Σ_i e^min(t_i, 80),  t = a rec + b KL; a factor of 0 leaves its term out.
+L = 1/(α n) Σ_i e^min(t_i, 80),  t = a rec + b KL; a factor of 0 drops its term.
 """
 
 import torch
@@ -9,9 +9,9 @@ import triton.language as tl
 
 from .math import parts
 
-BLOCK = 1024  # samples at once: by register count (tests/test_cubins.py), not yet by a clock
-MOST = tl.constexpr(80.0)  # of the exponent, as in ivfast/ops/exp_elbo.py
-# fusion stated, since its default differs between versions of Triton
+BLOCK = 1024  # samples at once; chosen by register count (tests/test_cubins.py), not yet timed
+MOST = tl.constexpr(80.0)  # clamp of the exponent, as in ivfast/ops/exp_elbo.py
+# fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
@@ -33,7 +33,7 @@ def _forward_kernel(
     p_reconstruction, p_kl, p_loss, n, a_high, a_low, b_high, b_low, alpha_high, alpha_low,
     A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    dtype = p_loss.dtype.element_ty  # of the arithmetic
+    dtype = p_loss.dtype.element_ty  # dtype of the arithmetic
     i_set = tl.program_id(0).to(tl.int64)
 
     b_sum = tl.zeros([BLOCK], dtype)

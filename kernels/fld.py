@@ -1,8 +1,8 @@
 """The latent distance ‖μ‖² + Tr(Σ + I) − 2 Tr √Σ of small codes and its gradient in Triton, in float64: three launches.
 
-For n > d the matrix is Σ, over chunks of samples, each about its own mean (Chan's merge puts them together); for
-n <= d it is CCᵀ, over chunks of dimensions, which need no other than their own means. Either way codes have rows i of
-the matrix, min(n, d) of them, and an axis l that its elements are sums over.
+For n > d the matrix is Σ, computed over chunks of samples, each about its own mean, and combined by Chan's formula. For
+n <= d it is CCᵀ, computed over chunks of dimensions, which only need their own means. In both cases the matrix has rows
+i, min(n, d) of them, and its elements are sums over an axis l of the codes.
 """
 
 import torch
@@ -12,14 +12,14 @@ import triton.language as tl
 from ..ops._pairwise import arithmetic
 from .inverse_root import BUFFERS, WIDTH, load_tile, root, shape_of, store_symmetric, trace, unit
 
-ROWS = 32  # of the axis l, at once
-CHUNKS = 32  # of a set at most, which one program merges
-PROGRAMS = 264  # that occupy a GPU
+ROWS = 32  # of the axis l, at a time
+CHUNKS = 32  # per set at most; one program merges them
+PROGRAMS = 264  # enough to fill a GPU
 
 
 @triton.jit
 def _load(p_z, l, i, count, m, d, WIDE: tl.constexpr):
-    """z of l and rows i in float64, 0 beyond `count` and m."""
+    """z at l and rows i in float64, 0 beyond `count` and m."""
     at = i.to(tl.int64)[None, :] * d + l[:, None] if WIDE else l.to(tl.int64)[:, None] * d + i[None, :]
     return tl.load(p_z + at, mask=(l < count)[:, None] & (i < m)[None, :], other=0.0).to(tl.float64)
 
@@ -70,13 +70,13 @@ def _scatter_kernel(
         c = tl.dot(tl.trans(x_i), x_j, c, input_precision="ieee", out_dtype=tl.float64)
 
     tl.store(p_parts + i_part * N * N + i[:, None] * N + j[None, :], c)
-    if WIDE:  # the same from every tile
+    if WIDE:  # the same for every tile
         tl.store(p_means, tl.sum(square, 0))
 
 
 @triton.jit
 def _merge(p_parts, p_means, p_mu, p_a, n, m, span, chunks, WIDE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr):
-    """‖μ‖²; the matrix goes to p_a, and the mean of tall codes to p_mu."""
+    """Return ‖μ‖²; write the matrix to p_a and, for tall codes, the mean to p_mu."""
     if WIDE:
         square = tl.load(p_means)
         for chunk in range(1, chunks):
@@ -124,7 +124,7 @@ def _root_kernel(
     square = _merge(p_parts, p_means, p_mu + i_set * N, p_a, n, m, span, chunks, WIDE, N, BLOCK)
     size = trace(p_a, N, BLOCK)
     filled = size * 0
-    if WIDE:  # 11ᵀ takes the place of the eigenvalue 0 that centring leaves
+    if WIDE:  # 11ᵀ replaces the zero eigenvalue that centring leaves
         filled = size / (n - 1)
         tl.debug_barrier()
         for I in range(0, N, BLOCK):
@@ -174,12 +174,12 @@ def _gradient_kernel(
 
 
 def forward(z, gradient):
-    """The distance `[...]`, its gradient in z's dtype where asked for (else empty), the iteration's error `[...]`."""
+    """The distance `[...]`, its gradient in z's dtype (empty unless requested) and the iteration's error `[...]`."""
     (n, d), batch = z.shape[-2:], z.shape[:-2]
     wide, m, length, sets = n <= d, min(n, d), max(n, d), batch.numel()
     (N, block), options = shape_of("fld_gram", z.dtype, m)
     out = torch.empty(z.shape if gradient else 0, dtype=z.dtype, device=z.device)
-    z = arithmetic(z).contiguous()  # Triton 3.8 aborts where a float64 product takes what was loaded in half precision
+    z = arithmetic(z).contiguous()  # Triton 3.8 aborts if a float64 product reads values loaded in half precision
     distance = torch.empty(batch, dtype=z.dtype, device=z.device)
     error = torch.empty(batch, dtype=torch.float32, device=z.device)
     if sets == 0:

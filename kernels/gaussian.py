@@ -1,6 +1,6 @@
-"""KL of diagonal Gaussians to the prior, and samples of them, in Triton: one launch forward, one backward.
+"""KL of diagonal Gaussians to the prior, and samples from them, in Triton: one launch forward, one backward.
 
-KL = ½ Σ_d (μ² + e^logvar − 1 − logvar),  z = μ + e^{logvar/2} ε; one kernel serves KL alone and both together.
+KL = ½ Σ_d (μ² + e^logvar − 1 − logvar),  z = μ + e^{logvar/2} ε. One kernel computes KL alone or both.
 """
 
 import torch
@@ -9,15 +9,15 @@ import triton.language as tl
 
 from .math import expm1, expm1_minus
 
-# A tile is ROWS posteriors by COLUMNS dimensions: by register count (tests/test_cubins.py), not yet by a clock.
+# A tile is ROWS posteriors by COLUMNS dimensions; chosen by register count (tests/test_cubins.py), not yet timed.
 TILE = 512  # elements
-# fusion stated, since its default differs between versions of Triton
+# fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
 def _forward_kernel(p_mu, p_logvar, p_draws, p_z, p_kl, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    dtype = p_kl.dtype.element_ty  # of the arithmetic
+    dtype = p_kl.dtype.element_ty  # dtype of the arithmetic
     first = tl.program_id(0).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     inside = row < n - first
@@ -26,7 +26,7 @@ def _forward_kernel(p_mu, p_logvar, p_draws, p_z, p_kl, n, d, ROWS: tl.constexpr
     for start in range(0, d, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         mask = inside[:, None] & (column < d)[None, :]
-        at = row[:, None] * d + column[None, :]  # from the tile's first row
+        at = row[:, None] * d + column[None, :]  # relative to the tile's first row
         b_mu = tl.load(p_mu + first * d + at, mask=mask, other=0.0).to(dtype)
         b_logvar = tl.load(p_logvar + first * d + at, mask=mask, other=0.0).to(dtype)
         total += tl.sum(b_mu * b_mu + expm1_minus(b_logvar), 1)
@@ -51,7 +51,7 @@ def _backward_kernel(
     for start in range(0, d, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         mask = inside[:, None] & (column < d)[None, :]
-        at = row[:, None] * d + column[None, :]  # from the tile's first row
+        at = row[:, None] * d + column[None, :]  # relative to the tile's first row
         b_logvar = tl.load(p_logvar + first * d + at, mask=mask, other=0.0).to(dtype)
         b_dmu = tl.zeros([ROWS, COLUMNS], dtype)
         b_dlogvar = tl.zeros([ROWS, COLUMNS], dtype)
@@ -68,7 +68,7 @@ def _backward_kernel(
 
 
 def _tile(n: int, d: int) -> tuple[int, int]:
-    """ROWS and COLUMNS for n posteriors of d dimensions; wider ones take several tiles."""
+    """ROWS and COLUMNS for n posteriors of d dimensions; wide posteriors take several tiles."""
     columns = min(triton.next_power_of_2(max(d, 1)), TILE)
     return min(TILE // columns, triton.next_power_of_2(n)), columns
 

@@ -1,19 +1,19 @@
-"""Means and centred products of chunks of a batch in Triton, in one pass over it.
+"""Means and centred products of chunks of a batch in Triton, in one pass over the batch.
 
-A program takes the rows of a chunk tile by tile and sums, about the mean c of the first tile, s = Σ (x − c) and
-P = Σ (x − c)(x − c)ᵀ. The chunk's own mean is c + s/n and its scatter P − s sᵀ/n, of which c, by then a good guess,
-leaves little to cancel: |s/n|² is 1/ROWS of the variance where rows come in no order. Chunks are merged as Chan's.
+A program reads the rows of a chunk tile by tile and sums s = Σ (x − c) and P = Σ (x − c)(x − c)ᵀ about the mean c of
+the first tile. The chunk's own mean is c + s/n and its scatter P − s sᵀ/n. Because c is close to the mean, little
+cancels: |s/n|² is 1/ROWS of the variance if rows are in random order. Chunks are merged by Chan's formula.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-ROWS = 32  # of a tile: with twice as many, the code for sm_80 spills
-BLOCK = 64  # dimensions of a tile; a program has the products of one pair of such blocks
-PROGRAMS = 264  # that occupy a GPU: two for each processor of an H100
-CHUNK = 4096  # rows of a chunk at most: a float32 sum of so many squares strays by 1e-6
-# fusion stated, since its default differs between versions of Triton
+ROWS = 32  # per tile: with twice as many, the code for sm_80 spills
+BLOCK = 64  # dimensions per tile; a program computes the products of one pair of such blocks
+PROGRAMS = 264  # enough to fill a GPU: two per SM of an H100
+CHUNK = 4096  # rows per chunk at most: a float32 sum of this many squares has a relative error of 1e-6
+# fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
 
 ACCEPTED = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +21,7 @@ ACCEPTED = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _tile(p_x, first, last, column, d, ROWS: tl.constexpr):
-    """Rows [first, first + ROWS) in float32, which of their elements exist, and the rest 0."""
+    """Rows [first, first + ROWS) in float32, with 0 outside, and which of their elements exist."""
     row = first + tl.arange(0, ROWS)
     mask = (row < last)[:, None] & (column < d)[None, :]
     return tl.load(p_x + row[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float32), mask
@@ -29,8 +29,8 @@ def _tile(p_x, first, last, column, d, ROWS: tl.constexpr):
 
 @triton.jit
 def _origin(p_x, first, last, column, d, ROWS: tl.constexpr):
-    """The mean c of the first tile, and a power of two λ: λ(x − c) is about 1, so that its squares are no 0 or ∞ unless
-    later rows are 1e18 times as far from c or as near."""
+    """The mean c of the first tile, and a power of two λ such that λ(x − c) is about 1: its squares neither underflow
+    nor overflow unless later rows are 1e18 times farther from c or nearer to it."""
     b_first = tl.load(p_x + first * d + column, mask=column < d, other=0.0).to(tl.float32)
     b_x, mask = _tile(p_x, first, last, column, d, ROWS)
     count = tl.minimum(last - first, ROWS).to(tl.float32)
@@ -44,7 +44,7 @@ def _origin(p_x, first, last, column, d, ROWS: tl.constexpr):
 @triton.jit
 def _scatter_kernel(p_x, p_means, p_parts, n, d, share, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     i_part = tl.program_id(0).to(tl.int64)
-    # the pair i <= j of blocks of dimensions
+    # the pair i <= j of dimension blocks
     i, j = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
     if i > j:
         return
@@ -68,7 +68,7 @@ def _scatter_kernel(p_x, p_means, p_parts, n, d, share, BLOCKS: tl.constexpr, RO
         s_j += tl.sum(b_j, 0)
         P = tl.dot(tl.trans(b_i), b_j, P, input_precision="ieee")
 
-    # in float64, whose range holds the squares of float32's
+    # in float64, whose range holds squares of float32 numbers
     count = (last - first).to(tl.float64)
     shift_i, shift_j = s_i.to(tl.float64) / count, s_j.to(tl.float64)
     S = P.to(tl.float64) - shift_i[:, None] * shift_j[None, :]
@@ -81,8 +81,8 @@ def _scatter_kernel(p_x, p_means, p_parts, n, d, share, BLOCKS: tl.constexpr, RO
 
 
 def forward(x):
-    """Rows of a chunk (the last may have less), the means `[k, d]` of chunks of x `[n, d]`, and the sum `[d, d]` of
-    their scatters, its upper triangle alone; in float64."""
+    """Rows per chunk (the last may have fewer), the means `[k, d]` of the chunks of x `[n, d]`, and the sum `[d, d]` of
+    their scatters, upper triangle only; in float64."""
     if x.dtype not in ACCEPTED:
         raise TypeError(f"x in Triton must be float32, bfloat16 or float16, got {x.dtype}")
     n, d = x.shape

@@ -1,5 +1,5 @@
-"""The importance-weighted generator loss in Triton: a program per set, which reads its logits two or three times: once
-from memory, then from the cache.
+"""The importance-weighted generator loss in Triton: one program per set, which reads its logits two or three times,
+once from memory and then from the cache.
 
 L = Σ_i w_i log(1 + e^−l_i),  w = softmax(l) held constant.
 """
@@ -10,8 +10,8 @@ import triton.language as tl
 
 from .math import softplus
 
-BLOCK = 1024  # logits at once: by register count (tests/test_cubins.py), not yet by a clock
-# fusion stated, since its default differs between versions of Triton
+BLOCK = 1024  # logits at once; chosen by register count (tests/test_cubins.py), not yet timed
+# fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 
@@ -26,7 +26,7 @@ def _maximum(p_logits, n, dtype: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(p_logits, p_loss, n, BLOCK: tl.constexpr):
-    dtype = p_loss.dtype.element_ty  # of the arithmetic
+    dtype = p_loss.dtype.element_ty  # dtype of the arithmetic
     i_set = tl.program_id(0).to(tl.int64)
     p_set = p_logits + i_set * n
 

@@ -1,9 +1,11 @@
-"""Inverse square roots of symmetric matrices of up to 128 rows in Triton: one launch, a program for each, in float64.
+"""Inverse square roots of symmetric matrices of up to 128 rows in Triton: one launch, one program per matrix, in
+float64.
 
-The products are tl.dot in float64, which has its tensor cores too; a program keeps its matrices in global memory, which
-stays in the cache, padded to a power of two with ones on the diagonal. The iteration is ops/inverse_root.py's:
+The products are tl.dot in float64, which also runs on tensor cores. A program keeps its matrices in global memory,
+which stays in the cache, padded to a power of two with ones on the diagonal. The iteration is that of
+ops/inverse_root.py:
 
-  T = (15 − 10 A + 3 A²)/8,  X ← X T,  A ← T² A,  and last T = (35 − 35 A + 21 A² − 5 A³)/16.
+  T = (15 − 10 A + 3 A²)/8,  X ← X T,  A ← T² A,  and finally T = (35 − 35 A + 21 A² − 5 A³)/16.
 """
 
 import torch
@@ -15,8 +17,8 @@ from ..ops.inverse_root import STEPS as _STEPS
 
 STEPS = tl.constexpr(_STEPS)
 LAST = tl.constexpr(1e-3)
-WIDTH = tl.constexpr(16)  # of the summed axis, in a product
-BUFFERS = 6  # of a program: A, X, T, U, a, its inverse root
+WIDTH = tl.constexpr(16)  # of the summed axis in a product
+BUFFERS = 6  # per program: A, X, T, U, a, its inverse root
 ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -32,7 +34,7 @@ def load_tile(p, i, j, N: tl.constexpr):
 
 @triton.jit
 def store_symmetric(p, c, i, j, I, J, N: tl.constexpr):
-    """Rows i, columns j and their mirror image."""
+    """Store rows i, columns j and their mirror image."""
     c = tl.where(I == J, 0.5 * (c + tl.trans(c)), c)
     tl.store(p + i[:, None] * N + j[None, :], c)
     tl.store(p + j[:, None] * N + i[None, :], tl.trans(c))
@@ -40,7 +42,7 @@ def store_symmetric(p, c, i, j, I, J, N: tl.constexpr):
 
 @triton.jit
 def _product(p_a, p_b, i, j, N: tl.constexpr):
-    """Rows i, columns j of A B, of symmetric B."""
+    """Rows i, columns j of A B for symmetric B."""
     c = tl.zeros([i.shape[0], j.shape[0]], tl.float64)
     for k in range(0, N, WIDTH):
         column = k + tl.arange(0, WIDTH)
@@ -51,8 +53,8 @@ def _product(p_a, p_b, i, j, N: tl.constexpr):
 
 @triton.jit
 def _multiply(p_c, p_a, p_b, p_d, alpha, beta, gamma, N: tl.constexpr, BLOCK: tl.constexpr):
-    """C = α I + β D + γ A B for symmetric matrices that commute; C is none of the others."""
-    tl.debug_barrier()  # what the program wrote before is there
+    """C = α I + β D + γ A B for symmetric matrices that commute; C must not alias the others."""
+    tl.debug_barrier()  # earlier writes of the program are visible
     for I in range(0, N, BLOCK):
         for J in range(0, I + 1, BLOCK):
             i, j = I + tl.arange(0, BLOCK), J + tl.arange(0, BLOCK)
@@ -82,7 +84,7 @@ def trace(p_a, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _scale(p_a, m, N: tl.constexpr, BLOCK: tl.constexpr):
-    """What a is divided by: at least λ_max / 2.2."""
+    """The divisor of a: at least λ_max / 2.2."""
     squares = tl.zeros([BLOCK], tl.float64)
     largest = tl.zeros([BLOCK], tl.float64)
     for I in range(0, N, BLOCK):
@@ -99,7 +101,7 @@ def _scale(p_a, m, N: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def root(p_work, m, N: tl.constexpr, BLOCK: tl.constexpr):
-    """Tr √a and what the iteration leaves of ‖I − X a X‖, of a in buffer 4, 0 beyond its m rows; X goes to buffer 5."""
+    """Tr √a and the remaining error ‖I − X a X‖ for a in buffer 4, 0 beyond its m rows; writes X to buffer 5."""
     SIZE: tl.constexpr = N * N
     p_a, p_X = p_work + 4 * SIZE, p_work + 5 * SIZE
     tl.debug_barrier()
@@ -115,7 +117,7 @@ def root(p_work, m, N: tl.constexpr, BLOCK: tl.constexpr):
     step = 0
     error = _distance_from_unit(p_work, N, BLOCK)
     while (step < STEPS - 1) & (error > LAST):
-        # A and T change places, and so do X and U
+        # A and T swap places, and so do X and U
         p_A, p_T = p_work + (step % 2) * 2 * SIZE, p_work + (1 - step % 2) * 2 * SIZE
         _multiply(p_T, p_A, p_A, p_A, 15 / 8, -10 / 8, 3 / 8, N, BLOCK)
         _multiply(p_T + SIZE, p_A + SIZE, p_T, p_T, 0.0, 0.0, 1.0, N, BLOCK)
@@ -134,7 +136,7 @@ def root(p_work, m, N: tl.constexpr, BLOCK: tl.constexpr):
     shrink = tl.where(error == error, 1 / tl.sqrt(scale), error)
     _multiply(p_X, p_A + SIZE, p_T, p_T, 0.0, 0.0, shrink, N, BLOCK)
 
-    # Tr √a = ½ Tr(aX) (3 − …) as one more step of order 2 has it: errors of X count in the second order
+    # Tr √a = ½ Tr(aX) (3 − …), as in one more step of order 2: errors of X enter only to second order
     _multiply(p_work, p_a, p_X, p_X, 0.0, 0.0, 1.0, N, BLOCK)
     third = tl.zeros([BLOCK], tl.float64)
     for I in range(0, N, BLOCK):
@@ -175,13 +177,13 @@ def _root_kernel(p_a, p_inverse, p_trace, p_error, p_work, m, N: tl.constexpr, B
 
 
 def shape_of(op: str, dtype: torch.dtype, m: int) -> tuple[tuple[int, int], dict]:
-    """N and BLOCK of matrices of m rows, and the options of their programs."""
+    """N and BLOCK for matrices of m rows, and the options of their programs."""
     if not 1 <= m <= MOST:
         raise RuntimeError(f"{op} in Triton takes matrices of 1 to {MOST} rows, got {m}")
     if dtype not in ACCEPTED:
         raise TypeError(f"{op} in Triton takes float32, float64, bfloat16 or float16, got {dtype}")
     N = max(16, triton.next_power_of_2(m))
-    # fusion stated, since its default differs between versions of Triton
+    # fusion is explicit, because its default differs between Triton versions
     return (N, min(N, 64)), {"num_warps": 8 if N > 32 else 4, "num_stages": 2, "enable_fp_fusion": True}
 
 

@@ -1,6 +1,6 @@
-"""Functions that Triton lacks, as right near 0 as far from it, and numbers that its kernels take.
+"""Functions that Triton lacks, as accurate near 0 as elsewhere, and float64 arguments for kernels.
 
-Each series runs until what is left out is below the rounding of the arithmetic's dtype.
+Each series runs until the remainder is below the rounding error of the dtype.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 def parts(x: float) -> tuple[float, float]:
-    """x as two float32, since a kernel's numbers are no wider."""
+    """x as two float32 numbers, because scalar arguments of a kernel are no wider."""
     high = ctypes.c_float(x).value
     return high, x - high
 
@@ -35,7 +35,7 @@ def softplus(x):
 
 @triton.jit
 def _after_linear(x):
-    """e^x − 1 − x where |x| < ½."""
+    """e^x − 1 − x for |x| < ½."""
     LAST: tl.constexpr = 16 if x.dtype == tl.float64 else 10
     total = tl.full(x.shape, 1.0, x.dtype)
     for k in tl.static_range(LAST, 2, -1):

@@ -1,7 +1,7 @@
 """Median heuristic in Triton: the exact median of all squared distances, and its gradient.
 
-Up to SMALL particles one program holds every distance of a set and finds the ranks by bisection on their bits; above,
-they are selected in passes (selection.py).
+Up to SMALL particles, one program holds all distances of a set and finds the ranks by bisection on their bits. Larger
+sets are selected in passes (selection.py).
 """
 
 import torch
@@ -24,7 +24,7 @@ def median2(m_0, m_1, SQUARED: tl.constexpr):
 
 @triton.jit
 def _slope(m, other, SQUARED: tl.constexpr):
-    """∂med²/∂m, 0 where m is: equal particles have no direction apart."""
+    """∂med²/∂m, 0 where m is 0: there is no direction between equal particles."""
     if SQUARED:
         return tl.where(m > 0, 0.5, 0.0)
     return tl.where(m > 0, 0.25 * (1 + tl.sqrt(other / tl.where(m > 0, m, 1.0))), 0.0)
@@ -47,7 +47,7 @@ def _centred(p_x, i_set, n, d, start, N: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
-    """The bits of d²_ij for j < i < n, else the largest number [N, N], and the mean of d²_i0."""
+    """The bits of d²_ij [N, N] for j < i < n, elsewhere the largest number; and the mean of d²_i0."""
     xx, spread, mark = tl.zeros([N, N], tl.float32), tl.zeros([N], tl.float32), tl.zeros([N], tl.int32)
     i = tl.arange(0, N)
     for start in range(0, D, WIDTH):
@@ -64,7 +64,7 @@ def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: 
 
 @triton.jit
 def small_middles(bits, rank_0, rank_1):
-    """The numbers of two ranks that are equal or neighbours; a negative rank's is 0."""
+    """The numbers of two ranks that are equal or adjacent; 0 for a negative rank."""
     second = tl.where(rank_1 < 0, 0, rank_of(bits, tl.maximum(rank_1, 0)))
     flat = tl.ravel(bits)
     less = flat < second
@@ -116,7 +116,7 @@ def _small_backward_kernel(
     m_0, m_1 = tl.load(p_middles + 2 * i_set), tl.load(p_middles + 2 * i_set + 1)
     grad = tl.load(p_grad + i_set) / divisor
 
-    # c_ij, the share of a pair in the two middles: pairs that tie share
+    # c_ij, the share of a pair in the two middles: tied pairs share
     bits, _ = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
     is_0, is_1 = (bits == bits_of(m_0)).to(tl.float32), (bits == bits_of(m_1)).to(tl.float32)
     share_0 = grad * _slope(m_0, m_1, SQUARED) / tl.maximum(tl.sum(tl.sum(is_0, 1), 0), 1.0)
@@ -154,7 +154,7 @@ def _finish_kernel(
     m_1 = value_of(tl.load(p_window + 4 * i_set + 2)) if TWO else m_0
     med2 = median2(m_0, m_1, SQUARED)
 
-    # the mean of d²_i0 takes the place of a median that is 0
+    # the mean of d²_i0 replaces a median of 0
     spread = tl.zeros([TILE], tl.float32)
     for first in range(0, tl.where(med2 > 0, 0, N), TILE):
         row = first + tl.arange(0, TILE)
@@ -184,14 +184,14 @@ def _apart_kernel(
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    # Σ_j (x_i − x_j) over the pairs that are one of the middles, and how many of them have i as the later
+    # Σ_j (x_i − x_j) over the middle pairs, and how many of them have i as the later row
     i_set, i = (tl.program_id(0) // (N // TILE)).to(tl.int64), tl.program_id(0) % (N // TILE) * TILE
     base, middle = i_set * N, tl.program_id(1)
     wanted = bits_of(tl.load(p_middles + 2 * i_set + middle))
     p_apart += middle.to(tl.int64) * sets * N * D
     count = tl.zeros([TILE], tl.int32)
     for j in range(0, N, TILE):
-        # as counted: the later row first
+        # as in counting: the later row first
         bits, pair = tile_bits(p_X, p_q, p_mark, base, tl.maximum(i, j), tl.minimum(i, j), n, D, TILE, WIDTH)
         hit = (pair & (bits == wanted)).to(tl.int32)
         if tl.max(tl.ravel(hit), 0) > 0:
@@ -257,7 +257,7 @@ def backward(grad, x, middles, squared, divisor):
     _apart_kernel[sets * (N // TILE), 2](
         *(packed.X, packed.q, packed.mark, middles, apart, count, sets, n, N, D, TILE, width(D)), **TILE_OPTIONS
     )
-    # ∂h/∂x_i = Σ_a (∂h/∂m_a) mean over the pairs that are m_a of 2 (x_i − x_j)
+    # ∂h/∂x_i = Σ_a (∂h/∂m_a) · mean of 2 (x_i − x_j) over the pairs at distance m_a
     m = middles.view(sets, 2).T
     slope = torch.full_like(m, 0.5) if squared else 0.25 * (1 + (m.flip(0) / m).sqrt())
     share = torch.where(m > 0, slope, 0.0) * grad.view(sets) / divisor / count.sum(-1).clamp_min(1)

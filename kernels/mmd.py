@@ -1,9 +1,9 @@
-"""Maximum mean discrepancy and its gradients in Triton: tiles of pairs on the tensor cores, no matrix of them.
+"""Maximum mean discrepancy and its gradients in Triton: tiles of pairs on the tensor cores, never stored as a matrix.
 
 With both samples centred on y's mean and k' = dk/dr² summed over the scales,
   value = w_x Σ_{i≠j} k(x_i, x_j) + w_y Σ_{i≠j} k(y_i, y_j) − 2 w_xy Σ k(x_i, y_j),
-  ∂x_i = 4 Σ_j w_x k'(x_i, x_j)(x_i − x_j) − 4 Σ_j w_xy k'(x_i, y_j)(x_i − y_j), and so for y,
-in one pass for each sample over the pairs of its rows: where no gradient is wanted, each pair within it once.
+  ∂x_i = 4 Σ_j w_x k'(x_i, x_j)(x_i − x_j) − 4 Σ_j w_xy k'(x_i, y_j)(x_i − y_j), and likewise for y,
+in one pass per sample over the pairs of its rows. Without a gradient each pair within a sample is computed once.
 """
 
 from typing import NamedTuple
@@ -30,15 +30,15 @@ from .particles import (
 )
 
 FINISH_ROWS, FINISH_WIDTH = 16, 64
-SCALES, RBF_SCALES = 8, 2  # that one launch sums
-FAR = tl.constexpr(1e18)  # in r² and in the scales: products of two are finite and not 0
+SCALES, RBF_SCALES = 8, 2  # per launch
+FAR = tl.constexpr(1e18)  # limit of r² and of the scales: products of two are finite and not 0
 
 
 class Tile(NamedTuple):
     rows: int
     columns: int
-    values: int  # dimensions of the gradient that a program adds up; each such program computes its kernels anew
-    width: int  # dimensions that a product takes at once
+    values: int  # gradient dimensions per program; each program recomputes its kernel values
+    width: int  # dimensions per product
     warps: int = 8
 
     @property
@@ -123,19 +123,19 @@ def _walk(
     COLUMNS: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """Adds Σ_j w k to total, Σ_j w k' to r [ROWS] and Σ_j w k' z_j to SZ [ROWS, VALUES] for j from first to last."""
+    """Add Σ_j w k to total, Σ_j w k' to r [ROWS] and Σ_j w k' z_j to SZ [ROWS, VALUES] for j from first to last."""
     for j in range(first, last, COLUMNS):
         at_j = tl.cast(j, tl.int64) * D
         xz = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X, p_Z + at_j, D, WIDTH, PRECISION)
         to_j = j + tl.arange(0, COLUMNS)
         u = half_distances(xz, q_i, tl.load(p_q + to_j), mark_i, tl.load(p_mark + to_j))
-        pair = u < FAR  # q is infinite in padding
+        pair = u < FAR  # q is infinite in the padding
         if WITHIN:
             pair &= (first_row + tl.arange(0, ROWS))[:, None] != to_j[None, :]
         d2 = tl.minimum(2 * u, FAR)
         k, slope = _imq(d2, scales, b, COUNT) if IMQ else _rbf(d2, scales, b, COUNT)
         if COUNTED:
-            # within a sample the tiles above the diagonal stand for those below, too
+            # within a sample the tiles above the diagonal also count for those below
             times = ((j >= first_row).to(tl.float64) + (j >= first_row + ROWS)) if WITHIN else 2
             total += times * weight * tl.sum(tl.where(pair, k, 0.0), 1).to(tl.float64)
         if GRADIENT:
@@ -183,7 +183,7 @@ def _sums_kernel(
     COLUMNS: tl.constexpr,
     VALUES: tl.constexpr,
 ):
-    """The rows X of one sample against themselves, and against the other sample's Y; BETWEEN counts these pairs."""
+    """The rows X of one sample against themselves and against the other sample's Y; BETWEEN counts the latter pairs."""
     i_set, first_row = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS) * ROWS
     value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
     row = i_set * N + first_row + tl.arange(0, ROWS)
@@ -244,7 +244,7 @@ def _finish_kernel(
 
 
 def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, shape: Tile, *, between, gradient):
-    """The terms of the value that the rows of x count `[sets, ·]`, and ∂x (None where it is not wanted)."""
+    """The terms of the value that the rows of x contribute `[sets, ·]`, and ∂x (None unless requested)."""
     values = x.D // shape.values if gradient else 1
     rows = x.N // shape.rows
     columns = (x.N + (y.N if gradient or between else 0)) // shape.columns
@@ -274,7 +274,7 @@ def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, s
 
 
 def forward(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient):
-    """MMD² `[...]`, ∂x and ∂y in float32, an empty tensor in place of one that is not asked for."""
+    """MMD² `[...]`, ∂x and ∂y in float32; a gradient that is not requested is an empty tensor."""
     check_dtype("mmd", x)
     batch, in_products = x.shape[:-2], precision()
     value = torch.zeros(batch, dtype=torch.float32, device=x.device)

@@ -1,7 +1,8 @@
 """Multi-class Jensen–Shannon loss in Triton: one pass over the logits forward, one backward.
 
 CE = −Σ_c π_c (1/n) Σ_j log softmax(D(z_jc))_c: row r = c·n + j of a set [C·n, C] has the label c = r // n. For a chunk
-of such rows that nobody needs again, loss and gradient in one launch: the gradient takes the place of the logits.
+of rows whose logits are not needed again, one launch computes loss and gradient, and the gradient overwrites the
+logits.
 """
 
 from typing import NamedTuple
@@ -12,11 +13,11 @@ import triton.language as tl
 
 from .math import parts as two_parts
 
-# A tile is ROWS rows by COLUMNS columns of logits: by register count (tests/test_cubins.py), not yet by a clock.
+# A tile is ROWS rows by COLUMNS columns of logits; chosen by register count (tests/test_cubins.py), not yet timed.
 TILE = {torch.float32: 2048, torch.float64: 1024}  # elements, by the dtype of the arithmetic
-ONE_PROGRAM = 16  # tiles that a single program sums, so that a small loss takes one launch
-PARTS = 4096  # programs per set at most: what one program can add up
-# fusion stated, since its default differs between versions of Triton
+ONE_PROGRAM = 16  # tiles up to which a single program sums, so that a small loss takes one launch
+PARTS = 4096  # programs per set at most: as many as one program can add up
+# fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 
 ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,8 +25,8 @@ ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @triton.jit
 def _rows(i_tile, start, n, R, ROWS: tl.constexpr):
-    """The first row of a tile in 64 bits; the tile's rows from there, which of them exist, and their labels, in 32.
-    The rows at hand begin with row `start` of their set."""
+    """The first row of a tile in 64 bits; and in 32 bits the tile's rows relative to it, which of them exist, and their
+    labels. The given rows start at row `start` of their set."""
     first = tl.cast(i_tile, tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     label = tl.cast((start + first) // n, tl.int32) + (tl.cast((start + first) % n, tl.int32) + row) // n
@@ -47,21 +48,21 @@ def _row_losses(
         mask = inside[:, None] & (column < C)[None, :]
         b_x = tl.load(p_tile + row[:, None] * C + column[None, :], mask=mask, other=float("-inf")).to(dtype)
         b_new = tl.maximum(b_max, tl.max(b_x, 1))
-        # a maximum of ±inf would give inf − inf; 0 in its place leaves exp(±inf)
+        # a maximum of ±inf would give inf − inf; replaced with 0 it leaves exp(±inf)
         b_shift = tl.where(tl.abs(b_new) == float("inf"), 0.0, b_new)
         b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_x - b_shift[:, None]), 1)
         b_max = b_new
         if SMOOTH:
             b_all += tl.sum(tl.where(mask, b_x, 0.0), 1)
     b_lse = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max) + tl.log(tl.where(inside, b_sum, 1.0))
-    if SMOOTH:  # an impossible class is no part of a uniform target
+    if SMOOTH:  # an impossible class is left out of the uniform target
         b_label = tl.where(s == 1, 0.0, (1 - s) * b_label) + s / C * b_all
     return b_lse - b_label, b_lse
 
 
 @triton.jit
 def _derivative(b_x, b_lse, row_label, column, s, C, b_scale):
-    """∂CE/∂x = (softmax − target) π_c/n, scaled before it is rounded."""
+    """∂CE/∂x = (softmax − target) π_c/n, scaled before rounding."""
     b_target = tl.where(column[None, :] == row_label[:, None], 1 - s, 0.0) + s / C
     return (tl.exp(b_x - b_lse[:, None]) - b_target) * b_scale[:, None]
 
@@ -71,7 +72,7 @@ def _forward_kernel(
     p_logits, p_weights, p_out, p_lse, s_high, s_low, n, R, C,
     SMOOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    dtype = p_lse.dtype.element_ty  # of the arithmetic
+    dtype = p_lse.dtype.element_ty  # dtype of the arithmetic
     i_set, i_part = tl.program_id(0).to(tl.int64), tl.program_id(1)
 
     s = tl.cast(s_high, dtype) + s_low
@@ -127,7 +128,7 @@ def _rows_kernel(
     p_logits, p_weights, p_out, s_high, s_low, start, n, R, C,
     SMOOTH: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    dtype = p_out.dtype.element_ty  # of the arithmetic
+    dtype = p_out.dtype.element_ty  # dtype of the arithmetic
     i_part = tl.program_id(0)
 
     s = tl.cast(s_high, dtype) + s_low
@@ -143,7 +144,7 @@ def _rows_kernel(
             b_scale /= C
         total += tl.where(inside, b_scale * b_loss, 0.0)
         if GRADIENT:
-            tl.debug_barrier()  # every thread has read the rows before any thread overwrites them
+            tl.debug_barrier()  # every thread has read its rows before any thread overwrites them
             for column_0 in range(0, C, COLUMNS):
                 column = column_0 + tl.arange(0, COLUMNS)
                 mask = inside[:, None] & (column < C)[None, :]
@@ -157,7 +158,7 @@ def _rows_kernel(
 class _Shape(NamedTuple):
     sets: int
     n: int
-    R: int  # rows of a set, C·n
+    R: int  # rows per set, C·n
     C: int
     arithmetic: torch.dtype
 
@@ -170,7 +171,7 @@ class _Shape(NamedTuple):
 
     @property
     def programs(self) -> int:
-        """Programs per set of the forward pass; their partial sums are added by a second launch unless there is one."""
+        """Programs per set in the forward pass; if there are several, a second launch adds their partial sums."""
         rows, columns = self.tile
         tiles = triton.cdiv(self.R, rows)
         return 1 if tiles * triton.cdiv(self.C, columns) <= ONE_PROGRAM else min(tiles, PARTS)
@@ -179,13 +180,13 @@ class _Shape(NamedTuple):
 def _shape(logits) -> _Shape:
     if logits.dtype not in ACCEPTED:
         raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
-    C, batch = logits.shape[-1], logits.shape[:-3]  # () of [C·n, C] too
+    C, batch = logits.shape[-1], logits.shape[:-3]  # () for [C·n, C] too
     n = logits.shape[-2] if logits.dim() > 2 else logits.shape[0] // C
     return _Shape(batch.numel(), n, C * n, C, torch.promote_types(logits.dtype, torch.float32))
 
 
 def forward(logits, weights, label_smoothing):
-    """The loss `[...]` and the log-sum-exp of each row `logits.shape[:-1]`, as computed."""
+    """The loss `[...]` and the log-sum-exp of each row `logits.shape[:-1]`, in the dtype of the arithmetic."""
     shape = _shape(logits)
     loss = torch.empty(logits.shape[:-3], dtype=shape.arithmetic, device=logits.device)
     lse = torch.empty(logits.shape[:-1], dtype=shape.arithmetic, device=logits.device)
@@ -222,7 +223,8 @@ def backward(grad, logits, weights, lse, label_smoothing):
 
 
 def rows(logits, weights, label_smoothing, first, n, gradient):
-    """What rows [first, first + len(logits)) of C blocks of n rows add to the loss; in place, their ∂loss/∂logits."""
+    """What rows [first, first + len(logits)) of C blocks of n rows add to the loss; overwrites logits with
+    ∂loss/∂logits."""
     if logits.dtype not in ACCEPTED:
         raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
     R, C = logits.shape

@@ -1,13 +1,14 @@
-"""Particle sets as the pairwise kernels take them, and the pieces that these share.
+"""Particle sets in the layout of the pairwise kernels, and the building blocks that these share.
 
-Every product of a pairwise kernel has the same shape of problem: rows of d numbers against rows of d numbers, tile by
-tile. One pass writes the rows centred, in float32 and padded to whole tiles with zeros, so that no inner loop knows of
-dtypes, strides or edges. With q_i = ‖x_i‖²/2,
+Every product in a pairwise kernel multiplies rows of d numbers with rows of d numbers, tile by tile. One pass writes
+the rows centred, in float32 and padded to whole tiles with zeros, so that no inner loop deals with dtypes, strides or
+edges. With q_i = ‖x_i‖²/2,
 
   u_ij = q_i + q_j − x_i·x_j = ‖x_i − x_j‖²/2 >= 0,
 
-where q_i is half the diagonal of the same product. q is infinite in padding: its k = exp(−2u/h) is 0. A product may
-round a row differently by its position, so equal rows are told by a mark, a hash of their bits: they are at distance 0.
+where q_i is half the diagonal of the same product. q is infinite in the padding, so that k = exp(−2u/h) is 0 there.
+The rounding of a product may depend on a row's position, so equal rows, whose distance is 0, are recognised by a mark,
+a hash of their bits.
 """
 
 import functools
@@ -18,23 +19,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# fusion stated, since its default differs between versions of Triton
+# fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
-ROWS = 64  # of a packing program; n is padded to a multiple of twice as many
-PROGRAMS = 264  # that occupy a GPU: two for each processor of an H100
-WIDE = 128  # dimensions up to which they are padded to a power of two
+ROWS = 64  # per packing program; n is padded to a multiple of twice as many
+PROGRAMS = 264  # enough to fill a GPU: two per SM of an H100
+WIDE = 128  # up to this many dimensions, d is padded to a power of two
 
 HALF = (torch.bfloat16, torch.float16)
 LARGEST, SMALLEST = tl.constexpr(3.4028234e38), tl.constexpr(1.1754944e-38)  # normal float32
-# More than what products of up to 8192 dimensions lose of q_i + q_j. Rows farther apart are not equal, whatever their
-# marks; one in 2³² pairs of nearer ones has equal marks by chance.
+# More than the share of q_i + q_j that products of up to 8192 dimensions lose to rounding. Rows farther apart are not
+# equal, whatever their marks; one in 2³² pairs of nearer rows has equal marks by chance.
 LOST = tl.constexpr(2.0**-10)
 
 
 @triton.jit
 def as_operand(x, PRECISION: tl.constexpr):
-    """x as a product in PRECISION reads it. TF32 keeps 10 of 23 bits: rounded here, not cut off there, and what is
-    added up beside the product is the same number."""
+    """x as a product in PRECISION reads it. TF32 keeps 10 of 23 bits: x is rounded here rather than truncated in the
+    product, so that sums outside the product use the same number."""
     if PRECISION == "tf32":
         bits = x.to(tl.int32, bitcast=True)
         finite = (bits & 0x7F800000) != 0x7F800000
@@ -50,7 +51,7 @@ def tile(p, ld, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def add_product(c, p_a, p_b, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """c + A Bᵀ for packed rows A at p_a and B at p_b, as many as c has rows and columns."""
+    """c + A Bᵀ for packed rows A at p_a and B at p_b, as many as c has rows and columns respectively."""
     for k in range(0, D, WIDTH):
         b_a, b_b = tile(p_a + k, D, c.shape[0], WIDTH), tile(p_b + k, D, c.shape[1], WIDTH)
         c = tl.dot(b_a, tl.trans(b_b), c, input_precision=PRECISION)
@@ -65,7 +66,8 @@ def half_diagonal(c):
 
 @triton.jit
 def mark_of(x, column):
-    """Σ_k c_k bits(x_k) mod 2³² over these columns of rows [ROWS, WIDTH], c_k odd: columns add up to a row's mark."""
+    """Σ_k c_k bits(x_k) mod 2³² over these columns of rows [ROWS, WIDTH], c_k odd; the sum over all columns is the
+    row's mark."""
     c = (column + 1) * 0x61C88647
     c = ((c ^ (c >> 15)) * 0x2C1B3C6D) | 1
     return tl.sum(tl.where(x == 0, 0, x.to(tl.int32, bitcast=True)) * c[None, :], 1)
@@ -73,7 +75,7 @@ def mark_of(x, column):
 
 @triton.jit
 def half_distances(xx, q_i, q_j, mark_i, mark_j):
-    """u_ij of rows i and j from their products; 0 to the bit where the rows are equal."""
+    """u_ij of rows i and j from their products; exactly 0 where the rows are equal."""
     norms = q_i[:, None] + q_j[None, :]
     u = tl.maximum(norms - xx, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where((mark_i[:, None] == mark_j[None, :]) & (u < norms * LOST), 0.0, u)
@@ -132,7 +134,7 @@ def _pack_kernel(
         mark += mark_of(b_x, column)
         tl.store(p_X + packed, b_x)
         if WITH_V:
-            # V = αS − βX, S = −x without a score
+            # V = αS − βX; without a score S = −x
             b_s = -b_raw
             if p_score is not None:
                 b_s = tl.load(p_score + given, mask=mask, other=0.0).to(tl.float32)
@@ -149,7 +151,7 @@ def _pack_kernel(
 
 
 class Packed(NamedTuple):
-    """Centred X and what goes with it, `[sets, N, D]` and `[sets, N]`, zeros beyond n and d."""
+    """Centred X and its companions, `[sets, N, D]` and `[sets, N]`, zero beyond n and d."""
 
     sets: int
     n: int
@@ -165,14 +167,14 @@ class Packed(NamedTuple):
 
 
 def padded(d: int) -> int:
-    """Dimensions of a packed row: a power of two, or a multiple of WIDE."""
+    """Dimensions of a packed row: a power of two or a multiple of WIDE."""
     return max(16, triton.next_power_of_2(d)) if d <= WIDE else triton.cdiv(d, WIDE) * WIDE
 
 
 def shares(tiles: int, programs: int) -> tuple[int, int]:
-    """Into how many parts `tiles` are split to occupy a GPU where there are `programs` of them, and tiles of a part.
+    """How many parts `tiles` are split into to fill a GPU if each part has `programs` programs, and tiles per part.
 
-    A function of shapes alone, which so decide the order of every sum.
+    Depends only on shapes, which therefore determine the order of every sum.
     """
     share = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // max(1, programs))))
     return triton.cdiv(tiles, share), share
@@ -184,19 +186,19 @@ def check_dtype(op: str, x: Tensor) -> None:
 
 
 def precision() -> str:
-    """Of float32 products, as PyTorch's."""
+    """Precision of float32 products, following PyTorch's setting."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 @functools.cache
 def capability(device: torch.device) -> int:
-    """The major compute capability; interpreted, the newest."""
+    """The major compute capability; the newest when interpreted."""
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 10
 
 
 def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, grad=None, mean=None) -> Packed:
-    """x `[..., n, d]` packed for products that take `width` dimensions at once, as q must; with a bandwidth V too, with
-    a gradient G and p. `mean` `[..., d]` is the centre where it is not x's own."""
+    """x `[..., n, d]` packed for products of `width` dimensions at a time, which q must also use; a bandwidth adds V, a
+    gradient adds G and p. `mean` `[..., d]` is the centre if it is not x's own."""
     sets, (n, d) = x.shape[:-2].numel(), x.shape[-2:]
     N, D = triton.cdiv(n, 2 * ROWS) * 2 * ROWS, padded(d)
 

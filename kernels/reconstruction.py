@@ -1,5 +1,5 @@
-"""Reconstruction losses in Triton: rows of m pixels, each summed by one program, or by several and a second launch
-where rows are few and long. Kinds are L2, L1 and BCE of ivfast/ops/reconstruction.py.
+"""Reconstruction losses in Triton. Each row of m pixels is summed by one program; if rows are few and long, by several
+and a second launch. Kinds are L2, L1 and BCE of ivfast/ops/reconstruction.py.
 """
 
 import torch
@@ -9,18 +9,18 @@ import triton.language as tl
 from .math import log1p
 from .particles import shares
 
-# A tile is ROWS samples by COLUMNS pixels: by register count (tests/test_cubins.py), not yet by a clock.
+# A tile is ROWS samples by COLUMNS pixels; chosen by register count (tests/test_cubins.py), not yet timed.
 TILE = 1024  # elements
-ONE_PROGRAM = 16  # tiles of a row that one program sums, so that a usual image takes one launch
-PARTS = 256  # of a row at most: what one program adds up
+ONE_PROGRAM = 16  # tiles of a row up to which one program sums, so that a typical image takes one launch
+PARTS = 256  # per row at most: as many as one program adds up
 L2, L1 = tl.constexpr(0), tl.constexpr(1)
-# fusion stated, since its default differs between versions of Triton
+# fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 @triton.jit
 def _finite(x):
-    """x with the largest number in the place of infinity."""
+    """x with infinity replaced by the largest finite number."""
     most = 1.7976931348623157e308 if x.dtype == tl.float64 else 3.4028234663852886e38
     return tl.where(x == float("inf"), most, tl.where(x == float("-inf"), -most, x))
 
@@ -29,7 +29,7 @@ def _finite(x):
 def _forward_kernel(
     p_output, p_target, p_loss, n, m, share, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    dtype = p_loss.dtype.element_ty  # of the arithmetic
+    dtype = p_loss.dtype.element_ty  # dtype of the arithmetic
     first, i_part = tl.program_id(0).to(tl.int64) * ROWS, tl.program_id(1)
     row = tl.arange(0, ROWS)
     inside = row < n - first
@@ -38,7 +38,7 @@ def _forward_kernel(
     for i_tile in range(i_part * share, tl.minimum((i_part + 1) * share, tl.cdiv(m, COLUMNS))):
         column = i_tile * COLUMNS + tl.arange(0, COLUMNS)
         mask = inside[:, None] & (column < m)[None, :]
-        at = row[:, None] * m + column[None, :]  # from the tile's first row
+        at = row[:, None] * m + column[None, :]  # relative to the tile's first row
         b_x = tl.load(p_output + first * m + at, mask=mask, other=0.0).to(dtype)
         b_t = tl.load(p_target + first * m + at, mask=mask, other=0.0).to(dtype)
         if KIND == L2:
@@ -73,7 +73,7 @@ def _backward_kernel(
     row, column = tl.arange(0, ROWS), i_tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < n - first
     mask = inside[:, None] & (column < m)[None, :]
-    at = row[:, None] * m + column[None, :]  # from the tile's first row
+    at = row[:, None] * m + column[None, :]  # relative to the tile's first row
 
     b_grad = tl.load(p_grad + first + row, mask=inside, other=0.0).to(dtype)[:, None]
     b_x = tl.load(p_output + first * m + at, mask=mask, other=0.0).to(dtype)
@@ -122,7 +122,7 @@ def forward(output, target, kind):
 
 
 def backward(grad, output, target, kind, target_gradient):
-    """∂L/∂output, and ∂L/∂target where it is asked for (otherwise `[0]`), given grad = ∂L/∂loss `[n]`."""
+    """∂L/∂output and ∂L/∂target (`[0]` unless requested), given grad = ∂L/∂loss `[n]`."""
     doutput = torch.empty(output.shape, dtype=output.dtype, device=output.device)
     dtarget = torch.empty(output.shape if target_gradient else 0, dtype=output.dtype, device=output.device)
     if size := output.numel():

@@ -1,13 +1,13 @@
-"""Order statistics of all squared distances of a particle set in Triton, none of which is stored.
+"""Order statistics of all squared distances of a particle set in Triton, without storing the distances.
 
-A squared distance is not negative, so its float32 bits order as integers do. Every pass computes the distances anew and
-counts those below a window and those in each of its BINS equal bins; the window closes in on the bin that holds the
-rank until a bin is one number wide: eleven bits a pass, so three passes from [0, 2³¹). A window around the quantile of
-a sample saves one, and where it misses the rank, the passes after it start over on the side where the rank is. Their
-number is fixed and a pass without work returns at once: the host never waits.
+Squared distances are not negative, so their float32 bits sort like integers. Every pass recomputes the distances and
+counts those below a window and those in each of its BINS equal bins. The window then narrows to the bin that holds the
+rank, until a bin is one number wide: eleven bits per pass, so three passes from [0, 2³¹). A window around the quantile
+of a sample saves one pass; if it misses the rank, the following passes start over on the side where the rank is. The
+number of passes is fixed, and a pass without work returns at once, so the host never waits.
 
-All passes compute a distance by the same instructions (3xTF32 always), so that ranks agree and backward finds the
-pairs. Counts are integers, so the order of atomic additions does not show.
+All passes compute a distance by the same instructions (always 3xTF32), so that ranks agree and backward finds the
+pairs. Counts are integers, so the order of atomic additions does not matter.
 """
 
 import math
@@ -21,10 +21,10 @@ from torch import Tensor
 from .particles import OPTIONS, Packed, add_product, half_distances
 
 # Nothing here is measured yet.
-TILE, SEGMENT = 64, 16  # a counting program takes TILE rows by up to SEGMENT tiles of TILE columns
-TILE_OPTIONS = OPTIONS | {"num_warps": 8}  # of every kernel with tiles of pairs
+TILE, SEGMENT = 64, 16  # a counting program processes TILE rows by up to SEGMENT tiles of TILE columns
+TILE_OPTIONS = OPTIONS | {"num_warps": 8}  # for every kernel with tiles of pairs
 BINS = 2048
-SAMPLED = 1 << 20  # pairs from which on a sample pays
+SAMPLED = 1 << 20  # pairs from which sampling pays off
 SAMPLES, SAMPLE_ROWS = 1 << 14, 64
 MARGIN = 4 * 0.5 * math.sqrt(SAMPLES)  # four standard deviations of a sampled median's rank
 PRECISION = tl.constexpr("tf32x3")
@@ -52,7 +52,7 @@ def rank_of(bits, k):
 
 @triton.jit
 def _sample_kernel(p_X, p_sample, n, N, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Squared distances of pairs spread over the set by a fixed sequence: no result depends on which."""
+    """Squared distances of pairs spread over the set by a fixed sequence; no result depends on the choice."""
     i_set = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     i = (tl.randint(1, pair).to(tl.int32) & 0x7FFFFFFF) % n
@@ -68,13 +68,13 @@ def _sample_kernel(p_X, p_sample, n, N, D: tl.constexpr, ROWS: tl.constexpr, WID
 
 @triton.jit
 def _shift(span, BINS: tl.constexpr):
-    """The least s for which BINS bins of 2^s numbers hold a span of numbers."""
+    """The smallest s for which BINS bins of 2^s numbers cover a span of numbers."""
     return tl.sum(((tl.full([32], BINS, tl.int64) << tl.arange(0, 32).to(tl.int64)) < span).to(tl.int32), 0)
 
 
 @triton.jit
 def _bracket_kernel(p_sample, p_window, low_rank, high_rank, SAMPLES: tl.constexpr, BINS: tl.constexpr):
-    """The window of both ranks: between two ranks of the sample."""
+    """The window for both ranks: between two ranks of the sample."""
     i_set = tl.program_id(0).to(tl.int64)
     bits = bits_of(tl.load(p_sample + i_set * SAMPLES + tl.arange(0, SAMPLES)))
     low, high = rank_of(bits, low_rank), rank_of(bits, high_rank)
@@ -86,7 +86,7 @@ def _bracket_kernel(p_sample, p_window, low_rank, high_rank, SAMPLES: tl.constex
 
 @triton.jit
 def tile_bits(p_X, p_q, p_mark, base, i, j, n, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """The bits of d² between the tiles of rows from i and from j <= i, and which are pairs of particles."""
+    """The bits of d² between the tiles of rows starting at i and j <= i, and which entries are pairs of particles."""
     xx = tl.zeros([TILE, TILE], tl.float32)
     xx = add_product(xx, p_X + (base + i) * D, p_X + (base + j) * D, D, WIDTH, PRECISION)
     row, column = i + tl.arange(0, TILE), j + tl.arange(0, TILE)
@@ -97,7 +97,7 @@ def tile_bits(p_X, p_q, p_mark, base, i, j, n, D: tl.constexpr, TILE: tl.constex
 
 @triton.jit
 def _count_target(bits, pair, p_counts, low, shift, BINS: tl.constexpr):
-    """Counts into the bins; how many of each row are below them."""
+    """Count into the bins; return how many in each row are below them."""
     bin = (bits - low) >> tl.maximum(shift, 0)
     inside = (pair & (bits >= low) & (bin < tl.where(shift < 0, 0, BINS))).to(tl.int1)
     tl.atomic_add(p_counts + bin, tl.full(bits.shape, 1, p_counts.dtype.element_ty), mask=inside, sem="relaxed")
@@ -145,7 +145,7 @@ def _count_kernel(
 
 @triton.jit
 def _narrow_kernel(p_counts, p_window, rank_0, rank_1, BINS: tl.constexpr):
-    """The window of one rank from the counts in the last one, which are set to 0."""
+    """The next window for one rank, from the counts in the last one; resets the counts to 0."""
     i_set, target = tl.program_id(0).to(tl.int64), tl.program_id(1)
     p_window += 4 * i_set + 2 * target
     p_counts += i_set * (2 * BINS + 2) + target * (BINS + 1)
@@ -169,7 +169,7 @@ def _narrow_kernel(p_counts, p_window, rank_0, rank_1, BINS: tl.constexpr):
 
 
 class Ranks(NamedTuple):
-    """Of the two middles among the n(n−1)/2 squared distances; −1 for a 0 of the full matrix's diagonal."""
+    """Ranks of the two middles among the n(n−1)/2 squared distances; −1 for a 0 on the full matrix's diagonal."""
 
     first: int
     second: int
@@ -209,7 +209,7 @@ def select(packed: Packed, ranks: Ranks) -> Tensor:
 
 
 def _window(packed, ranks):
-    """Where the ranks are looked for first: `[sets, 2, 2]`, the lowest bits and the logarithm of a bin's width."""
+    """The first window to search: `[sets, 2, 2]`, the lowest bits and the logarithm of a bin's width."""
     window = torch.zeros(packed.sets, 2, 2, dtype=torch.int32, device=packed.X.device)
     if ranks.pairs < SAMPLED:
         window[..., 1] = 31 - (BINS.bit_length() - 1)

@@ -1,13 +1,13 @@
-"""SVGD direction and its gradient in Triton for large particle sets: tiles of K on the tensor cores, never K itself.
+"""SVGD direction and its gradient in Triton for large particle sets: tiles of K on the tensor cores, never all of K.
 
-K' = K − I, r' = K'1: a particle's own term is added apart and exactly, however narrow the kernel. With X centred,
+K' = K − I, r' = K'1: a particle's own term is added separately and exactly, however narrow the kernel. With X centred,
 V = αS − βX, γα = 1 and γβ = 2/h,
   φ_i = (1/n) [s_i + γ (K'V + β r'∘X)_i].
 Backward, with B_ij = k'_ij (g_i·v_j + v_i·g_j + β g_i·x_i + β g_j·x_j), D = (γ/n) [(B1)∘X − BX] and
 E = (1/n) [r'∘G − K'G],
   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
 
-Three passes each way: rows are packed (particles.py), pairs of tiles are summed over, and the sums are finished.
+Three passes each way: pack the rows (particles.py), sum over pairs of tiles, finish the sums.
 """
 
 from typing import NamedTuple
@@ -39,8 +39,8 @@ FINISH_ROWS, FINISH_WIDTH = 16, 64
 class Tile(NamedTuple):
     rows: int
     columns: int
-    values: int  # dimensions of K'V that a program adds up; each such program computes its K anew
-    width: int  # dimensions that a product takes at once
+    values: int  # dimensions of K'V per program; each program recomputes its K
+    width: int  # dimensions per product
     warps: int
     stages: int = 2
 
@@ -51,12 +51,12 @@ class Tile(NamedTuple):
 
 # Nothing here is measured yet: these are the largest tiles that Triton 3.6 and 3.9 compile without spills.
 #
-# The products bind. Forward, a pair costs 4 D flop, three times over in 3xTF32, and one exponential: at D = 64 that is
-# 768 flop, 0.36 clocks of an H100's tensor cores, against 0.06 of its special functions. From the second-level cache a
-# tile reads its columns' X and V, 8 D bytes a row: rows/2 flop per byte, 64 of them at 128 rows, where an H100 needs 30
-# (165 Tflop/s in 3xTF32 over 5.5 TB/s). Where width < D the rows' X is read again with every tile and 20 remain: enough
-# for an A100, whose mma holds both parts of an operand in registers and leaves no room for more; Hopper's wgmma takes
-# them from shared memory. Above 128 dimensions K is computed again for each 128 of them.
+# The products are the bottleneck. Forward, a pair costs 4 D flop, three times over in 3xTF32, and one exponential: at
+# D = 64 that is 768 flop, 0.36 clocks of an H100's tensor cores, against 0.06 for its special functions. A tile reads
+# its columns' X and V from the L2 cache, 8 D bytes per row: rows/2 flop per byte, which is 64 at 128 rows, where an
+# H100 needs 30 (165 Tflop/s in 3xTF32 over 5.5 TB/s). If width < D, the rows' X is read again with every tile and 20
+# remain: enough for an A100, whose mma holds both parts of an operand in registers and leaves no room for more;
+# Hopper's wgmma reads them from shared memory. Above 128 dimensions K is recomputed for every 128 of them.
 def forward_tile(D: int, major: int) -> Tile:
     """For rows of D numbers on compute capability `major`.x."""
     if D > 64:
@@ -64,7 +64,7 @@ def forward_tile(D: int, major: int) -> Tile:
     return Tile(128, 64, D, D, 8) if major >= 9 else Tile(128, 32, D, min(D, 32), 8)
 
 
-# Five products and two sums of [rows, values]: registers leave 10 to 15 flop per byte.
+# Five products and two sums of [rows, values]: registers limit this to 10 to 15 flop per byte.
 def backward_tile(D: int, major: int) -> Tile:
     return Tile(64, 32 if major >= 9 else 16, min(D, 64), 16, 8)
 
@@ -275,7 +275,8 @@ def _finish_backward_kernel(
 
 
 def _grid(packed: Packed, tile: Tile) -> tuple[tuple[int, int, int], int]:
-    """Programs of the middle pass, and how many columns each walks over: of shapes alone, which decide every sum."""
+    """Programs of the middle pass, and how many columns each covers. Depends only on shapes, which therefore determine
+    the order of every sum."""
     rows, values = packed.sets * packed.N // tile.rows, packed.D // tile.values
     parts, share = shares(packed.N // tile.columns, rows * values)
     return (rows, values, parts), share * tile.columns
@@ -284,7 +285,7 @@ def _grid(packed: Packed, tile: Tile) -> tuple[tuple[int, int, int], int]:
 def forward(x, score, bandwidth):
     """φ `[..., n, d]` and the row sums r = K1 `[..., n]` of K."""
     check_dtype("svgd_direction", x)
-    in_products = "tf32" if x.dtype in HALF else precision()  # half precision has no more bits than TF32 to begin with
+    in_products = "tf32" if x.dtype in HALF else precision()  # half precision has no more bits than TF32
     tile = forward_tile(padded(x.shape[-1]), capability(x.device))
     packed = pack(x, in_products, tile.width, score=score, bandwidth=bandwidth)
     sets, n, d, N, D = packed[:5]
@@ -309,7 +310,7 @@ def forward(x, score, bandwidth):
 
 
 def backward(grad, x, score, bandwidth, row_sum):
-    """∂L/∂x, ∂L/∂score (empty without one) and ∂L/∂h. r' is summed anew: in 1 + r' a small one has drowned."""
+    """∂L/∂x, ∂L/∂score (empty without a score) and ∂L/∂h. r' is recomputed, because 1 + r' has lost a small r'."""
     check_dtype("svgd_direction_backward", x)
     in_products = precision()  # half precision too: ∂h is a sum that cancels
     tile = backward_tile(padded(x.shape[-1]), capability(x.device))

@@ -1,7 +1,7 @@
-"""The SVGD bridge in Triton: for small particle sets every iteration, each with its median, in one launch, a program
-per set; for larger ones, and backward, the kernels of median.py and svgd.py, one iteration after the other.
+"""The SVGD bridge in Triton. For small particle sets one launch, with one program per set, does all iterations and
+their medians. Larger sets, and backward, run the kernels of median.py and svgd.py, one iteration after another.
 
-z ← z + step_size φ(z) + noise ε,  h = scale·med²/log n,  towards N(0, I): s = −z. The formulas are svgd.py's.
+z ← z + step_size φ(z) + noise ε,  h = scale·med²/log n,  towards N(0, I): s = −z. The formulas are those of svgd.py.
 """
 
 import torch
@@ -24,7 +24,7 @@ from .particles import (
 )
 from .selection import Ranks
 
-# n and d of a set that one program holds without spills (tests/test_cubins.py); not measured yet
+# largest n and d of a set that one program holds without spills (tests/test_cubins.py); not measured yet
 SMALL_N, SMALL_D = 64, 16
 SMALL_N_IN_TENSOR_MEMORY = 32  # capability 10 on: Triton 3.6 does not compile 64 there
 ELEMENTS = 1024
@@ -32,7 +32,7 @@ ELEMENTS = 1024
 
 @triton.jit
 def _distances(x, n, d, D: tl.constexpr, PRECISION: tl.constexpr):
-    """X, x centred, and the half squared distances u of its rows, of rows x that are 0 outside n and d."""
+    """X, the centred x, and the half squared distances u of its rows, for rows x that are 0 outside n and d."""
     i, c = tl.arange(0, x.shape[0]), tl.arange(0, D)
     inside = (i < n)[:, None] & (c < d)[None, :]
     X = as_operand(tl.where(inside, x - (tl.sum(x, 0) / n)[None, :], 0.0), PRECISION)
@@ -74,7 +74,7 @@ def _forward_kernel(
     for bridge in range(1, t):
         for step in range((bridge - 1) * iterations, bridge * iterations):
             now = size * step
-            # the median in full precision, whatever the products of φ take
+            # the median in full precision, whatever the precision of φ's products
             d2 = 2 * _distances(x, n, d, D, "tf32x3")[1]
             pair = (i[None, :] < i[:, None]) & (i < n)[:, None]
             m_0, m_1 = median.small_middles(tl.where(pair, d2.to(tl.int32, bitcast=True), 0x7FFFFFFF), rank_0, rank_1)
@@ -111,7 +111,7 @@ def _step_kernel(p_x, p_phi, p_draw, p_next, p_bridge, size, step_size, noise, E
 
 
 def _one_program(n: int, d: int, major: int) -> tuple[tuple[int, int], dict] | None:
-    """D, N and options of the program that takes a set whole, where one does."""
+    """D, N and options of the program that holds a whole set, or None if none can."""
     if n > (SMALL_N if major < 10 else min(SMALL_N, SMALL_N_IN_TENSOR_MEMORY)) or d > SMALL_D:
         return None
     N = max(16, triton.next_power_of_2(n))
@@ -119,8 +119,8 @@ def _one_program(n: int, d: int, major: int) -> tuple[tuple[int, int], dict] | N
 
 
 def forward(z, draws, t, iterations, step_size, scale, noise):
-    """The bridge `[t+1, ..., n, d]`, and what backward needs again: the sets `[L, ..., n, d]` that φ was taken at,
-    their bandwidths `[L, ...]` and row sums `[L, ..., n]`, L = (t − 1)·iterations."""
+    """The bridge `[t+1, ..., n, d]` and, for backward, the sets `[L, ..., n, d]` at which φ was evaluated, their
+    bandwidths `[L, ...]` and row sums `[L, ..., n]`, L = (t − 1)·iterations."""
     check_dtype("svgd_bridge", z)
     z, draws, steps = z.contiguous(), draws.contiguous(), (t - 1) * iterations
     (n, d), sets = z.shape[-2:], z.shape[:-2].numel()

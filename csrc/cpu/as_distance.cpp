@@ -53,7 +53,7 @@ struct LogMeans {
   double slope(int k, bool log) const { return (k == 2 ? -2 : 1) * (log ? 1 : std::exp(log_mean[k])); }
 };
 
-// The four inputs, contiguous, and where each pair of batches lies in them.
+// The four inputs, contiguous, and the position of each pair of batches in them.
 struct Inputs {
   Tensor tensors[4];
   Shape r, g;

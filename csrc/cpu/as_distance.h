@@ -1,4 +1,4 @@
-// What the driver (as_distance.cpp) and the kernels (as_distance_kernel.h, once per instruction set) agree on.
+// Interface between the driver (as_distance.cpp) and the kernels (as_distance_kernel.h, once per instruction set).
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,16 @@ struct Posteriors {
   bool unbiased;
   const void *mu[2], *logvar[2];
   void *dmu[2], *dlogvar[2];  // backward
-  double log_sum[3], grad[3];  // of rr, gg and rg; the results forward, given backward
+  double log_sum[3], grad[3];  // for rr, gg and rg; results in forward, inputs in backward
   void* workspace;             // stages.bytes(…), aligned to 64
 
-  // Blocks are numbered through r, then g.
+  // Blocks are numbered consecutively, first those of r, then those of g.
   int64_t blocks(int batch) const { return (n[batch] + size - 1) / size; }
   int64_t blocks() const { return blocks(0) + blocks(1); }
 };
 
 // Each block is begun once, then paired once with every other block, then finished. Two stages on different blocks may
-// run at the same time; the order of one block's stages decides its rounding.
+// run at the same time; the order of one block's stages determines its rounding.
 struct AsDistanceStages {
   int64_t (*bytes)(const Posteriors&);
   void (*begin)(const Posteriors&, int64_t block);

@@ -1,4 +1,4 @@
-// Blocks of posteriors in pairs: their log-sums, or their gradients; included once per instruction set.
+// Pairs of blocks of posteriors: their log-sums or gradients; included once per instruction set.
 //
 // T is the dtype of the arithmetic, S that of the tensors.
 #pragma once
@@ -12,7 +12,7 @@ namespace ivfast {
 namespace IVFAST_ISA {
 namespace {
 
-// What the values of a block reach.
+// The range of the values of a block.
 struct Extent {
   double least, largest, mean;  // least and largest l, largest |u|
   bool nan;
@@ -31,7 +31,7 @@ struct View {
 
   View(const Posteriors& q, bool backward) : d(q.d) {
     const int64_t width = round_up(d, lanes<T>);
-    ld = width * sizeof(T) % 1024 ? width : width + lanes<T>;  // rows do not fall into one set of the cache
+    ld = width * sizeof(T) % 1024 ? width : width + lanes<T>;  // rows must not map to the same cache set
     char *const base = static_cast<char*>(q.workspace), *next = base;
     const auto take = [&](int64_t count, auto*& pointer) {
       pointer = reinterpret_cast<decltype(+pointer)>(next);
@@ -63,11 +63,11 @@ struct Block {
   }
 };
 
-// Variances are kept within 2^±120, and under the prior below 2^60: no P leaves the range of normal numbers.
+// Variances are clamped to 2^±120, and under the prior to below 2^60, so that no P leaves the range of normal numbers.
 template <class T, bool prior>
 IVFAST_INLINE Vec<T> variance(Vec<T> logvar) {
   const Vec<T> lowest = Vec<T>{} - T(83.1), highest = Vec<T>{} + T(prior ? 41.5 : 83.1);
-  logvar = logvar < lowest ? lowest : logvar;  // a NaN stays
+  logvar = logvar < lowest ? lowest : logvar;  // NaN stays NaN
   logvar = logvar > highest ? highest : logvar;
   return exp_moderate<Vec<T>, Bits<T>>(logvar, T());
 }
@@ -109,9 +109,9 @@ IVFAST_INLINE void pack(const Posteriors& q, const View<T>& w, int64_t index) {
   w.within[index] = w.between[index] = Total();
 }
 
-// What two blocks allow.
+// The limits for a pair of blocks.
 struct Limits {
-  int64_t merged_steps = 0;  // products of four P that stay in range, 0 where fractions must not be merged
+  int64_t merged_steps = 0;  // products of four P that stay in range; 0 if fractions must not be merged
   double largest;            // P
 
   Limits(const Extent& a, const Extent& b, bool prior) {
@@ -120,13 +120,13 @@ struct Limits {
     largest = denominator(a.largest, b.largest);
     const double N = u * u * (prior ? 4 + a.largest + b.largest : 4);
     const double low = std::log2(least), high = std::log2(largest), power = 4 * (high > -low ? high : -low);
-    // 4 N P³ is the largest numerator, and numerators that underflow are less than 2^-49 of a fraction
+    // 4 N P³ is the largest numerator; numerators that underflow are less than 2^-49 of a fraction
     if (power <= 100 && 2 + std::log2(N + 1) + 3 * (high > 0 ? high : 0) <= 126)
       merged_steps = power > 1 ? int64_t(125 / power) : 125;
   }
 };
 
-// log k without its constant is to base 2.
+// log k without its constant, to base 2.
 inline double constant(const Posteriors& q, bool additive, bool prior) {
   const double gaussian = -0.5 * (prior ? 2 : 1) * std::log(2 * M_PI);
   return additive ? gaussian - std::log(double(q.d)) : gaussian * double(q.d);
@@ -208,7 +208,7 @@ void collect(Posteriors& q) {
     sums[2].add(between.top, between.sum);
   }
   for (int k = 0; k < 3; ++k) {
-    const double log2_sum = sums[k].top + std::log2(sums[k].sum) + (k < 2);  // within a batch each pair stands twice
+    const double log2_sum = sums[k].top + std::log2(sums[k].sum) + (k < 2);  // within a batch each pair occurs twice
     q.log_sum[k] = log2_sum / M_LOG2E + constant(q, additive, prior);
   }
 }

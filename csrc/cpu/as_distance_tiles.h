@@ -11,24 +11,24 @@ namespace ivfast {
 namespace IVFAST_ISA {
 namespace {
 
-// Rows that share the loads of a vector of columns.
+// Rows that share the load of a vector of columns.
 constexpr int64_t rows_at_once = IVFAST_VECTOR_BYTES == 64 ? 4 : 2;
 constexpr double half_log2_e = 0.72134752044448170;
 
 template <class T>
 using Bits = typename Simd<T>::Bits;
 
-// Panels of both sides and the tile's place in them; `diagonal` where both are the same rows.
+// Panels of both sides and the tile's position in them; `diagonal` if both are the same rows.
 template <class T>
 struct Pairs {
   const T *u_i, *l_i, *u_j, *l_j;
   int64_t d, i, rows, j, cols;
   bool diagonal, unbiased;
 
-  // Of a row i the columns from here on count, in whole vectors.
+  // In a row i the columns from here on count, in whole vectors.
   int64_t first(int64_t row) const { return diagonal ? row / lanes<T> * lanes<T> : 0; }
 
-  // On the diagonal tile a pair counts once and a sample with itself half, or not at all: twice that is the sum.
+  // On the diagonal tile a pair counts once, and a sample with itself half or not at all; the sum is twice the result.
   Vec<T> choose(int64_t row, int64_t column, T pair, T self, T none) const {
     Bits<T> at;
     for (int l = 0; l < lanes<T>; ++l) at[l] = l;
@@ -103,14 +103,14 @@ IVFAST_INLINE void add_terms(Terms<T, R>& terms, const T* u_i, const T* l_i, con
   }
 }
 
-// f(Σ_d …, i, j) of each group of rows and vector of columns that count
+// f(Σ_d …, i, j) for each group of rows and vector of columns that count
 template <class T, class F>
 IVFAST_INLINE void groups(const Pairs<T>& p, const F& f) {
   for (int64_t j = 0; j < p.cols; j += lanes<T>)
     for (int64_t i = 0; i < p.rows && p.first(i) <= j; i += rows_at_once) f(i, j);
 }
 
-// log2 k, −∞ for what does not count
+// log2 k, −∞ for pairs that do not count
 template <bool prior, class T>
 IVFAST_INLINE void log_kernel_tile(T* out, const Pairs<T>& p, int64_t merged_steps) {
   constexpr int R = rows_at_once;
@@ -133,7 +133,7 @@ IVFAST_INLINE void log_kernel_tile(T* out, const Pairs<T>& p, int64_t merged_ste
   });
 }
 
-// Σ_d 2^(−½ log2(e) N/P − top)/√P, 0 for what does not count
+// Σ_d 2^(−½ log2(e) N/P − top)/√P, 0 for pairs that do not count
 template <bool prior, class T>
 IVFAST_INLINE void additive_tile(T* out, const Pairs<T>& p, T top) {
   constexpr int R = rows_at_once, L = lanes<T>;
@@ -227,8 +227,8 @@ IVFAST_INLINE void sum_pairs(Total& total, const Pairs<T>& p, int64_t merged_ste
   }
 }
 
-// The share of each pair in the sum, times `weight`; `alive` says of each group of rows whether it has any in a column.
-// Additive shares are parted over the dimensions later.
+// The share of each pair in the sum, times `weight`; `alive` tells for each group of rows whether a column has any.
+// Additive shares are divided among the dimensions later.
 template <bool additive, bool prior, class T>
 IVFAST_INLINE void weights_tile(T* values, Bits<T>* alive, const Pairs<T>& p, int64_t merged_steps, T weight,
                                 T log2_sum) {
@@ -256,7 +256,7 @@ struct Rows {
 };
 
 // Both sides of each pair: ∂ℓ/∂u_i = −t_i and ∂ℓ/∂l_i = ½ (t_i² − c_i/P) with t = δ/P and c = 1 (Lebesgue measure), or
-// t_i = (δ + u_i l_j)/P and c_i = 1 + l_j (weighted by the prior); δ changes its sign for the other side.
+// t_i = (δ + u_i l_j)/P and c_i = 1 + l_j (weighted by the prior); δ changes sign for the other side.
 template <bool additive, bool prior, class T>
 IVFAST_INLINE void gradient_tile(const T* weights, const Bits<T>* alive_, const Pairs<T>& p, const Rows<T>& a,
                                  const Rows<T>& b, int64_t ld, T exponent) {

@@ -19,7 +19,7 @@ struct Angles {
   }
 };
 
-constexpr int64_t flop_per_move = 4;  // what moving an element costs, about
+constexpr int64_t flop_per_move = 4;  // approximate cost of moving an element
 
 Tensor forward(const Tensor& z_, const Tensor& draws_, int64_t t, bool radial) {
   const Rows rows(z_);
@@ -62,7 +62,8 @@ Tensor backward(const Tensor& grad_, int64_t t, bool radial) {
   return dz;
 }
 
-// Copies of rows whose block index[row] comes from `block` (null: zeros); any index outside [0, k) leaves its row.
+// Copies of rows in which block index[row] comes from `block` (null: zeros); an index outside [0, k) leaves its row
+// unchanged.
 Tensor substituted(const Tensor& x_, const Tensor* block_, const Tensor& index_, int64_t k) {
   const Rows rows(x_);
   const ScalarType dtype = x_.scalar_type();

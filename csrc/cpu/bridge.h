@@ -1,4 +1,4 @@
-// What the driver (bridge.cpp) and the kernels (bridge_kernel.h, once per instruction set) agree on.
+// Interface between the driver (bridge.cpp) and the kernels (bridge_kernel.h, once per instruction set).
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// The blockwise and the radial bridge: t+1 outputs from one read, one sum of t+1 gradients; once per instruction set.
+// The blockwise and the radial bridge: t+1 outputs from one read, one sum of t+1 gradients; included once per
+// instruction set.
 #pragma once
 
 #include "bridge.h"
@@ -20,11 +21,11 @@ IVFAST_INLINE void copy(S* to, const S* from, int64_t count) {
   if (bytes >= 2) __builtin_memcpy(out, in, 2);
 }
 
-// Elements that stay in the first-level cache while the t+1 outputs or gradients pass, one after the other: side by
-// side, at a distance of a power of two, they would evict each other.
+// Elements that stay in the L1 cache while the t+1 outputs or gradients are processed one after another. Side by side,
+// at strides of a power of two, they would evict each other.
 constexpr int64_t piece = 1024;
 
-// T_k z: the first k blocks of d/t dimensions from the draws
+// T_k z: the first k blocks of d/t dimensions come from the draws
 template <class S, class T>
 void blockwise(const SubstitutionRows& b) {
   const int64_t width = b.d / b.t, group = b.d < piece ? piece / b.d : 1;
@@ -51,7 +52,7 @@ void blockwise_backward(const SubstitutionRows& b) {
       Vec<T> sum = load_part<T>(grad, c, b.d);
       for (int64_t k = 1; k < b.t && k * width < c + lanes<T>; ++k) {
         const Vec<T> g = load_part<T>(grad + k * b.stride, c, b.d);
-        const auto from = typename Simd<T>::Scalar(k * width - c);  // the first lane that k has left as it was
+        const auto from = typename Simd<T>::Scalar(k * width - c);  // the first lane that T_k leaves unchanged
         sum += from <= 0 ? g : (lane_numbers<T>() < Bits{} + from ? Vec<T>{} : g);
       }
       store_part<T>(static_cast<S*>(b.dz) + row * b.d, sum, c, b.d);

@@ -1,5 +1,5 @@
-// Whole vectors from and to what tensors are stored in, `load` and `store` of math.h lane by lane; included once per
-// instruction set.
+// Whole vectors from and to the storage types of tensors, as `load` and `store` of math.h do lane by lane; included
+// once per instruction set.
 #pragma once
 
 #include "../math.h"
@@ -55,7 +55,7 @@ IVFAST_MATH void store_vector(Float16* to, Floats x) {
 }  // namespace IVFAST_ISA
 }  // namespace ivfast
 
-// function<S, T>(…) of a storage: tensors hold S, arithmetic is in T
+// function<S, T>(…) for a storage: tensors hold S, arithmetic is in T
 #define IVFAST_BY_STORAGE(storage, function, ...)                          \
   (storage == Storage::float64    ? function<double, double>(__VA_ARGS__)  \
    : storage == Storage::bfloat16 ? function<BFloat16, float>(__VA_ARGS__) \

@@ -1,4 +1,4 @@
-// The exponential of the ELBO on the CPU: a loss and a KL per sample, few enough for scalars.
+// The exponential of the ELBO on the CPU: one loss and one KL per sample, few enough for scalar code.
 #include <cmath>
 #include <tuple>
 
@@ -10,7 +10,7 @@ namespace {
 constexpr double most = 80;  // as in ivfast/ops/exp_elbo.py
 constexpr int64_t flop_per_element = 100;
 
-// a rec_i + b KL_i; a factor of 0 leaves its term out, be it infinite
+// a rec_i + b KL_i; a factor of 0 drops its term even if it is infinite
 struct Exponent {
   Elements reconstruction, kl;
   double a, b;

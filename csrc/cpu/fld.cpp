@@ -1,4 +1,4 @@
-// The latent distance through its Gram matrix on the CPU: the operator, and which thread does what.
+// The latent distance through its Gram matrix on the CPU: the operator and the division of work among threads.
 #include "fld.h"
 
 #include <cmath>
@@ -34,7 +34,7 @@ bool run(Codes& codes, const CodesStages& stages, bool threaded) {
   return served;
 }
 
-// Of codes in another dtype, whose condition or range float does not serve
+// For codes in another dtype whose condition number or range is too large for float
 bool run_in_float64(Codes& codes, ScalarType dtype, bool threaded) {
   const int64_t count = codes.n * codes.d;
   std::vector<double> z(count), gradient(codes.gradient ? count : 0);
@@ -58,12 +58,12 @@ std::tuple<Tensor, Tensor, Tensor> fld_gram(const Tensor& z_, bool gradient_) {
   const Data zs(z, n * d, dtype), distances(distance, 1, wide), errors(error, 1, ScalarType::Float);
   const Data gradients = gradient_ ? Data(gradient, n * d, dtype) : Data();
   const CodesStages stages = IVFAST_BY_ISA(codes_stages, storage(dtype));
-  const int64_t cost = n * d * m * (gradient_ ? 3 : 1) + 15 * m * m * m;  // flop, about
+  const int64_t cost = n * d * m * (gradient_ ? 3 : 1) + 15 * m * m * m;  // approximate flop
   each_set(shape.sets, cost, [&](int64_t set, bool threaded) {
     Codes codes{zs[set], n, d, gradients[set]};
     bool served = run(codes, stages, threaded);
     if (!served && wide != ScalarType::Double) served = run_in_float64(codes, dtype, threaded);
-    if (!served) {  // the error says so
+    if (!served) {  // the error shows it
       codes.distance = NAN;
       const Elements to(codes.gradient, dtype);
       for (int64_t i = 0; gradient_ && i < n * d; ++i) to.set(i, NAN);

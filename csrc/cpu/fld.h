@@ -1,4 +1,4 @@
-// What the driver (fld.cpp) and the kernels (fld_kernel.h, once per instruction set) agree on.
+// Interface between the driver (fld.cpp) and the kernels (fld_kernel.h, once per instruction set).
 #pragma once
 
 #include <cstdint>
@@ -7,23 +7,24 @@
 
 namespace ivfast {
 
-constexpr int64_t chunk = 256;      // rows of codes taken at once
+constexpr int64_t chunk = 256;      // rows of codes processed at once
 
-// One set of codes z [n, d], contiguous, and its distance, gradient (null: not wanted) and error, as `fld_gram` says.
-// The Gram matrix is over the m = min(n, d) columns of W [rows, m], the centred codes or, for n <= d, their transpose.
+// One contiguous set of codes z [n, d], and its distance, gradient (null: not needed) and error, as in `fld_gram`.
+// The Gram matrix is that of the m = min(n, d) columns of W [rows, m]: the centred codes or, for n <= d, their
+// transpose.
 struct Codes {
   const void* z;
   int64_t n, d;
   void* gradient;
   double distance = 0, error = 0;
   int64_t rows = n > d ? n : d, m = n > d ? d : n;
-  int64_t parts = rows > 4 * chunk ? 4 : (rows + chunk - 1) / chunk;  // of the chunks; they decide the order of sums
+  int64_t parts = rows > 4 * chunk ? 4 : (rows + chunk - 1) / chunk;  // of the chunks; they determine the order of sums
   void* workspace = nullptr;
   bool wide() const { return n <= d; }
 };
 
-// In order: `means`, `center`, `scatter`, `root` (false: this arithmetic does not serve), `gradients`. Those that take a
-// part may run at the same time.
+// In order: `means`, `center`, `scatter`, `root` (false: this arithmetic is not accurate enough), `gradients`. Stages
+// that take a part may run in parallel.
 struct CodesStages {
   int64_t (*bytes)(const Codes&);
   void (*means)(const Codes&, int64_t part);

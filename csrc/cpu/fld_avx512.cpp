@@ -1,4 +1,4 @@
-// The kernels of fld and of inverse_root, on which it stands.
+// The kernels of fld and of inverse_root, which fld uses.
 #if defined(__x86_64__)
 #include "isa/avx512.h"
 #include "fld_kernel.h"

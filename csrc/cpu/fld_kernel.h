@@ -1,7 +1,7 @@
-// The latent distance of codes through their Gram matrix, included once per instruction set.
+// The latent distance of codes through their Gram matrix; included once per instruction set.
 //
-// W [rows, m] is taken in chunks of rows. Its elements are (z − z₀) − (μ − z₀), z₀ the first code: exact to their own
-// size however far from 0 the mean is.
+// W [rows, m] is processed in chunks of rows. Its elements are (z − z₀) − (μ − z₀), with z₀ the first code: they are
+// exact relative to their own size however far the mean is from 0.
 #include <algorithm>
 
 #include "fld.h"
@@ -24,7 +24,7 @@ struct Layout {
   double* roots;   // a Root
   double* grams;   // [parts], Σ over a part's chunks of their Gram matrices
   T* chunks;       // [parts, chunk], rows of W
-  T* products;     // [parts], a chunk's Gram matrix, then I − X of the gradient in the first
+  T* products;     // [parts], a chunk's Gram matrix; later the first holds I − X for the gradient
 
   explicit Layout(const Codes& codes) : codes(codes) {
     mean = static_cast<double*>(codes.workspace);
@@ -45,7 +45,7 @@ struct Layout {
     for (int64_t first = part * chunk; first < codes.rows; first += codes.parts * chunk)
       f(first, std::min(chunk, codes.rows - first), chunks + part * chunk * s.ld);
   }
-  // Rows of W, zeros behind their m elements
+  // Rows of W, with zeros after their m elements
   void fill(T* w, int64_t first, int64_t count) const {
     const int64_t d = codes.d;
     if (codes.wide()) {
@@ -71,7 +71,8 @@ int64_t codes_bytes(const Codes& codes) {
   return Layout<S, T>(codes).bytes();
 }
 
-// Σ (z − z₀) over the rows of a part, in T over 64 rows. The columns of a wide set are its rows: `center` sums them.
+// Σ (z − z₀) over the rows of a part, in T for 64 rows at a time. The columns of a wide set are its rows; `center` sums
+// them.
 template <class S, class T>
 void means(const Codes& codes, int64_t part) {
   const Layout<S, T> at_(codes);
@@ -106,7 +107,7 @@ void center(const Codes& codes) {
   for (int64_t j = codes.d; j < at.columns; ++j) at.slope[j] = 0;
 }
 
-// Σ wᵀw over the chunks of a part, at and right of the diagonal's blocks
+// Σ wᵀw over the chunks of a part, on and right of the diagonal blocks
 template <class S, class T>
 void scatter(const Codes& codes, int64_t part) {
   const Layout<S, T> at_(codes);
@@ -139,9 +140,9 @@ bool root(Codes& codes) {
       root.g[i * root.wide.ld + j] = root.g[j * root.wide.ld + i] = sum / double(n - 1);
       size += i == j ? sum / double(n - 1) : 0;
     }
-  // in float the squares of very large or small codes have no range
+  // in float the squares of very large or very small codes leave the range
   if (sizeof(T) < sizeof(double) && !(size > 1e-25 && size < 1e25)) return false;
-  const double filled = codes.wide() ? size / double(n - 1) : 0;  // in place of the eigenvalue 0 of 1
+  const double filled = codes.wide() ? size / double(n - 1) : 0;  // replaces the eigenvalue 0 of the vector 1
   for (int64_t i = 0; codes.wide() && i < m; ++i)
     for (int64_t j = 0; j < m; ++j) root.g[i * root.wide.ld + j] += filled / double(n);
   const bool served = root.run();
@@ -185,7 +186,7 @@ void gradients(const Codes& codes, int64_t part) {
       constexpr int C = decltype(vectors)::value, R = C == 1 ? 2 * group<T> : group<T>;
       for (int64_t i = 0; i < count; i += R) {
         Vec<T> acc[R][C] = {};
-        row_products<R, C, T>(acc, w + i * s.ld, at_.products + j, s);  // rows behind `count` are not stored
+        row_products<R, C, T>(acc, w + i * s.ld, at_.products + j, s);  // rows beyond `count` are not stored
         for (int r = 0; r < R && i + r < count; ++r)
 #pragma GCC unroll 8
           for (int v = 0; v < C; ++v) {

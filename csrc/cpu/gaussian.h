@@ -1,4 +1,4 @@
-// What the driver (gaussian.cpp) and the kernels (gaussian_kernel.h, once per instruction set) agree on.
+// Interface between the driver (gaussian.cpp) and the kernels (gaussian_kernel.h, once per instruction set).
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace ivfast {
 
 // Rows [first, last) of posteriors N(mu, diag e^logvar), contiguous [rows, d]; kl and dkl are [rows] in the dtype of
-// the arithmetic. A null output is not wanted, a null gradient is 0.
+// the arithmetic. A null output is not needed; a null gradient is 0.
 struct GaussianRows {
   int64_t d, first, last;
   const void *mu, *logvar, *draws;
@@ -19,7 +19,7 @@ struct GaussianRows {
 };
 
 struct GaussianStages {
-  void (*forward)(const GaussianRows&);   // kl, and z where there are draws
+  void (*forward)(const GaussianRows&);   // kl, and z if there are draws
   void (*backward)(const GaussianRows&);
 };
 

@@ -1,4 +1,4 @@
-// Samples of diagonal Gaussians and their KL to N(0, I); included once per instruction set.
+// Samples from diagonal Gaussians and their KL to N(0, I); included once per instruction set.
 #pragma once
 
 #include "gaussian.h"
@@ -8,10 +8,10 @@ namespace ivfast {
 namespace IVFAST_ISA {
 namespace {
 
-// e^x − 1 − x from e = e^x: by its series Σ_{k>=2} x^k/k! near 0, where the difference would lose the digits
+// e^x − 1 − x from e = e^x; near 0, where the difference would cancel, by its series Σ_{k>=2} x^k/k!
 template <class T>
 IVFAST_INLINE Vec<T> expm1_minus(Vec<T> x, Vec<T> e) {
-  constexpr double near = sizeof(T) == 4 ? 0.5 : 0.1;  // there the difference is e^x's error over x²/2 off
+  constexpr double near = sizeof(T) == 4 ? 0.5 : 0.1;  // at it, the relative error is that of e^x over x²/2
   Vec<T> series = Vec<T>{} + T(1. / 362880);
   for (const double coefficient : {1. / 40320, 1. / 5040, 1. / 720, 1. / 120, 1. / 24, 1. / 6, 1. / 2}) series = series * x + T(coefficient);
   const Vec<T> zero{}, size = x < zero ? -x : x, bound = zero + T(near);
@@ -36,7 +36,7 @@ void forward(const GaussianRows& g) {
         const Vec<T> draw = load_part<T>(static_cast<const S*>(g.draws) + at_row, c, g.d);
         store_part<T>(static_cast<S*>(g.z) + at_row, m + deviation * draw, c, g.d);
       }
-      sum += m * m + expm1_minus<T>(v, deviation * deviation);  // 0 in lanes of zeros
+      sum += m * m + expm1_minus<T>(v, deviation * deviation);  // 0 in lanes that hold zeros
     });
     static_cast<T*>(g.kl)[row] = T(0.5) * sum_lanes<T>(sum);
   }

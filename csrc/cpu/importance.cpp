@@ -1,4 +1,4 @@
-// The importance-weighted generator loss on the CPU: a logit per sample, few enough for scalars.
+// The importance-weighted generator loss on the CPU: one logit per sample, few enough for scalar code.
 #include <cmath>
 
 #include "rows.h"
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t flop_per_element = 200;
 
-// w = softmax(l) of the logits [first, first + n), as e^(l − largest)/sum; a NaN gives NaN.
+// w = softmax(l) of the logits [first, first + n), as e^(l − largest)/sum; NaN gives NaN.
 struct Weights {
   const Elements& l;
   double most, sum = 0;

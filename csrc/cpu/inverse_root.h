@@ -1,4 +1,4 @@
-// What the driver (inverse_root.cpp) and the kernels (inverse_root_kernel.h, once per instruction set) agree on.
+// Interface between the driver (inverse_root.cpp) and the kernels (inverse_root_kernel.h, once per instruction set).
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 
 namespace ivfast {
 
-constexpr int64_t most_rows = 128;  // of a matrix
+constexpr int64_t most_rows = 128;  // of the largest matrix
 
-// One symmetric matrix [d, d], contiguous, its inverse root, trace of the root and error, as `inverse_root` says.
+// One contiguous symmetric matrix [d, d], its inverse root, the trace of its root and the error, as in `inverse_root`.
 struct SymmetricMatrix {
   const void* a;
   int64_t d;

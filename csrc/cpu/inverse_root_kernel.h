@@ -1,8 +1,8 @@
-// The Newton–Schulz iteration for a^−½ of a symmetric matrix, included once per instruction set.
+// The Newton–Schulz iteration for a^−½ of a symmetric matrix; included once per instruction set.
 //
-// Matrices are [size, size] padded to whole vectors, rows `ld` apart: a vector more than `size`, since rows of a
-// power of two fall on few sets of the cache. All are polynomials in a, so that only blocks at and right of the
-// diagonal are computed, and mirrored.
+// Matrices are [size, size] padded to whole vectors, with rows `ld` apart: one vector more than `size`, because rows a
+// power of two apart map to few cache sets. All matrices are polynomials in a, so only the blocks on and right of the
+// diagonal are computed, and then mirrored.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -18,13 +18,13 @@ template <class T>
 struct Limits;  // ‖E‖ for a last step to E² and to E³, and full steps before it
 template <>
 struct Limits<float> {
-  static constexpr double last = 1e-2, cubic = 4e-2;  // X right to 3e-7 and 7e-7
-  static constexpr int steps = 4;                     // condition up to about 100: products in float serve
+  static constexpr double last = 1e-2, cubic = 4e-2;  // X is accurate to 3e-7 and 7e-7
+  static constexpr int steps = 4;                     // condition number up to about 100: float is accurate enough
 };
 template <>
 struct Limits<double> {
   static constexpr double last = 1e-4, cubic = 1e-3;  // 3e-13
-  static constexpr int steps = 16;                    // condition up to 10⁸
+  static constexpr int steps = 16;                    // condition number up to 10⁸
 };
 
 struct Size {
@@ -37,7 +37,7 @@ Size padded(int64_t d) {
   return {size, size + lanes<float>};
 }
 
-// f(Σ_k a_ki b_kj, i, j) for the vector of columns j of every row i, but none left of the diagonal's blocks
+// f(Σ_k a_ki b_kj, i, j) for each vector of columns j of every row i, on and right of the diagonal blocks
 template <class T, class F>
 IVFAST_INLINE void products(const T* a, const T* b, Size s, int64_t count, const F& f) {
   constexpr int R = group<T>, L = lanes<T>;
@@ -64,7 +64,7 @@ IVFAST_INLINE void products(const T* a, const T* b, Size s, int64_t count, const
   });
 }
 
-// What is right of the diagonal's blocks, transposed, to the left of them
+// Copies the part right of the diagonal blocks, transposed, to their left
 template <class T>
 void mirror(T* x, Size s) {
   constexpr int L = lanes<T>;
@@ -79,14 +79,14 @@ void mirror(T* x, Size s) {
     }
 }
 
-// The row i of the identity at the columns from j on
+// Row i of the identity at the columns from j on
 template <class T>
 IVFAST_INLINE Vec<T> identity(int64_t i, int64_t j) {
   const auto diagonal = lane_numbers<T>() == typename Simd<T>::Bits{} + typename Simd<T>::Scalar(i - j);
   return diagonal ? Vec<T>{} + T(1) : Vec<T>{};
 }
 
-// out = f(aᵀb, i, j) of matrices whose product is symmetric
+// out = f(aᵀb, i, j) for matrices whose product is symmetric
 template <class T, class F>
 IVFAST_INLINE void symmetric_product(T* out, const T* a, const T* b, Size s, const F& f) {
   products(a, b, s, s.size, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
@@ -105,8 +105,8 @@ double norm(const T* x, Size s) {
 
 constexpr int buffers = 5;  // of the iteration
 
-// With E = I − A: X of A^−½ in the returned buffer of the `buffers` ones from `e` on, which begins with E; null after
-// `steps` steps. error: ‖I − XAX‖ but for rounding.
+// With E = I − A in the first of `buffers` buffers from `e` on, returns the buffer that holds X = A^−½, or null if
+// `steps` steps are not enough. error: ‖I − XAX‖ up to rounding.
 template <class T>
 const T* iterate(T* e, Size s, double& error) {
   T *t = e + s.area(), *w = t + s.area(), *x = w + s.area(), *y = x + s.area();
@@ -152,7 +152,7 @@ int64_t root_size(int64_t d) {
   return buffers * padded<T>(d).area() + 3 * padded<double>(padded<T>(d).size).area();
 }
 
-// a^−½ of the symmetric g [d, d] in float64, padded as `T` is
+// a^−½ of the symmetric g [d, d] in float64, padded as for `T`
 template <class T>
 struct Root {
   int64_t d;
@@ -166,7 +166,7 @@ struct Root {
     iteration = reinterpret_cast<T*>(m + wide.area());
   }
 
-  // Whether this arithmetic serves; x, trace and error are set if so, and NaN where g is not finite.
+  // Whether this arithmetic is accurate enough. If so, sets x, trace and error, to NaN if g is not finite.
   bool run() {
     constexpr int L = lanes<double>;
     double size = 0, bound = 0;
@@ -196,12 +196,12 @@ struct Root {
       for (int64_t j = 0; j < s.size; ++j) x[i * wide.ld + j] = factor * double(root[i * s.ld + j]);
       if (i >= d) x[i * wide.ld + i] = 0;
     }
-    // One more step of order 2 on the trace alone, in float64: errors of X, and those of M by which it is not
-    // symmetric, count in the second order.
+    // One more step of order 2 for the trace only, in float64: errors of X, and the asymmetric part of M's errors,
+    // enter only to second order.
     symmetric_product<double>(m, g, x, wide, [&](Vec<double> sum, int64_t, int64_t) __attribute__((always_inline)) {
       return sum;
     });
-    Vec<double> cubic[2] = {};  // of MᵀM ∘ X: in the diagonal's blocks, and right of them
+    Vec<double> cubic[2] = {};  // of MᵀM ∘ X: in the diagonal blocks, and right of them
     products(m, m, wide, wide.size, [&](Vec<double> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
       cubic[i / L * L != j] += sum * at(x + i * wide.ld + j);
     });

@@ -21,8 +21,8 @@ Isa chosen = supported;
 
 Isa isa() { return chosen; }
 
-// For tests: the instruction set of every later call (0 generic, 1 AVX2, 2 AVX-512) where this CPU has it; −1 changes
-// nothing. Returns the one in force.
+// For tests: sets the instruction set of all later calls (0 generic, 1 AVX2, 2 AVX-512) if this CPU has it; −1 changes
+// nothing. Returns the one in use.
 extern "C" __attribute__((visibility("default"))) int ivfast_isa(int wanted) {
   if (0 <= wanted && wanted <= int(supported)) chosen = Isa(wanted);
   return int(chosen);

@@ -1,4 +1,4 @@
-// Which instruction set the kernels of this process use: the widest that the CPU has.
+// Which instruction set the kernels of this process use: the widest that the CPU supports.
 //
 // A kernel header is compiled once per instruction set, by <op>_avx512.cpp, <op>_avx2.cpp and <op>_generic.cpp, into
 // the namespaces avx512, avx2 and generic; the operator picks one at run time with `IVFAST_BY_ISA`.
@@ -18,7 +18,7 @@ Isa isa();
   namespace avx2 { __VA_ARGS__; }   \
   namespace generic { __VA_ARGS__; }
 
-// function(…) of the namespace that serves
+// function(…) from the namespace in use
 #if defined(__x86_64__)
 #define IVFAST_BY_ISA(function, ...)                                    \
   (::ivfast::isa() == ::ivfast::Isa::avx512 ? avx512::function(__VA_ARGS__) \

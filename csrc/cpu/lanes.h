@@ -1,5 +1,4 @@
-// Lanes of a vector: loading, storing, adding them up, and short rows as vectors of one column each; included once per
-// instruction set.
+// Lanes of a vector: loads, stores, sums, and short rows as one vector per column; included once per instruction set.
 #pragma once
 
 #include <type_traits>
@@ -68,14 +67,14 @@ IVFAST_INLINE double sum_lanes_double(Vec<T> v) {
   }
 }
 
-// The lanes below `count`, others 0
+// The lanes below `count`; the others are 0
 template <class T>
 IVFAST_INLINE Vec<T> first_lanes(Vec<T> v, int64_t count) {
   if (count >= lanes<T>) return v;
   return lane_numbers<T>() < typename Simd<T>::Bits{} + typename Simd<T>::Scalar(count) ? v : Vec<T>{};
 }
 
-// A vector of row [count] from its element c on, zeros behind its end; and back.
+// A vector of row [count] from its element c on, with zeros past the end; and back.
 template <class T, class S>
 IVFAST_INLINE Vec<T> load_part(const S* row, int64_t c, int64_t count) {
   if (count - c >= lanes<T>) return load_vector(row + c);

@@ -1,4 +1,4 @@
-// A step of Adam on a linear layer's weights on the CPU: the operator.
+// An Adam step on a linear layer's weights on the CPU: the operator.
 #include "linear_adam.h"
 
 #include "isa.h"
@@ -7,7 +7,7 @@
 namespace ivfast {
 namespace {
 
-constexpr int64_t flop_per_weight = 40;  // of Adam, beside 2 for each sample
+constexpr int64_t flop_per_weight = 40;  // for Adam, plus 2 for each sample
 
 thread_local Workspace scratch;
 

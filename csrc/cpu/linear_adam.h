@@ -1,4 +1,4 @@
-// What the driver (linear_adam.cpp) and the kernel (linear_adam_kernel.h, once per instruction set) agree on.
+// Interface between the driver (linear_adam.cpp) and the kernel (linear_adam_kernel.h, once per instruction set).
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace ivfast {
 
-// A linear layer's weights [outputs, inputs], and Adam's averages m and v of them.
+// A linear layer's weights [outputs, inputs] and Adam's averages m and v.
 struct LinearAdam {
   int64_t count, outputs, inputs;  // count: samples
   float *weight, *mean, *square;
@@ -16,8 +16,8 @@ struct LinearAdam {
   float rest1, beta2, rest2;         // 1 − β₁, β₂, 1 − β₂
 };
 
-// A matrix [count, width] as panels [count, panel] of its columns, zeros behind the last: rows of a power of two apart
-// would all fall into one set of the first-level cache.
+// A matrix [count, width] as panels [count, panel] of its columns, with zeros after the last: rows a power of two apart
+// would all map to the same set of the L1 cache.
 struct Panels {
   const float* from;
   float* to;
@@ -25,7 +25,7 @@ struct Panels {
 };
 
 struct LinearAdamStages {
-  int64_t outputs, inputs;                                        // of a tile: the widths of the panels of grad and x
+  int64_t outputs, inputs;                                        // per tile: the widths of the panels of grad and x
   void (*pack)(const Panels&, int64_t first, int64_t last);       // a range of panels
   void (*step)(const LinearAdam&, int64_t first, int64_t last);   // a range of grad's panels
 };

@@ -1,7 +1,7 @@
-// A step of Adam on a linear layer's weights, whose gradient gᵀx is never stored; included once per instruction set.
+// An Adam step on a linear layer's weights, whose gradient gᵀx is never stored; included once per instruction set.
 //
-// A register tile of the gradient is summed over the samples and spent at once: w, m and v pass through the cores once,
-// which is what the step costs.
+// A register tile of the gradient is summed over the samples and applied at once: w, m and v are read and written once,
+// which is the cost of the step.
 #pragma once
 
 #include <cfloat>

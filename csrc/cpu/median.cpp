@@ -1,8 +1,8 @@
-// The median heuristic on the CPU: how the middle of all distances is found without keeping them.
+// The median heuristic on the CPU: finding the middle of all distances without storing them.
 //
 // A sample of the pairs brackets the middle. One pass over all pairs counts those below the bracket and collects those
-// inside, a percent or so, among which the middle is selected. Where the counts show that it is elsewhere, or more are
-// inside than there is room for, histograms over the keys' bits narrow the range down to what there is room for.
+// inside, about one percent, from which the middle is selected. If the counts show that it is elsewhere, or more pairs
+// are inside than fit, histograms over the keys' bits narrow the range until they fit.
 #include "median.h"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ MedianStages stages_of(ScalarType dtype) { return IVFAST_BY_ISA(median_stages, s
 std::atomic<int64_t> histograms{0};
 std::atomic<double> bracket_reach{2};
 
-// f(worker) on each thread, where f takes strips of rows off a common counter until none is left
+// f(worker) on each thread; f takes strips of rows from a shared counter until none is left
 template <class Work>
 void each_thread(bool threaded, const Work& work) {
   if (threaded)
@@ -31,7 +31,7 @@ void each_thread(bool threaded, const Work& work) {
     work();
 }
 
-// f(i, j) for the tiles of the upper triangle, or of the whole matrix, a strip of rows at a time
+// f(i, j) for the tiles of the upper triangle or of the whole matrix, one strip of rows at a time
 template <class F>
 void take_tiles(std::atomic<int64_t>& next, int64_t n, bool whole, const F& f) {
   for (int64_t i; (i = next.fetch_add(median_tile, std::memory_order_relaxed)) < n;)
@@ -42,18 +42,18 @@ struct Range {
   Key low, high;  // both may be the answer
 };
 
-// The order statistics of the u_ij of one packed set with too many pairs to keep.
+// Order statistics of the u_ij of one packed set with too many pairs to keep.
 class Stream {
  public:
   Stream(const MedianSet& set, const MedianStages& stages, bool threaded, Workspace& memory)
       : set_(set), stages_(stages), threaded_(threaded), memory_(memory), pairs_(set.n * (set.n - 1) / 2) {
     const double size = std::cbrt(double(pairs_)) * std::cbrt(double(pairs_));
     sampled_ = (int64_t(size) + 63) / 64 * 64;
-    room_ = 8 * sampled_;  // twice what is expected inside of ±2√sampled ranks
+    room_ = 8 * sampled_;  // twice the number expected within ±2√sampled ranks
     greatest_ = stages.element == 4 ? 0x7f800000 : 0x7ff0000000000000;
   }
 
-  // Ranks and the ones after them are asked for in turn; what one pass has counted serves them all.
+  // Called for a rank and then the next; the counts of one pass are reused.
   Key find(int64_t rank) {
     if (!counted_) count(sampled_bracket(rank));
     Range range{0, greatest_};
@@ -115,7 +115,7 @@ class Stream {
     collected_ = collected;
   }
 
-  // The part of `range`, below which there are `below` pairs, that holds `rank`: one key, or no more pairs than room.
+  // The part of `range` that holds `rank`: one key, or no more pairs than fit. `below` pairs lie below `range`.
   Range narrowed(Range range, int64_t below, int64_t rank) {
     for (int64_t inside = pairs_; range.low < range.high && inside > room_;) {
       int shift = 0;
@@ -184,7 +184,7 @@ Bandwidth median_run(MedianSet set, const MedianStages& stages, const Heuristic&
   static thread_local Workspace workspace, memory;
   set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
   const int64_t n = set.n, pairs = n * (n - 1) / 2, count = heuristic.full ? n * n : pairs;
-  // entry k of the sorted matrix is 0 for k < n, then each pair comes twice
+  // entry k of the sorted matrix is 0 for k < n; after that each pair occurs twice
   const auto rank_of = [&](int64_t k) { return !heuristic.full ? k : k < n ? -1 : (k - n) / 2; };
   const int64_t ranks[2] = {pairs ? rank_of((count - 1) / 2) : -1, pairs ? rank_of(count / 2) : -1};
   Key keys[2] = {};
@@ -207,7 +207,7 @@ Bandwidth median_run(MedianSet set, const MedianStages& stages, const Heuristic&
 
 namespace {
 
-// The pairs at the middles, in both orders: in order where they are few, else row by row of the whole matrix.
+// The pairs at the middles, in both orders: sorted if they are few, otherwise row by row of the whole matrix.
 void gradient(MedianSet set, const MedianStages& stages, const double (&middles)[2], double grad, bool squared,
               double divisor, bool threaded, void* out) {
   static thread_local Workspace workspace, memory;
@@ -312,10 +312,10 @@ STABLE_TORCH_LIBRARY_IMPL(ivfast, CPU, m) {
 
 }  // namespace
 
-// For tests: the passes that the histograms of the slow way have taken so far.
+// For tests: the number of histogram passes (the slow path) so far.
 extern "C" __attribute__((visibility("default"))) int64_t ivfast_median_histograms() { return histograms; }
 
-// For tests: how many times √sampled ranks the bracket reaches to either side of the wanted one; 2 is the default.
+// For tests: half the bracket's width around the requested rank, in units of √sampled ranks; 2 is the default.
 extern "C" __attribute__((visibility("default"))) void ivfast_median_reach(double reach) { bracket_reach = reach; }
 
 }  // namespace ivfast

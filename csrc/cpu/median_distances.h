@@ -1,7 +1,7 @@
 // Half squared distances in tiles; included once per instruction set.
 //
-// u_ij = ‖x_i‖²/2 + ‖x_j‖²/2 − x_i·x_j = ‖x_i − x_j‖²/2 of centred rows, the norms summed as the products are: equal rows
-// are at distance exactly 0, and u_ij = u_ji to the last bit.
+// u_ij = ‖x_i‖²/2 + ‖x_j‖²/2 − x_i·x_j = ‖x_i − x_j‖²/2 of centred rows. Norms are summed in the same order as
+// products: equal rows are at distance exactly 0, and u_ij = u_ji to the last bit.
 #pragma once
 
 #include <type_traits>
@@ -12,7 +12,7 @@ namespace ivfast {
 namespace IVFAST_ISA {
 namespace {
 
-// `load_lanes` in one load where it can be: a vector put together on the stack waits for its parts to be stored.
+// `load_lanes` in a single load where possible: a vector assembled on the stack stalls until its parts are stored.
 template <class T, class S>
 IVFAST_INLINE Vec<T> load_row(const S* from, int64_t count, int64_t available) {
   if constexpr (std::is_same_v<S, T>) {
@@ -25,7 +25,7 @@ IVFAST_INLINE Vec<T> load_row(const S* from, int64_t count, int64_t available) {
   return load_lanes<T>(from, count, available);
 }
 
-// The mean of rows [n, d]. Distances do not move with x, their rounding does: any centre serves.
+// The mean of rows [n, d]. Distances do not depend on the centre, only their rounding does, so any centre works.
 template <class S, class T>
 IVFAST_INLINE void centre(T* mean, const S* x, int64_t n, int64_t d) {
   constexpr int L = lanes<T>, chains = 4;
@@ -61,7 +61,7 @@ double spread(const S* x, int64_t n, int64_t d) {
   return total / double(n);
 }
 
-// u of whole groups of rows and whole vectors of columns; not a number gives 0.
+// u for whole groups of rows and whole vectors of columns; NaN gives 0.
 template <class T>
 IVFAST_INLINE void distance_tile(T* u, const T* panels, const T* half_norms, int64_t d, Range t) {
   const T *const rows = half_norms + t.i, *const cols = half_norms + t.j;

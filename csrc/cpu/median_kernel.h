@@ -1,4 +1,4 @@
-// What is done with the distances of a tile of pairs; included once per instruction set.
+// Operations on the distances of a tile of pairs; included once per instruction set.
 #pragma once
 
 #include "median_distances.h"
@@ -13,7 +13,7 @@ template <class T>
 struct Panels {
   int64_t n, d, padded;
   T *mean, *half_norms, *x;
-  T *values, *scratch;  // all u_ij, where they are kept
+  T *values, *scratch;  // all u_ij, if they are kept
   int64_t bytes;
 
   explicit Panels(const MedianSet& set) : n(set.n), d(set.d), padded(round_up(n, lanes<T>)) {
@@ -88,7 +88,7 @@ void pack(const MedianSet& set, bool scattered) {
 
 IVFAST_INLINE int64_t extent(int64_t i, int64_t n) { return n - i < tile ? n - i : tile; }
 
-// A tile's u; padding where there is no pair, or, if `ordered`, none with i < j.
+// A tile's u, with padding where there is no pair or, if `ordered`, none with i < j.
 template <class T>
 IVFAST_INLINE void pair_tile(T* u, const Panels<T>& w, int64_t i, int64_t j, bool ordered) {
   const int64_t rows = extent(i, w.n), cols = extent(j, w.n), vectors = round_up(cols, lanes<T>);
@@ -108,7 +108,7 @@ IVFAST_INLINE void each_vector(const T* u, int64_t rows, int64_t cols, const F& 
     for (int64_t c = 0; c < cols; c += lanes<T>) f(unaligned(u + r * tile + c));
 }
 
-// Strips of few rows: half of a square tile on the diagonal would be computed for nothing.
+// Strips of few rows: half of a square tile on the diagonal would be wasted work.
 template <class T>
 std::pair<Key, Key> middle_of_all(const MedianSet& set, int64_t rank) {
   constexpr int64_t strip = 16, L = lanes<T>;
@@ -122,7 +122,7 @@ std::pair<Key, Key> middle_of_all(const MedianSet& set, int64_t rank) {
       distance_tile(u, w.x, w.half_norms, w.d, Range{i, round_up(rows, group<T>), j, round_up(cols, L)});
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = i == j ? r + 1 : 0; c < cols; c += L) {
-          __builtin_memcpy(out, u + r * tile + c, sizeof(Vec<T>));  // rubbish behind a row is written over
+          __builtin_memcpy(out, u + r * tile + c, sizeof(Vec<T>));  // garbage after a row is overwritten
           out += cols - c < L ? cols - c : L;
         }
     }
@@ -131,7 +131,7 @@ std::pair<Key, Key> middle_of_all(const MedianSet& set, int64_t rank) {
   return select<T>(w.values, out - w.values, rank, w.scratch);
 }
 
-// Lane by lane of two panels: no pair shares a row with another of its vector.
+// Two panels lane by lane: no two pairs in a vector share a row.
 template <class T>
 void sample(const MedianSet& set, void* values, int64_t count) {
   constexpr int L = lanes<T>;

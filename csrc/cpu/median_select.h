@@ -1,7 +1,7 @@
 // Order statistics of keys by bisection of their bits; included once per instruction set.
 //
-// A pass over the keys counts those up to the middle of the range that holds the answer. Where few are left in the range
-// they move together. No step depends on the keys' order, and ties cost nothing.
+// A pass over the keys counts those up to the middle of the range that holds the answer. Once few are left in the
+// range, they are moved together. No step depends on the order of the keys, and ties cost nothing.
 #pragma once
 
 #if IVFAST_VECTOR_BYTES > 16
@@ -24,7 +24,7 @@ using Integer = typename Simd<T>::Scalar;
 
 template <class T>
 constexpr Integer<T> infinity = sizeof(T) == 4 ? Integer<T>(0x7f800000) : Integer<T>(0x7ff0000000000000);
-// What fills a vector up: above every key.
+// The padding of a vector: above every key.
 template <class T>
 constexpr Integer<T> padding = sizeof(T) == 4 ? Integer<T>(0x7fffffff) : Integer<T>(0x7fffffffffffffff);
 
@@ -47,7 +47,7 @@ IVFAST_INLINE void pad(T* behind) {
   for (int l = 0; l < lanes<T>; ++l) behind[l] = bit_cast<T>(padding<T>);
 }
 
-// Appends the lanes of `value` whose `inside` is −1; up to a vector of rubbish behind them.
+// Appends the lanes of `value` whose `inside` is −1, and up to a vector of garbage after them.
 template <class T>
 IVFAST_INLINE T* append(T* out, Bits<T> value, Bits<T> inside) {
 #if IVFAST_VECTOR_BYTES == 64
@@ -100,7 +100,7 @@ IVFAST_INLINE Bits<T> in_range(Bits<T> key, Integer<T> low, Integer<T> high) {
   return Bits<T>(Vector(key - low) <= Vector{} + Unsigned(high - low));
 }
 
-// The least and the greatest key in [low, high], which holds at least one.
+// The smallest and the largest key in [low, high], which holds at least one.
 template <class T>
 IVFAST_INLINE Ends<T> ends(const T* values, int64_t count, Integer<T> low, Integer<T> high) {
   constexpr int L = lanes<T>;
@@ -128,11 +128,11 @@ IVFAST_INLINE std::pair<Key, Key> select(const T* all, int64_t count, int64_t ra
   const int64_t all_count = count;
   const T* values = all;
   auto [low, high] = ends(values, count, Integer<T>(0), infinity<T>);
-  // `rank` is the answer's among the values, `below` counts those under `low`, `within` those of [low, high]
+  // `rank` is that of the answer among the values; `below` counts those below `low`, `within` those in [low, high]
   for (int64_t below = 0, within = count; low < high && within > 1;) {
     const Integer<T> middle = low + (high - low) / 2;
     const int64_t upto = count_upto(values, count, middle);
-    const bool lower = upto > rank;  // a branch would be guessed wrong half of the time
+    const bool lower = upto > rank;  // a branch would be mispredicted half of the time
     within = lower ? upto - below : within - (upto - below), below = lower ? below : upto;
     high = lower ? middle : high, low = lower ? low : middle + 1;
     if (count <= 4 * L || within > count / 3) continue;

@@ -1,4 +1,4 @@
-// The maximum mean discrepancy on the CPU: the operator, and which thread does what.
+// The maximum mean discrepancy on the CPU: the operator and the division of work among threads.
 #include "mmd.h"
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 namespace ivfast {
 namespace {
 
-// The pooled sample as blocks of rows, each of x or of y.
+// The pooled sample as blocks of rows, each from x or from y.
 struct Blocks {
   const TwoSamples& samples;
   const MmdStages& stages;
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd(const Tensor& x_, const Tensor& y_, const
   const Data bandwidths = bandwidth_ ? Data(bandwidth, 1, wide) : Data();
   const Data dxs = x_gradient ? Data(dx, n * d, wide) : Data(), dys = y_gradient ? Data(dy, m * d, wide) : Data();
   const MmdStages stages = IVFAST_BY_ISA(mmd_stages, storage(dtype));
-  const int64_t products = (n * int64_t(x_gradient) + m * int64_t(y_gradient)) * 2 * d;  // flop, about
+  const int64_t products = (n * int64_t(x_gradient) + m * int64_t(y_gradient)) * 2 * d;  // approximate flop
   const int64_t cost = pooled * (pooled * (d + 6 * int64_t(scales.size())) + products);
   each_set(sets, cost, [&](int64_t set, bool threaded) {
     TwoSamples samples{};

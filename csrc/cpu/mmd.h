@@ -1,4 +1,4 @@
-// What the driver (mmd.cpp) and the kernels (mmd_kernel.h, once per instruction set) agree on.
+// Interface between the driver (mmd.cpp) and the kernels (mmd_kernel.h, once per instruction set).
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@ struct TwoSamples {
   int64_t count;
   double bandwidth;
   const void* x[2];
-  void* dx[2];      // in the dtype of the arithmetic; null where it is not asked for
+  void* dx[2];      // in the dtype of the arithmetic; null if not requested
   void* workspace;  // stages.bytes(…), aligned to 64
 
-  // Blocks are numbered through x, then y.
+  // Blocks are numbered consecutively, first those of x, then those of y.
   int64_t blocks(int k) const { return (n[k] + size - 1) / size; }
   int64_t blocks() const { return blocks(0) + blocks(1); }
 };
@@ -29,7 +29,7 @@ constexpr int64_t mmd_tile(int64_t n) { return n <= 256 ? 32 : 64; }
 
 // `prepare` comes first and `value`, which returns MMD², last. Each block is begun once, then paired once with every
 // other block, then finished. Two stages on different blocks may run at the same time; the order of one block's stages
-// decides its rounding.
+// determines its rounding.
 struct MmdStages {
   int64_t (*bytes)(const TwoSamples&);
   void (*prepare)(const TwoSamples&);

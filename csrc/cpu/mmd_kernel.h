@@ -1,7 +1,7 @@
 // The stages of the maximum mean discrepancy and its gradients; included once per instruction set.
 //
-// x and y are one pooled sample, each half padded to whole panels. With u_ij = ‖x_i − x_j‖²/2, c = s b/2 of each scale
-// and w the weight of the pair's kind (x with x, y with y, x with y),
+// x and y form one pooled sample, each half padded to whole panels. With u_ij = ‖x_i − x_j‖²/2, c = s b/2 for each
+// scale and w the weight of the pair's kind (x with x, y with y, x with y),
 //   k = Σ_s c/(c + u) or Σ_s exp(−u/c),   MMD² = Σ_ij w k_ij,
 //   g = 4w dk/dr² = −2w Σ_s c/(c + u)² or −2w Σ_s exp(−u/c)/c,   ∂x_i = (Σ_j g_ij) x_i − Σ_j g_ij x_j.
 // A sample's pair with itself is never computed: its k(0) is added or left out exactly.
@@ -30,16 +30,16 @@ struct Limits<double> {
 // The scalars and the workspace. Matrices are rows [padded, ld] or panels [padded, d].
 template <class T>
 struct Pool {
-  int64_t d, width, ld, edge, first[2];  // y's rows begin at first[1]
+  int64_t d, width, ld, edge, first[2];  // y's rows start at first[1]
   T *mean, *half_norms, *panels;
-  T *x, *g, *gx;     // where gradients are asked for: X, G1 and GX
-  T *c, *per_c;      // of each scale: c; 1/c
-  double* totals;    // of each block: its part of MMD²
+  T *x, *g, *gx;     // if gradients are requested: X, G1 and GX
+  T *c, *per_c;      // per scale: c; 1/c
+  double* totals;    // per block: its part of MMD²
   double weight[3];  // by kind
   int64_t bytes;
 
   explicit Pool(const TwoSamples& s) : d(s.d), width(round_up(s.d, lanes<T>)), edge(mmd_tile(s.n[0] + s.n[1])) {
-    ld = width * sizeof(T) % 1024 ? width : width + lanes<T>;  // rows do not fall into one set of the cache
+    ld = width * sizeof(T) % 1024 ? width : width + lanes<T>;  // rows must not map to the same cache set
     first[0] = 0, first[1] = round_up(s.n[0], lanes<T>);
     const int64_t padded = first[1] + round_up(s.n[1], lanes<T>);
     const int64_t rows = s.dx[0] || s.dx[1] ? padded : 0, sums = s.dx[1] ? padded : s.dx[0] ? first[1] : 0;
@@ -74,7 +74,7 @@ int64_t bytes(const TwoSamples& s) {
   return Pool<T>(s).bytes;
 }
 
-// The scales, and the centre: any serves, distances do not move with x, their rounding does.
+// The scales and the centre. Any centre works: distances do not depend on it, only their rounding does.
 template <class S, class T>
 void prepare(const TwoSamples& s) {
   const Pool<T> w(s);
@@ -138,12 +138,12 @@ struct DoubleSum {
   }
 };
 
-// k and, where `slope` is set, −dk/du of C vectors of u
+// k and, if `slope` is set, −dk/du for C vectors of u
 template <bool imq, bool slope, int C, class T>
 IVFAST_INLINE void kernel(Vec<T> (&k)[C], Vec<T> (&s)[C], const Vec<T> (&u)[C], const T* c, const T* per_c,
                           int64_t count) {
 #pragma GCC unroll 4
-  for (int v = 0; v < C; ++v) k[v] = s[v] = T(0) * u[v];  // not a number stays one
+  for (int v = 0; v < C; ++v) k[v] = s[v] = T(0) * u[v];  // NaN stays NaN
   for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < C; ++v)
@@ -159,8 +159,8 @@ IVFAST_INLINE void kernel(Vec<T> (&k)[C], Vec<T> (&s)[C], const Vec<T> (&u)[C], 
       }
 }
 
-// Of a tile of u the sum of k; where `slope` is set, u becomes factor·dk/du. With `edge` columns from `cols` on and, on
-// the diagonal, a row's pair with itself count nothing.
+// The sum of k over a tile of u; if `slope` is set, u becomes factor·dk/du. With `edge`, columns from `cols` on and, on
+// the diagonal, a row's pair with itself count as 0.
 template <bool imq, bool slope, bool edge, class T>
 double sum_tile(T* tile_u, const Pool<T>& w, int64_t count, int64_t rows, int64_t cols, bool diagonal, T factor) {
   using Bits = typename Simd<T>::Bits;
@@ -206,8 +206,8 @@ double sum_tile(T* u, const TwoSamples& s, const Pool<T>& w, bool slope, int64_t
   return sum(u, w, s.count, rows, cols, diagonal, factor);
 }
 
-// The tile of rows [i, i + rows) of sample a and [j, j + cols) of sample b, at most `tile` each: its part of MMD², and
-// of the sums of both sides that are asked for. Rows of padding are left as they are: nobody reads their sums.
+// The tile of rows [i, i + rows) of sample a and [j, j + cols) of sample b, at most `tile` each: its part of MMD² and
+// of the requested sums of both sides. Padding rows are not masked, because their sums are never read.
 template <class T>
 double pair_tile(const TwoSamples& s, const Pool<T>& w, int a, int64_t i, int64_t rows, int b, int64_t j,
                  int64_t cols) {

@@ -1,4 +1,4 @@
-// The multi-class Jensen–Shannon loss on the CPU: the operators, and which thread does what.
+// The multi-class Jensen–Shannon loss on the CPU: the operators and the division of work among threads.
 #include "multi_js.h"
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 namespace ivfast {
 namespace {
 
-// Logits [..., C, n, C], or [C·n, C]: one set.
+// Logits [..., C, n, C], or [C·n, C] for a single set.
 struct Blocks {
   std::vector<int64_t> full, rows_shape, batch;
   int64_t classes, n, rows, sets = 1;
@@ -28,7 +28,7 @@ struct Blocks {
   }
 };
 
-// f(set, first, last, scratch) for pieces of the rows of all sets; a piece is the same whatever the number of threads.
+// f(set, first, last, scratch) for pieces of the rows of all sets. Pieces do not depend on the number of threads.
 // Returns the sums of each set.
 template <class F>
 std::vector<double> each_piece(int64_t sets, int64_t rows, int64_t classes, const F& f) {
@@ -48,7 +48,7 @@ std::vector<double> each_piece(int64_t sets, int64_t rows, int64_t classes, cons
       parts[i] = f(i / pieces, first, std::min(rows, first + size), scratch);
     }
   };
-  const int64_t cost = std::min(size, rows) * classes * 16;  // flop, about
+  const int64_t cost = std::min(size, rows) * classes * 16;  // approximate flop
   if (sets * pieces * cost <= worth_a_thread)
     range(0, sets * pieces);
   else

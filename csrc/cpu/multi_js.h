@@ -1,4 +1,4 @@
-// What the driver (multi_js.cpp) and the kernels (multi_js_kernel.h, once per instruction set) agree on.
+// Interface between the driver (multi_js.cpp) and the kernels (multi_js_kernel.h, once per instruction set).
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,11 @@ namespace ivfast {
 struct MultiJsRows {
   int64_t classes, n, first, last;
   double smoothing;     // s: the target is (1 − s) onehot + s/C
-  double scale;         // of the gradient: ∂L/∂loss
+  double scale;         // factor on the gradient: ∂L/∂loss
   const void* weights;  // π [C], in the dtype of the arithmetic, or null: 1/C each
   const void* logits;   // contiguous
-  void* lse;            // log-sum-exp of each row, in the dtype of the arithmetic: written forward, read backward
-  void* gradient;       // like logits, and may be them in `both`
+  void* lse;            // log-sum-exp of each row, in the dtype of the arithmetic: written in forward, read in backward
+  void* gradient;       // like logits, and may alias them in `both`
   void* scratch;        // C elements in the dtype of the arithmetic
 };
 

@@ -1,6 +1,6 @@
 // The multi-class Jensen–Shannon loss of rows of logits; included once per instruction set.
 //
-// Few classes: a vector holds one logit of as many rows as it has lanes. Many: a vector holds logits of one row.
+// Few classes: each lane of a vector holds a logit of a different row. Many classes: a vector holds logits of one row.
 #pragma once
 
 #include <cmath>
@@ -37,7 +37,7 @@ struct Target {
   double weight(int64_t c) const { return weights ? unit * double(weights[c]) : unit; }
 };
 
-// Up to `lanes` rows of one class among few. Adds lse − target to `loss` in as many lanes.
+// Up to `lanes` rows of one class, with few classes. Adds lse − target to `loss` in as many lanes.
 template <bool forward, bool backward, int known, class S, class T>
 IVFAST_INLINE void lanes_of_rows(
     const MultiJsRows& rows, const Target<T>& target, int64_t label, T scale, int64_t row, int64_t count, Vec<T>& loss) {
@@ -61,7 +61,7 @@ IVFAST_INLINE void lanes_of_rows(
     factor = T(1) / sum;
     lse = most + log2_normal<Vec<T>, typename Simd<T>::Bits>(sum, T()) * T(0.6931471805599453);
     const Vec<T> infinite = Vec<T>{} + T(INFINITY);
-    lse = sum == sum ? lse : most < infinite ? sum : most;  // inf − inf is no number, its log-sum-exp inf
+    lse = sum == sum ? lse : most < infinite ? sum : most;  // inf − inf is NaN, but its log-sum-exp is inf
     if (lse_at) store_part<T>(lse_at, lse, 0, count);
     loss += first_lanes<T>(lse - aim, count);
   } else {
@@ -78,7 +78,7 @@ IVFAST_INLINE void lanes_of_rows(
   }
 }
 
-// One row of many classes. `scratch` holds it in the dtype of the arithmetic where that is not the storage's.
+// One row of many classes. `scratch` holds it in the dtype of the arithmetic if the storage type differs.
 template <bool forward, bool backward, class S, class T>
 IVFAST_INLINE double row_of_classes(const MultiJsRows& rows, const Target<T>& target, int64_t row, T* scratch) {
   constexpr int L = lanes<T>;
@@ -108,7 +108,7 @@ IVFAST_INLINE double row_of_classes(const MultiJsRows& rows, const Target<T>& ta
     for (; c < whole; c += L) tops[0] = tops[0] < loaded(c) ? loaded(c) : tops[0];
     for (int v = 1; v < 4; ++v) tops[0] = tops[0] < tops[v] ? tops[v] : tops[0];
     const T most = most_lane<T>(tops[0]);
-    // four sums: a vector adds a thousandth of 65,536 terms each
+    // four sums, so that each lane adds only about a thousandth of 65,536 terms
     Vec<T> sums[4] = {exp_nonpositive<T>(tail - most)};
     for (c = 0; c + 4 * L <= whole; c += 4 * L)
 #pragma GCC unroll 4
@@ -146,7 +146,7 @@ IVFAST_INLINE double row_of_classes(const MultiJsRows& rows, const Target<T>& ta
   return loss;
 }
 
-// `known` classes, or rows.classes where that is 0
+// `known` classes, or rows.classes if that is 0
 template <bool forward, bool backward, int known, class S, class T>
 double run_few(const MultiJsRows& rows) {
   const Target<T> target(rows);
@@ -156,7 +156,7 @@ double run_few(const MultiJsRows& rows) {
     const double weight = target.weight(label);
     const int64_t end = (label + 1) * rows.n < rows.last ? (label + 1) * rows.n : rows.last;
     while (row < end) {
-      Vec<T> part{};  // of few rows: the long sum is in double
+      Vec<T> part{};  // over few rows; the long sum is in double
       for (int group = 0; group < 16 && row < end; ++group, row += lanes<T>) {
         const int64_t count = end - row < lanes<T> ? end - row : lanes<T>;
         lanes_of_rows<forward, backward, known, S, T>(rows, target, label, T(weight * rows.scale), row - rows.first, count, part);

@@ -1,4 +1,4 @@
-// What the CPU operators share: views of particle sets, scratch memory, and what is worth a thread.
+// Shared by the CPU operators: views of particle sets, scratch memory, and how much work is worth a thread.
 #pragma once
 
 #include <cstdlib>
@@ -16,7 +16,7 @@ inline Storage storage(ScalarType dtype) {
                                          : Storage::float32;
 }
 
-// A thread's scratch memory: kept between calls while it is small.
+// A thread's scratch memory, kept between calls if it is small.
 class Workspace {
  public:
   ~Workspace() { std::free(memory_); }
@@ -41,7 +41,8 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-// What is worth a second thread, in flop: about 150 µs of one core. A busy machine delays each join by milliseconds.
+// Work that is worth a second thread, in flop: about 150 µs of one core. A busy machine delays each join by
+// milliseconds.
 inline constexpr int64_t worth_a_thread = 16'000'000;
 
 struct Shape {
@@ -72,7 +73,7 @@ struct Data {
   }
 };
 
-// f(set, threaded) for each particle set of `cost` flop: threads share a large set, or take small sets each.
+// f(set, threaded) for each particle set of `cost` flop: threads share a large set, or each takes small sets.
 template <class F>
 void each_set(int64_t sets, int64_t cost, const F& f) {
   const bool large = cost > worth_a_thread;

@@ -1,6 +1,7 @@
 // 1/x and 1/√x of vectors, for normal x whose result is normal; included once per instruction set.
 //
-// Where the CPU has an estimate, one Newton step on it takes a third of a division's time: relative error below 2e-7.
+// If the CPU has an estimate instruction, one Newton step on it takes a third of the time of a division, with a
+// relative error below 2e-7.
 #pragma once
 
 #if IVFAST_VECTOR_BYTES > 16

@@ -1,4 +1,4 @@
-// Reconstruction losses of each sample on the CPU: the operators.
+// Per-sample reconstruction losses on the CPU: the operators.
 #include "reconstruction.h"
 
 #include <tuple>

@@ -1,4 +1,5 @@
-// What the driver (reconstruction.cpp) and the kernels (reconstruction_kernel.h, once per instruction set) agree on.
+// Interface between the driver (reconstruction.cpp) and the kernels (reconstruction_kernel.h, compiled once per
+// instruction set).
 #pragma once
 
 #include <cstdint>

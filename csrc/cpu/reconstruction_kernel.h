@@ -1,4 +1,4 @@
-// Reconstruction losses of each sample, Σ over its elements; included once per instruction set.
+// Per-sample reconstruction losses, summed over the elements; included once per instruction set.
 #pragma once
 
 #include <cfloat>
@@ -15,7 +15,7 @@ IVFAST_INLINE Vec<T> magnitude(Vec<T> x) {
   return x < Vec<T>{} ? -x : x;
 }
 
-// log(1 + u) for 0 <= u <= 1: with w = 1 + u rounded, log w · u/(w − 1) has the error of u's last digit undone
+// log(1 + u) for 0 <= u <= 1: with w = 1 + u rounded, log w · u/(w − 1) corrects the rounding of u's last digit
 template <class T>
 IVFAST_INLINE Vec<T> log1p_unit(Vec<T> u) {
   const Vec<T> w = u + T(1), zero{};
@@ -23,7 +23,7 @@ IVFAST_INLINE Vec<T> log1p_unit(Vec<T> u) {
   return w - T(1) == zero ? u : log;
 }
 
-// Infinite logits as the largest number
+// Infinite logits become the largest finite number
 template <class T>
 IVFAST_INLINE Vec<T> finite(Vec<T> x) {
   const Vec<T> most = Vec<T>{} + (sizeof(T) == 4 ? T(FLT_MAX) : T(DBL_MAX));
@@ -61,7 +61,7 @@ IVFAST_INLINE Vec<T> slope_of(Vec<T> x, Vec<T> t) {
 
 template <Reconstruction kind, class S, class T>
 void forward(const ReconstructionRows& r) {
-  constexpr int64_t piece = 4096;  // added up in T; their sums in double
+  constexpr int64_t piece = 4096;  // summed in T; the sums of pieces in double
   for (int64_t row = r.first; row < r.last; ++row) {
     const S* const x = static_cast<const S*>(r.output) + row * r.size;
     const S* const t = static_cast<const S*>(r.target) + row * r.size;

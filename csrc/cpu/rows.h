@@ -1,4 +1,4 @@
-// Tensors as rows, and threads over them, for the operators that take each row on its own.
+// Tensors as rows, and threads over them, for operators that process each row independently.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 
 namespace ivfast {
 
-// `empty`, where it is large on pages of 2 MB: the system clears a page at its first touch, and with pages of 4 KB
-// that takes longer than to write a result of tens of megabytes.
+// `empty`, on 2 MB pages if it is large: the system clears a page at its first touch, and with 4 KB pages that takes
+// longer than writing a result of tens of megabytes.
 inline Tensor empty_large(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   Tensor x = empty(like, sizes, dtype);
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -38,7 +38,7 @@ struct Rows {
   }
 };
 
-// Elements of a tensor one at a time as doubles: for the operators on a number per sample.
+// Elements of a tensor one at a time as doubles, for operators on one number per sample.
 struct Elements {
   void* data;
   Storage storage;

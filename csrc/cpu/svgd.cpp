@@ -1,4 +1,4 @@
-// The SVGD direction on the CPU: the operators, and which thread does what.
+// The SVGD direction on the CPU: the operators and the division of work among threads.
 #include "svgd.h"
 
 #include <algorithm>
@@ -42,12 +42,12 @@ double svgd_run(SvgdSet set, const SvgdStages& stages, bool threaded) {
 
 namespace {
 
-// `svgd_run` for each particle set, then `done`: threads share a large set, or take small sets each.
+// `svgd_run` for each particle set, then `done`: threads share a large set, or each takes small sets.
 template <class SetOf, class Done>
 void run_batch(int64_t batch, const SvgdStages& stages, const SetOf& set_of, const Done& done) {
   if (batch == 0) return;
   const SvgdSet set = set_of(0);
-  const int64_t cost = set.n * set.n * (set.d + 8) * (set.grad ? 7 : 3);  // flop, about
+  const int64_t cost = set.n * set.n * (set.d + 8) * (set.grad ? 7 : 3);  // approximate flop
   const bool large = cost > worth_a_thread;
   if (batch == 1 || (large && batch < int64_t(torch::stable::get_num_threads()))) {
     for (int64_t i = 0; i < batch; ++i) done(i, svgd_run(set_of(i), stages, large));
@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor> svgd_direction(const Tensor& x_, const std::optional<
   return {phi, row_sum};
 }
 
-// row_sum is not read: K' of a narrow kernel is lost in 1 + K', and its sums come with its tiles.
+// row_sum is not read: K' of a narrow kernel is lost in 1 + K', and its sums are recomputed with the tiles anyway.
 std::tuple<Tensor, Tensor, Tensor> svgd_direction_backward(const Tensor& grad_, const Tensor& x_,
                                                            const std::optional<Tensor>& score_, const Tensor& h_,
                                                            const Tensor&) {

@@ -1,4 +1,4 @@
-// What the driver (svgd.cpp) and the kernels (svgd_kernel.h, once per instruction set) agree on.
+// Interface between the driver (svgd.cpp) and the kernels (svgd_kernel.h, once per instruction set).
 #pragma once
 
 #include "../math.h"
@@ -21,7 +21,7 @@ constexpr int64_t svgd_tile(int64_t n) { return n <= 256 ? 32 : 64; }
 
 // Rows [first, last) are a block of particles; first is a multiple of svgd_tile(n).
 // Each block is begun once, then paired once with every other block, then finished. Two stages on different blocks may
-// run at the same time; the order of one block's stages decides its rounding.
+// run at the same time; the order of one block's stages determines its rounding.
 struct SvgdStages {
   int64_t (*bytes)(int64_t n, int64_t d);
   void (*centre)(const SvgdSet&);
@@ -33,8 +33,8 @@ struct SvgdStages {
 
 IVFAST_IN_EACH_ISA(SvgdStages svgd_stages(Storage, bool backward))
 
-// φ and the row sums, or the gradients, of one particle set; returns ∂h in the backward pass. `set.workspace` is
-// provided here.
+// φ and the row sums, or the gradients, of one particle set; returns ∂h in the backward pass. This function sets
+// `set.workspace`.
 double svgd_run(SvgdSet set, const SvgdStages& stages, bool threaded);
 
 }  // namespace ivfast

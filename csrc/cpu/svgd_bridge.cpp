@@ -1,4 +1,4 @@
-// The SVGD bridge on the CPU: every iterate of every particle set in one call, forward and backward.
+// The SVGD bridge on the CPU: all iterates of all particle sets in one call, forward and backward.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -13,12 +13,12 @@
 namespace ivfast {
 namespace {
 
-// One particle set [n, d] among `sets`: its blocks of two steps lie `sets` blocks apart.
+// One particle set [n, d] among `sets`: its blocks for successive steps are `sets` blocks apart.
 struct Trajectory {
   int64_t n, d, sets, length, iterations;
   double step_size, scale, noise;
   ScalarType dtype;
-  Data draws, bridges, states, bandwidths, row_sums;  // a block per set and step; `bridges` holds ∂L in the backward pass
+  Data draws, bridges, states, bandwidths, row_sums;  // one block per set and step; in backward `bridges` holds ∂L
 
   int64_t block(int64_t step, int64_t set) const { return step * sets + set; }
   BridgeStep step() const {
@@ -28,7 +28,7 @@ struct Trajectory {
   }
 };
 
-// A thread's scratch memory: `count` matrices in the dtype of the arithmetic, then the small sets' workspace.
+// A thread's scratch memory: `count` matrices in the dtype of the arithmetic, then the workspace of the small sets.
 struct Scratch {
   char* matrices;
   int64_t bytes;
@@ -73,7 +73,7 @@ void forward(const Trajectory& t, int64_t set, bool threaded) {
   workspace.trim();
 }
 
-// ∂L/∂x of the first step into `out`
+// Writes ∂L/∂x of the first step to `out`
 void backward(const Trajectory& t, int64_t set, bool threaded, const Data& out) {
   static thread_local Workspace workspace;
   const bool small = t.n <= bridge_small;

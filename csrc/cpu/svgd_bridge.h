@@ -1,4 +1,4 @@
-// What the driver (svgd_bridge.cpp) and the kernels (svgd_bridge_kernel.h, once per instruction set) agree on.
+// Interface between the driver (svgd_bridge.cpp) and the kernels (svgd_bridge_kernel.h, once per instruction set).
 //
 // T is the dtype of the arithmetic, S that of z, the draws and the bridges.
 #pragma once
@@ -21,7 +21,7 @@ struct BridgeStep {
   void* workspace;           // stages.bytes(n, d, …), aligned to 64
 };
 
-// Sets of up to this many particles have their distances, median and φ from one function.
+// For sets of up to this many particles, one function computes distances, median and φ.
 constexpr int64_t bridge_small = 128;
 
 struct BridgeStages {
@@ -32,7 +32,7 @@ struct BridgeStages {
   void (*pull)(const BridgeStep&, double h);          // dx of a small set
   void (*collect)(const BridgeStep&);                 // grad += dx
   void (*finish)(const BridgeStep&);                  // bridge = grad + bridge_grad
-  void (*widen)(const void* from, void* to, int64_t count);  // S to T
+  void (*widen)(const void* from, void* to, int64_t count);  // converts S to T
 };
 
 IVFAST_IN_EACH_ISA(BridgeStages bridge_stages(Storage))

@@ -1,7 +1,7 @@
 // φ for the target N(0, I) and its gradient for small particle sets, and the steps of the bridge between them; included
 // once per instruction set.
 //
-// With X = x − m centred, K' = K − I, r' = K'1, γα = 1 and γβ = 2/h, the score −x leaves
+// With X = x − m centred, K' = K − I, r' = K'1, γα = 1 and γβ = 2/h, the score −x gives
 //   φ_i = (1/n) [−x_i − γ(α + β) (K'X)_i + r'_i (γβ X_i − m)].
 // Backward, with B_ij = k'_ij (q_i + q_j − (α + β)(g_i·X_j + X_i·g_j)), q_i = β g_i·X_i − α g_i·m,
 // D = (γ/n) [(B1)∘X − BX] and E = (1/n) [r'∘G − K'G],
@@ -18,7 +18,7 @@ namespace ivfast {
 namespace IVFAST_ISA {
 namespace {
 
-// The scalars of one h; neither factor of γβ = 2/h overflows.
+// The scalars for one h; neither factor of γβ = 2/h overflows.
 template <class T>
 struct Factors {
   T alpha, beta, gamma, two_over_h, exponent;
@@ -32,8 +32,8 @@ struct Factors {
   }
 };
 
-// Matrices are rows [padded n, width] or panels: [padded n, d], those of results [padded n, width]. What padded rows
-// leave in sums and results is not read.
+// Matrices are rows [padded n, width] or panels: [padded n, d], for results [padded n, width]. Sums and results of
+// padding rows are not read.
 template <class T>
 struct Small {
   int64_t n, d, width, padded, pairs;
@@ -68,7 +68,7 @@ int64_t bytes(int64_t n, int64_t d, bool backward) {
   return Small<T>(s, backward).bytes;
 }
 
-// Rows [n, d], less `mean`, into padded rows and panels.
+// Rows [n, d], minus `mean`, into padded rows and panels.
 template <class T>
 IVFAST_INLINE void pack(T* rows, T* panels, const T* from, const T* mean, int64_t n, int64_t d, int64_t width) {
   constexpr int L = lanes<T>;
@@ -116,7 +116,7 @@ IVFAST_INLINE void store_rows(T* out, int64_t n, int64_t d, const F& f) {
     }
 }
 
-// f(range, its corner of `out`) for a tile; on the diagonal for strips of its upper triangle.
+// f(range, its corner of `out`) for a tile or, on the diagonal, for strips of its upper triangle.
 constexpr int64_t strip = 16;
 template <class T, class F>
 IVFAST_INLINE void each_range(T* out, int64_t n, int64_t i, int64_t j, const F& f) {
@@ -157,8 +157,8 @@ IVFAST_INLINE void kernel_tile(T* K, int64_t n, int64_t i, int64_t j, T exponent
   mirror(K, rows);
 }
 
-// sums_j += Σ_i K_ij, out_j += Σ_i K_ij y_i for the columns j of a tile: sums and panels from its first column on, rows y
-// from its first row on. A group of dimensions of y times vectors of K.
+// sums_j += Σ_i K_ij, out_j += Σ_i K_ij y_i for the columns j of a tile: sums and panels start at its first column,
+// rows y at its first row. Multiplies a group of dimensions of y by vectors of K.
 template <class T>
 IVFAST_INLINE void add_columns(T* sums, T* out, const T* K, const T* y, int64_t rows, int64_t vectors, int64_t width) {
   constexpr int R = group<T>, L = lanes<T>;
@@ -185,7 +185,7 @@ IVFAST_INLINE void add_columns(T* sums, T* out, const T* K, const T* y, int64_t 
   });
 }
 
-// K_ji of a tile's K_ij
+// K_ji from a tile's K_ij
 template <class T>
 IVFAST_INLINE void turn(T* turned, const T* K, int64_t rows, int64_t cols) {
   constexpr int L = lanes<T>;
@@ -216,7 +216,7 @@ IVFAST_INLINE void each_tile(int64_t n, const F& f) {
     for (int64_t j = i; j < n; j += tile) f(i, j);
 }
 
-// The pairs of a tile one behind the other; returns the end. Rubbish behind a row is written over.
+// The pairs of a tile, packed one after another; returns the end. Garbage after a row is overwritten.
 template <class T>
 IVFAST_INLINE T* gather(T* out, const T* u, int64_t n, int64_t i, int64_t j) {
   constexpr int L = lanes<T>;
@@ -229,7 +229,7 @@ IVFAST_INLINE T* gather(T* out, const T* u, int64_t n, int64_t i, int64_t j) {
   return out;
 }
 
-// scale · med²/log n of the packed particles, whose u are written
+// scale · med²/log n of the packed particles; also writes their u
 template <class T>
 double bandwidth(const Small<T>& w, const T* x, double scale) {
   T *u = w.u, *end = w.values;
@@ -293,7 +293,7 @@ void pull(const BridgeStep& s, double h) {
 
   const T c = -(f.alpha + f.beta);
   each_tile<T>(w.n, [&](int64_t i, int64_t j) {
-    // B takes K's place, and the first-level cache holds all; deep products keep their partial sums in theirs
+    // B overwrites K, so that everything fits in the L1 cache; for d > depth, B holds partial sums in its own buffer
     alignas(64) T K[tile * tile], deep[tile * tile];
     T* const B = w.d <= depth ? K : deep;
     each_range(K, w.n, i, j, [&](Range t, T* k) { distance_tile(k, w.x_panels, w.half_norms, w.d, t); });

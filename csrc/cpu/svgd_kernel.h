@@ -1,8 +1,8 @@
 // The stages of the SVGD direction and of its gradient; included once per instruction set.
 //
 // t_ij = x_i·x_j − ‖x_i‖²/2 − ‖x_j‖²/2 = −‖x_i − x_j‖²/2 and k_ij = 2^(t_ij · 2 log2(e)/h).
-// K' = K − I, r' = K'1: a particle's own term is added apart and exactly, however narrow the kernel. With X centred,
-// V = αS − βX, γα = 1 and γβ = 2/h,
+// K' = K − I, r' = K'1: a particle's own term is added separately and exactly, however narrow the kernel. With X
+// centred, V = αS − βX, γα = 1 and γβ = 2/h,
 //   φ_i = (1/n) [s_i + γ (K'V + β r'∘X)_i].
 // Backward, with B_ij = k'_ij (g_i·v_j + v_i·g_j + β g_i·x_i + β g_j·x_j), D = (γ/n) [(B1)∘X − BX] and
 // E = (1/n) [r'∘G − K'G],
@@ -37,7 +37,7 @@ struct View {
     alpha = wide ? T(1) : T(h / 2), beta = wide ? two_over_h : T(1), gamma = wide ? T(1) : two_over_h;
 
     width = round_up(d, lanes<T>), padded = round_up(n, lanes<T>), edge = svgd_tile(n);
-    ld = width * sizeof(T) % 1024 ? width : width + lanes<T>;  // rows do not fall into one set of the cache
+    ld = width * sizeof(T) % 1024 ? width : width + lanes<T>;  // rows must not map to the same cache set
     char *const base = static_cast<char*>(set.workspace), *next = base;
     const auto take = [&](int64_t count, auto*& pointer) {
       pointer = reinterpret_cast<decltype(+pointer)>(next);
@@ -62,7 +62,7 @@ int64_t workspace_bytes(int64_t n, int64_t d) {
   return View<T>(set, backward).bytes;
 }
 
-// Any centre serves: φ's kernel part does not move with x, its rounding does.
+// Any centre works: the kernel does not depend on it, only its rounding does.
 template <class S, class T, bool backward>
 void centre(const SvgdSet& set) {
   constexpr int L = lanes<T>, chains = 4;
@@ -114,7 +114,7 @@ IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int
       }
     }
     Vec<T> norm = {}, gx = {};
-    for (int64_t k = 0; k < w.d; ++k) {  // in the order of `product`: equal particles are at distance 0
+    for (int64_t k = 0; k < w.d; ++k) {  // in the order of `product`, so that equal particles are at distance 0
       const Vec<T> xk = at(w.x_panels + i * w.d + k * L);
       norm += xk * xk;
       if constexpr (backward) gx += at(w.g_panels + i * w.d + k * L) * xk;
@@ -127,7 +127,7 @@ IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int
   }
 }
 
-// K; the norms of padded rows are infinite, so that their k is 0. A tile on the diagonal gets k_ii = 0.
+// K; padding rows have infinite norms, so that their k is 0. A tile on the diagonal gets k_ii = 0.
 template <class T>
 IVFAST_INLINE void kernel_tile(T* K, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
   const T *const rows = half_norms + t.i, *const cols = half_norms + t.j;

@@ -1,7 +1,7 @@
 // Vectors of IVFAST_VECTOR_BYTES, and tiles of pairwise matrices in them; included once per instruction set.
 //
-// A tile is at most 64×64 and lives on the stack. Where the matrix is symmetric, a tile (I, J) serves the sums of the
-// rows I and, transposed, of the rows J.
+// A tile is at most 64×64 and lives on the stack. If the matrix is symmetric, a tile (I, J) is used for the sums of
+// rows I and, transposed, for those of rows J.
 #pragma once
 
 #include <cstdint>
@@ -36,7 +36,7 @@ template <class T>
 constexpr int lanes = IVFAST_VECTOR_BYTES / int(sizeof(T));
 
 constexpr int64_t tile = 64;  // rows and columns of a tile, and its leading dimension
-// The register tile: rows divide a vector's lanes, so that a row's group lies in one panel.
+// The register tile: its rows divide the number of lanes, so that a group of rows lies in one panel.
 template <class T>
 constexpr int group = lanes<T> < IVFAST_TILE_ROWS ? lanes<T> : IVFAST_TILE_ROWS;
 
@@ -63,7 +63,7 @@ IVFAST_INLINE void swap_blocks(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, 
   a = low;
 }
 
-// log2(lanes) rounds, each of which swaps the off-diagonal blocks of every square of 2 step
+// log2(lanes) rounds; each swaps the off-diagonal blocks of every square of side 2 step
 template <class T, int step = lanes<T> / 2>
 IVFAST_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
 #pragma GCC unroll 16
@@ -72,7 +72,7 @@ IVFAST_INLINE void transpose(Vec<T> (&rows)[lanes<T>]) {
   if constexpr (step > 1) transpose<T, step / 2>(rows);
 }
 
-// The first `count` lanes, zeros behind; `available` elements may be read.
+// The first `count` lanes, zeros in the others; `available` elements may be read.
 template <class T, class S>
 IVFAST_INLINE Vec<T> load_lanes(const S* from, int64_t count, int64_t available) {
   constexpr int L = lanes<T>;
@@ -139,7 +139,7 @@ struct Range {
   int64_t i, rows, j, cols;
 };
 
-// Two panels of a group of columns stay in the first-level cache while the rows pass.
+// Two panels of a group of columns stay in the L1 cache while the rows are processed.
 constexpr int64_t depth = 128;
 
 // out_ij = f(Σ_k a_ik b_jk [+ Σ_k b_ik a_jk], i, j), i and j counted within the tile [rows, tile]
@@ -176,7 +176,7 @@ IVFAST_INLINE void product_tile(T* out, const T* a, const T* b, Range t, int64_t
 }
 
 // out_i += Σ_j K_ij y_j for `rows` rows i, in whole groups, and `cols` columns j; K_ij at i * row_step +
-// j * column_step. The tile's sum starts from 0: the long sum over tiles is rounded once per tile.
+// j * column_step. The tile's sum starts at 0, so the long sum over tiles is rounded only once per tile.
 template <int row_step, int column_step, class T>
 IVFAST_INLINE void accumulate(T* out, const T* K, const T* y, int64_t rows, int64_t cols, int64_t ld, int64_t width) {
   constexpr int R = group<T>, L = lanes<T>;

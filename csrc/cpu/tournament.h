@@ -1,4 +1,4 @@
-// A symmetric problem by pairs of blocks of rows, worked off by any number of threads, always with the same rounding.
+// A symmetric problem split into pairs of blocks of rows, for any number of threads, always with the same rounding.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -10,24 +10,24 @@
 
 namespace ivfast {
 
-// Rows of a block of n rows of d: few enough blocks that handing them out is cheap, enough of them for many threads,
-// and two tiles of wide rows so that a tile's rows are used twice from the second-level cache. Never a function of the
-// number of threads: the blocks decide the order of every sum.
+// Rows per block, for n rows of d numbers: few enough blocks that scheduling is cheap, enough for many threads, and two
+// tiles of wide rows, so that a tile's rows are used twice from the L2 cache. Never a function of the number of
+// threads, because the blocks determine the order of every sum.
 inline int64_t block_rows(int64_t n, int64_t d, int64_t edge) {
   const int64_t least = n >= 1024 && d >= 256 ? 2 * edge : edge;
   return std::clamp<int64_t>((n / 32 + edge - 1) / edge * edge, least, 512);
 }
 
-// The stages of `blocks` blocks as a list of tasks that any number of threads may work off: each block is begun, meets
-// every other block in a round-robin tournament, and is finished. A task waits until its blocks have played the rounds
-// before it; these stand earlier in the list, so that some thread is already at work on them. There is no barrier.
+// The stages of `blocks` blocks as a list of tasks for any number of threads: each block is begun, meets every other
+// block in a round-robin tournament, and is finished. A task waits until its blocks have played the earlier rounds.
+// Those come earlier in the list, so some thread is already working on them. There is no barrier.
 //
-// Stages has begin(a), pair(a, b) of a != b in either order, and finish(a).
+// Stages has begin(a), pair(a, b) for a != b in either order, and finish(a).
 template <class Stages>
 class Tournament {
  public:
   Tournament(const Stages& stages, int64_t blocks) : stages_(stages), blocks_(blocks) {
-    seats_ = (blocks_ + 1) / 2 * 2, rounds_ = seats_ - 1;  // with an odd number of blocks one rests in each round
+    seats_ = (blocks_ + 1) / 2 * 2, rounds_ = seats_ - 1;  // with an odd number of blocks, one sits out each round
     if (blocks_ > few) more_.reset(new std::atomic<int64_t>[size_t(blocks_)]);
     played_ = blocks_ > few ? more_.get() : few_;
     for (int64_t block = 0; block < blocks_; ++block) played_[block].store(0, std::memory_order_relaxed);
@@ -75,7 +75,7 @@ class Tournament {
 
   const Stages& stages_;
   int64_t blocks_, seats_, rounds_;
-  std::atomic<int64_t> next_{0}, few_[few], *played_;  // stages that each block has behind it
+  std::atomic<int64_t> next_{0}, few_[few], *played_;  // stages that each block has completed
   std::unique_ptr<std::atomic<int64_t>[]> more_;
 };
 

@@ -1,14 +1,14 @@
-// AS-Distance and its log-sums of small batches in one launch: a block owns 16 by 16 pairs.
+// AS-Distance and its log-sums for small batches in one launch: a block owns 16 by 16 pairs.
 //
-// Tiles of (r, r') and (g, g') on and above the diagonal, where a pair stands for two, and all tiles of (r, g). A block
-// reports max log k and Σ exp(log k − max) of its pairs.
+// Blocks cover the tiles of (r, r') and (g, g') on and above the diagonal, where a pair counts twice, and all tiles of
+// (r, g). A block reports max log k and Σ exp(log k − max) over its pairs.
 #include "as_distance.h"
 
 #include <tuple>
 
 namespace ivfast {
 
-constexpr int kSide = 16;  // of a tile
+constexpr int kSide = 16;  // rows and columns of a tile
 
 struct AsPlan {
   int n, m, d;
@@ -20,10 +20,10 @@ struct AsPlan {
 __host__ __device__ constexpr int tiles_of(int n) { return (n + kSide - 1) / kSide; }
 __host__ __device__ constexpr int triangle(int tiles) { return tiles * (tiles + 1) / 2; }
 
-// Σ exp(log k − from) with `to` in place of `from`
+// Σ exp(log k − from) rebased from `from` to `to`
 __device__ __forceinline__ float moved(float sum, float from, float to) { return from == to ? sum : sum * expf(from - to); }
 
-// (max, Σ) of the lanes of a warp
+// (max, Σ) over the lanes of a warp
 __device__ __forceinline__ void log_sum_lanes(float& most, float& sum) {
   float top = most;
 #pragma unroll
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kThreads, 1) as_distance_kernel(
   fill_panels(U, plan.panels, pool, 0, Variances());
   __syncthreads();
 
-  // four lanes share two by two pairs, each with every fourth four of the dimensions
+  // four lanes share two by two pairs; each takes every fourth group of four dimensions
   const int lane = threadIdx.x % 4, i = threadIdx.x / 32 * 2, j = threadIdx.x / 4 % 8;
   int at_i[2], at_j[2];
 #pragma unroll
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads, 1) as_distance_kernel(
   const bool diagonal = kind != 2 && tile_i == tile_j;
   const bool exists = row < rows && column < columns && !(plan.form.unbiased && diagonal && row == column);
   float sum = exists ? (kind == 2 || diagonal ? 1.f : 2.f) : 0.f;
-  if (exists && most != most) sum = most;  // a maximum passes over it
+  if (exists && most != most) sum = most;  // a maximum ignores NaN
   most = exists ? most : -INFINITY;
   log_sum_lanes(most, sum);
   if (threadIdx.x % 32 == 0) warp_most[threadIdx.x / 32] = most, warp_sums[threadIdx.x / 32] = sum;

@@ -1,7 +1,8 @@
-// log k of two diagonal Gaussians, four dimensions at a time, as the AS-Distance and its gradient compute it.
+// log k of two diagonal Gaussians, four dimensions at a time, for the AS-Distance and its gradient.
 //
 // ℓ_d = −½ [log P + N/P] − c with P = s, N = δ² over dz and P = s + l_i l_j, N = δ² + u_i² l_j + u_j² l_i under the
-// prior. Sums here leave out the constants: C = d c of log k = Σ_d ℓ_d and C = c + log d of log k = log mean_d exp ℓ_d.
+// prior. Sums here leave out the constants: C = d c for log k = Σ_d ℓ_d, and C = c + log d for
+// log k = log mean_d exp ℓ_d.
 #pragma once
 
 #include <cmath>
@@ -12,7 +13,7 @@ namespace ivfast {
 
 constexpr float kLn2 = 0.693147181f, kHalfLog2e = 0.721347520f;
 
-// 1/x of a normal number, to the last bit or the one before
+// 1/x of a normal number, accurate to the last bit or the one before
 __device__ __forceinline__ float reciprocal(float x) {
 #ifdef IVFAST_SIMT
   return 1.f / x;
@@ -46,14 +47,14 @@ __device__ __forceinline__ Fractions fractions(const Gaussian& i, const Gaussian
   return f;
 }
 
-// Σ_d log P + N/P: two fractions share a reciprocal, and their denominator is a factor of one product for the logarithm,
-// whose mantissas, below 2^64 in 128 dimensions, and exponents are kept apart.
+// Σ_d log P + N/P: two fractions share a reciprocal, and their denominator is a factor of a single product for the
+// logarithm, whose mantissa (below 2^64 in 128 dimensions) and exponent are kept separately.
 template <bool Prior>
 struct Product {
   float quotients = 0.f, mantissas = 1.f;
   int exponents = 0;
 
-  // the first `left` of four dimensions where Some is set
+  // only the first `left` of four dimensions if Some is set
   template <bool Some>
   __device__ __forceinline__ void add(const Gaussian& i, const Gaussian& j, int left) {
     Fractions f = fractions<Prior>(i, j);
@@ -78,7 +79,7 @@ struct Product {
   }
 };
 
-// Σ_d P^-½ exp(−N/2P) as sum · 2^-least: it may be below the range of float32.
+// Σ_d P^-½ exp(−N/2P) as sum · 2^-least, because it may be below the range of float32.
 template <bool Prior>
 struct Additive {
   float sum = 0.f, least = INFINITY;
@@ -110,13 +111,13 @@ struct Additive {
 template <bool IsAdditive, bool Prior>
 using LogKernel = std::conditional_t<IsAdditive, Additive<Prior>, Product<Prior>>;
 
-struct Variances {  // from their logarithms, the second array
+struct Variances {  // from the second array, their logarithms
   __device__ float operator()(int array, float x) const { return array == 1 ? expf(x) : x; }
 };
 
 struct AsForm {
   double constant;  // C
-  double log_pairs[3];  // of (r, r'), (g, g') and (r, g)
+  double log_pairs[3];  // for (r, r'), (g, g') and (r, g)
   bool log, unbiased;
 
   AsForm(int n, int m, int d, bool additive, bool prior, bool log, bool unbiased) : log(log), unbiased(unbiased) {

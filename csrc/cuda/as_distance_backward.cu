@@ -1,6 +1,6 @@
 // The gradient of the AS-Distance and its log-sums in one launch: a block owns two rows of r or g.
 //
-// With W_ij = ∂L/∂(log-sum) exp(log k_ij − log-sum), twice that within a batch, where each pair stands twice:
+// With W_ij = ∂L/∂(log-sum) exp(log k_ij − log-sum), twice that within a batch, where each pair occurs twice:
 // ∂L/∂u_i = −Σ_j W t and ∂L/∂log l_i = ½ l_i Σ_j W (t² − c/P), t = A/P. Over dz: A = δ, c = 1; under the prior
 // A = δ + u_i l_j, c = 1 + l_j. In the additive form a dimension has the share exp(ℓ_d)/Σ exp(ℓ) of W.
 #include "as_distance.h"
@@ -23,7 +23,7 @@ struct AsGradients {
   T *mu_r, *logvar_r, *mu_g, *logvar_g;
 };
 
-// W, or W/Σ_d P^-½ 2^(least − …) with `least`, of a column and the two rows
+// W, or W/Σ_d P^-½ 2^(least − …) with `least`, for a column and the two rows
 struct alignas(16) PairWeights {
   float w[kRows], least[kRows];
 };
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kMostColumns, 1) as_distance_backward_kernel(
     const float log_sum = sums[3 * set + of];
     float factor = dsums ? dsums[3 * set + of] : 0.f;
     if (dvalue) {
-      const double* log_pairs = plan.form.log_pairs;  // a parameter, which takes no index but a constant
+      const double* log_pairs = plan.form.log_pairs;  // a kernel parameter, which only takes constant indices
       const double pairs = of == 0 ? log_pairs[0] : of == 1 ? log_pairs[1] : log_pairs[2];
       const float term = plan.form.log ? 1.f : expf(static_cast<float>(log_sum - pairs));
       factor += (of == 2 ? -2.f : 1.f) * term * dvalue[set];

@@ -1,6 +1,6 @@
 // Blockwise and radial bridges and the block substitution: each input read once, each output written once, one launch.
 //
-// A thread has one 16-byte pack of neighbours at its place in every bridge, or one element where they are not aligned.
+// A thread handles one 16-byte pack of neighbours, at the same place in every bridge, or one element if unaligned.
 #include "vectors.h"
 
 #include <cmath>
@@ -9,7 +9,7 @@
 namespace ivfast {
 
 constexpr int kBridgeThreads = 256;
-constexpr int kMostAngles = 64;  // steps whose cosines and sines travel with the launch
+constexpr int kMostAngles = 64;  // steps whose cosines and sines are passed as kernel arguments
 
 // Rows of d = blocks · width elements
 struct Blocks {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kBridgeThreads) blockwise_kernel(
   }
 }
 
-// ∂z = Σ ∂T_k z over the k <= block; the others are not read
+// ∂z = Σ ∂T_k z over k <= block; the others are not read
 template <int Width, class T>
 __global__ void __launch_bounds__(kBridgeThreads, 4) blockwise_backward_kernel(
     const T* __restrict__ grad, T* __restrict__ dz, Blocks blocks) {
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kBridgeThreads) radial_backward_kernel(
   out.to(dz + at);
 }
 
-// draws, or 0 without any, in the chosen block of each row; what is not in the result is not read
+// draws, or 0 without any, in the chosen block of each row; elements that are not in the result are not read
 template <int Width, class T, class Index>
 __global__ void __launch_bounds__(kBridgeThreads) substitute_kernel(
     const T* __restrict__ z, const T* __restrict__ draws, const Index* __restrict__ index, T* __restrict__ out,
@@ -151,14 +151,14 @@ __global__ void __launch_bounds__(kBridgeThreads) substitute_kernel(
   kept.to(out + at);
 }
 
-// z of one bridge, and the blocks of its rows
+// The size of z, and the blocks of its rows
 Blocks blocks_of(const char* op, int64_t elements, int64_t d, int64_t count) {
   STD_TORCH_CHECK(count >= 1 && d % count == 0, op, " takes blocks that divide d = ", d, ", got ", count);
   const int columns = elements ? as_int(op, "d", d) : 1;
   return {elements, columns, elements ? columns / static_cast<int>(count) : 1};
 }
 
-// One of the bridges' sizes
+// The sizes of one of the bridges
 std::vector<int64_t> one_of(const Tensor& bridges) {
   const auto sizes = bridges.sizes();
   return {sizes.begin() + 1, sizes.end()};

@@ -1,8 +1,8 @@
 // The latent distance ‖μ‖² + Tr(Σ + I) − 2 Tr √Σ of small codes and its gradient, in three launches: chunks of a Gram
-// matrix, its inverse root by one block for each set, and the gradient; in float64 throughout.
+// matrix, its inverse root (one block per set), and the gradient; in float64 throughout.
 //
-// For n > d the matrix is Σ, over chunks of samples, each about its own mean (Chan's merge puts them together); for
-// n <= d it is CCᵀ, over chunks of dimensions, which need no other than their own means.
+// For n > d the matrix is Σ, computed over chunks of samples, each about its own mean, and combined by Chan's formula.
+// For n <= d it is CCᵀ, computed over chunks of dimensions, which only need their own means.
 #include "inverse_root.h"
 
 #include <algorithm>
@@ -14,14 +14,14 @@ namespace ivfast {
 constexpr int kPanel = 4096, kMostInPanel = 256;
 constexpr int kScatterThreads = 256, kGradientThreads = 128;
 constexpr int kPerThread = 8;  // of the summed axis, in the gradient
-constexpr int kMostChunks = 32, kBlocks = 264;  // of a set, which one block merges; that occupy a GPU
+constexpr int kMostChunks = 32, kBlocks = 264;  // per set, merged by one block; enough to fill a GPU
 
-// Codes z [n, d] of a set as rows i of the matrix, min(n, d) of them, and an axis l that its elements are sums over
+// The codes z [n, d] of a set as min(n, d) rows i of the matrix, and an axis l over which its elements are sums
 template <bool Wide>
 struct Codes {
   int64_t n, d;
-  int rows, side, width, chunks;  // width: of l in a panel
-  int64_t span;                   // of l in a chunk
+  int rows, side, width, chunks;  // width: number of l in a panel
+  int64_t span;                   // number of l in a chunk
 
   Codes(int64_t n, int64_t d, int64_t sets) : n(n), d(d), rows(static_cast<int>(Wide ? n : d)), side((rows + 3) / 4) {
     width = std::min(kMostInPanel, 1024 / side / kPerThread * kPerThread);
@@ -31,10 +31,10 @@ struct Codes {
   }
   __host__ __device__ int64_t length() const { return Wide ? d : n; }
   __device__ __forceinline__ int64_t at(int64_t l, int i) const { return Wide ? i * d + l : l * d + i; }
-  __host__ __device__ int stride() const { return 4 * side + 1; }  // odd: neither axis of a panel meets one bank
+  __host__ __device__ int stride() const { return 4 * side + 1; }  // odd: neither axis of a panel stays on one bank
 };
 
-// What a chunk leaves: a half, and the means of its rows or, of wide codes, ‖μ‖² of its part
+// The result of a chunk: a half, and the means of its rows or, for wide codes, ‖μ‖² of its part
 template <int Side>
 constexpr int kReport = Halves<Side>::kElements + 4 * Side;
 
@@ -44,8 +44,8 @@ __device__ __forceinline__ double lanes_total(double x) {
   return x;
 }
 
-// panel[l · stride + i] = z − μ for l from `first`, 0 beyond `count` and the rows. means: μ_i, given, of tall codes; μ_l,
-// found here, of wide ones. Barriers stand before and after.
+// panel[l · stride + i] = z − μ for l from `first`, 0 beyond `count` and the rows. `means` holds μ_i for tall codes (an
+// input) and μ_l for wide codes (computed here). There are barriers before and after.
 template <bool Wide, class T>
 __device__ __forceinline__ void fill_panel(
     double* panel, double* means, const T* z, const Codes<Wide>& codes, int64_t first, int count) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ void fill_panel(
 template <class T, bool Wide, int Side>
 __global__ void __launch_bounds__(Halves<Side>::kThreads > kScatterThreads ? Halves<Side>::kThreads : kScatterThreads)
     fld_scatter_kernel(const T* __restrict__ z, double* __restrict__ reports, Codes<Wide> codes, Halves<Side> shape) {
-  // this block: a chunk of a set; slices of its threads own every tile, each for some of l
+  // this block: a chunk of a set; each slice of its threads owns all tiles for a part of l
   __shared__ double means[kMostInPanel];
   double* const panel = reinterpret_cast<double*>(dynamic_shared);
   const int64_t set = blockIdx.x / codes.chunks, begin = blockIdx.x % codes.chunks * codes.span;
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(Halves<Side>::kThreads > kScatterThreads ? Hal
   if (Wide && threadIdx.x == 0) reports[shape.kElements] = square;
 }
 
-// S: of the distance. I − (CᵀC)^−½ or I − (CCᵀ)^−½ goes to `remainders` [4 side, 4 side], the means of tall codes to
-// `means`, where the gradient is wanted.
+// S: dtype of the distance. If the gradient is requested, I − (CᵀC)^−½ or I − (CCᵀ)^−½ goes to `remainders`
+// [4 side, 4 side], and the means of tall codes go to `means`.
 template <class S, bool Wide, int Side>
 __global__ void __launch_bounds__(Halves<Side>::kThreads, 1) fld_root_kernel(
     const double* __restrict__ reports, double* remainders, double* means, S* __restrict__ distance,
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(Halves<Side>::kThreads, 1) fld_root_kernel(
   own.store(halves, a);
   const auto diagonal = [&](int r, int c, double x) { return own.one(r, c) * x; };
   const double size = over_block(own.sum(halves, diagonal), Sum{});
-  // 11ᵀ takes the place of the eigenvalue 0 that centring leaves
+  // 11ᵀ replaces the zero eigenvalue that centring leaves
   const double filled = Wide ? size / (n - 1) : 0.;
   if (Wide) own.replace(halves, [&](double x) { return x + filled / n; });
   if (thread == 0) terms[0] = square + size + codes.d, terms[1] = sqrt(filled);
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(Halves<Side>::kThreads, 1) fld_root_kernel(
   }
 }
 
-// 2μ/n + 2/(n − 1) (x − μ)(I − a^−½), or with I − a^−½ on the left
+// 2μ/n + 2/(n − 1) (x − μ)(I − a^−½), or with I − a^−½ on the left for wide codes
 template <class T, bool Wide>
 __global__ void __launch_bounds__(kGradientThreads) fld_gradient_kernel(
     const T* __restrict__ z, const double* __restrict__ remainders, const double* __restrict__ tall_means,
@@ -208,7 +208,7 @@ __global__ void __launch_bounds__(kGradientThreads) fld_gradient_kernel(
   double* const panel = reinterpret_cast<double*>(dynamic_shared);
   const int64_t set = blockIdx.x / blocks;
   const int columns = 4 * codes.side, groups = codes.width / kPerThread, thread = threadIdx.x;
-  // neighbours write neighbouring numbers: this thread's are i = side c + I, l = groups p + group
+  // neighbouring threads write neighbouring numbers: this thread has i = side c + I, l = groups p + group
   const int I = Wide ? thread / groups : thread % codes.side, group = Wide ? thread % groups : thread / codes.side;
   const bool works = I < codes.side && group < groups;
   z += set * codes.n * codes.d, gradient += set * codes.n * codes.d, remainders += set * columns * columns;

@@ -1,5 +1,5 @@
-// Diagonal Gaussian posteriors: their KL to N(0, I), samples of them, and the gradients. A warp, or a part of one where
-// d is small, has a row.
+// Diagonal Gaussian posteriors: their KL to N(0, I), samples from them, and the gradients. A warp handles a row, or a
+// part of a warp if d is small.
 //
 // KL = ½ Σ_d (μ² + e^v − 1 − v),  z = μ + e^{v/2} ε,  v the log-variance
 #include "vectors.h"
@@ -28,7 +28,7 @@ struct Posteriors {
   }
 };
 
-// e^x − 1 − x; near 0, where the difference would lose the digits, Σ_{k>=2} x^k/k!
+// e^x − 1 − x; near 0, where the difference would cancel, Σ_{k>=2} x^k/k!
 __device__ __forceinline__ float expm1_minus(float x) {
   float series = 1.f / 5040;
   series = series * x + 1.f / 720;
@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kGaussianThreads) gaussian_kernel(
   if (row < rows.count && threadIdx.x % rows.lanes == 0) kl[row] = 0.5f * sum;
 }
 
-// ∂μ = ∂z + ∂kl μ,  ∂v = ½ (∂z ε e^{v/2} + ∂kl (e^v − 1)), of those of ∂z and ∂kl that there are
+// ∂μ = ∂z + ∂kl μ,  ∂v = ½ (∂z ε e^{v/2} + ∂kl (e^v − 1)), with whichever of ∂z and ∂kl is given
 template <int Width, class T>
 __global__ void __launch_bounds__(kGaussianThreads) gaussian_backward_kernel(
     const T* __restrict__ dz, const float* __restrict__ dkl, const T* __restrict__ mu, const T* __restrict__ logvar,

@@ -1,4 +1,4 @@
-// Inverse square roots of small symmetric matrices: one launch, a block for each matrix, float64 throughout.
+// Inverse square roots of small symmetric matrices: one launch, one block per matrix, float64 throughout.
 #include "inverse_root.h"
 
 #include <tuple>

@@ -1,8 +1,9 @@
-// A symmetric matrix of up to 128 rows as one thread block holds it in float64, and its inverse square root.
+// A symmetric matrix of up to 128 rows, held by one thread block in float64, and its inverse square root.
 //
-// Half of it, in tiles of 4 x 4: row i = r·side + I has the place r in the tiles of I. Thread t owns the t-th tile (I, J)
-// with I >= J, and element e = 4 r + c of it is at e·stride + t: neighbours own neighbouring numbers. Two such halves fit
-// into shared memory; a thread keeps its tiles of the others in global memory, where nobody else reads them.
+// A half of the matrix is stored in tiles of 4 x 4: row i = r·side + I has position r in the tiles of I. Thread t owns
+// the t-th tile (I, J) with I >= J, and its element e = 4 r + c is at e·stride + t, so that neighbouring threads own
+// neighbouring numbers. Two such halves fit into shared memory. Tiles of the other matrices are in global memory, where
+// each is read only by its own thread.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +16,7 @@ namespace ivfast {
 
 constexpr int kMostRows = 128;
 constexpr int kRootSteps = 24;
-constexpr double kLast = 1e-3;  // ‖E‖ from which a step of order 4 is the last: the error is then 35 ‖E‖⁴/128
+constexpr double kLast = 1e-3;  // below this ‖E‖ a step of order 4 is the last: the error is then 35 ‖E‖⁴/128
 
 template <class T>
 __device__ __forceinline__ double to_double(T x) {
@@ -29,12 +30,12 @@ __device__ __forceinline__ T from_double(double x) {
   else return static_cast<T>(static_cast<float>(x));
 }
 
-// of matrices of up to 4 Side rows
+// for matrices of up to 4 Side rows
 template <int Side>
 struct Halves {
   static constexpr int kSide = Side;
   static constexpr int kStride = Side * (Side + 1) / 2;  // between the elements of a tile
-  static constexpr int kElements = 16 * kStride, kKept = 3 * kElements;  // of a half; of what is in global memory
+  static constexpr int kElements = 16 * kStride, kKept = 3 * kElements;  // of a half; of the part in global memory
   static constexpr int kThreads = (kStride + 31) / 32 * 32;
   static constexpr size_t kShared = 2 * sizeof(double) * kElements;
   int rows, side, tiles;
@@ -44,7 +45,7 @@ struct Halves {
   int threads() const { return (tiles + 31) / 32 * 32; }
 };
 
-// f(Halves) of matrices of so many rows
+// f(Halves) for matrices of this many rows
 template <class F>
 void by_rows(const char* op, int64_t rows, F f) {
   STD_TORCH_CHECK(rows >= 1 && rows <= kMostRows, op, " in CUDA C++ takes matrices of 1 to ", kMostRows, " rows, got ", rows);
@@ -62,12 +63,12 @@ struct Tile4 {
   }
 };
 
-// The tile that this thread owns, if there is one for it
+// The tile that this thread owns, if any
 template <int Side>
 struct Owner : Halves<Side> {
   using Matrix = Halves<Side>;
   using Matrix::kStride, Matrix::rows, Matrix::side, Matrix::tiles;
-  int I, J, mine;  // which tile; for a thread without one the last, which it never writes
+  int I, J, mine;  // which tile; a thread without one reads the last and never writes it
   bool exists;
 
   __device__ explicit Owner(const Matrix& halves) : Owner(halves, threadIdx.x) {}
@@ -93,7 +94,7 @@ struct Owner : Halves<Side> {
   __device__ __forceinline__ double at(const double* half, int r, int c) const {
     return half[(4 * r + c) * kStride + mine];
   }
-  // x(i, j) for each element of this tile that there is, of half
+  // x(i, j) for each element of this tile that exists in `half`
   template <class F>
   __device__ __forceinline__ void fill(double* half, F x) const {
     if (!exists) return;
@@ -103,7 +104,7 @@ struct Owner : Halves<Side> {
       half[e * kStride + mine] = i < rows && j < rows ? x(i, j) : 0.;
     }
   }
-  // x(element) in the place of each of them
+  // replaces each of them with x(element)
   template <class F>
   __device__ __forceinline__ void replace(double* half, F x) const {
     fill(half, [&](int i, int j) { return x(half[(4 * (i / side) + j / side) * kStride + mine]); });
@@ -129,7 +130,7 @@ struct Owner : Halves<Side> {
   }
 };
 
-// Where the elements of rows I, columns K are: at + r·row + k·column
+// The addresses of the elements in rows I, columns K: at + r·row + k·column
 struct Place {
   int at, row, column;
 
@@ -140,7 +141,7 @@ struct Place {
   }
 };
 
-// The own tile of A B for symmetric A and B that commute, so that the product is symmetric too
+// This thread's tile of A B, for symmetric A and B that commute, so that the product is also symmetric
 template <int Side>
 __device__ __forceinline__ Tile4 product(const Owner<Side>& own, const double* A, const double* B) {
   Tile4 C = {};
@@ -176,7 +177,7 @@ struct Largest {
   __device__ double operator()(double a, double b) const { return fmax(a, b); }
 };
 
-// The same for every thread of the block, in a fixed order; a barrier stands before and after what it writes.
+// The same result in every thread of the block, in a fixed order; its writes have a barrier before and after.
 template <class F>
 __device__ __forceinline__ double over_block(double value, F combine) {
   __shared__ double parts[32];
@@ -191,7 +192,7 @@ __device__ __forceinline__ double over_block(double value, F combine) {
   return value;
 }
 
-// What a is divided by: at least λ_max / 2.2, with half of a in shared memory.
+// The divisor of a, at least λ_max / 2.2; a half of a is in shared memory.
 template <int Side>
 __device__ __forceinline__ double scale_of(const Owner<Side>& own, const double* half) {
   const double trace = over_block(own.sum(half, [&](int r, int c, double x) { return own.one(r, c) * x; }), Sum{});
@@ -213,9 +214,9 @@ struct Root {
   double trace, error;
 };
 
-// a^−½ takes the place of what is in the second of `halves` in shared memory, where the first holds a, 0 beyond its rows;
-// Tr √a, and what the iteration leaves of ‖I − X a X‖, NaN where a is not finite. `kept` is for three halves in global memory: no tile stays in registers
-// beside a product, since those of 17 warps hold one.
+// Writes a^−½ over the second of `halves` in shared memory, where the first holds a, 0 beyond its rows. Returns Tr √a
+// and the remaining error ‖I − X a X‖, NaN if a is not finite. `kept` is room for three halves in global memory: no
+// tile stays in registers during a product, because the registers of 17 warps hold only one.
 template <int Side>
 __device__ __forceinline__ Root root_of(const Owner<Side>& own, double* halves, double* kept) {
   double *const P = halves, *const Q = P + own.kElements;
@@ -224,7 +225,7 @@ __device__ __forceinline__ Root root_of(const Owner<Side>& own, double* halves, 
   __syncthreads();
   const double scale = scale_of(own, P);
   Tile4 tile = own.load(P);
-  // ones on the diagonal beyond the rows, where nothing moves
+  // ones on the diagonal beyond the rows, where nothing changes
   const double per_scale = 1 / scale;
   tile.each([&](int r, int c, double& x) { x = own.row(r) < own.rows ? x * per_scale : own.one(r, c); });
   own.store(P, tile);
@@ -235,12 +236,12 @@ __device__ __forceinline__ Root root_of(const Owner<Side>& own, double* halves, 
   double error = 0;
   for (int step = 0; step < kRootSteps; ++step) {
     error = own.sum(P, [&](int r, int c, double x) { return (own.one(r, c) - x) * (own.one(r, c) - x); });
-    error = sqrt(over_block(error, Sum{}));  // whose barriers P needs too
+    error = sqrt(over_block(error, Sum{}));  // P needs its barriers, too
     if (error != error) break;
 
     own.store(kept_A, own.load(P));
     tile = product(own, P, P);
-    if (error <= kLast) {  // X ← X (35 − 35 A + 21 A² − 5 A³)/16, which is I + E/2 + 3E²/8 + 5E³/16
+    if (error <= kLast) {  // X ← X (35 − 35 A + 21 A² − 5 A³)/16 = X (I + E/2 + 3E²/8 + 5E³/16)
       own.store(Q, tile);
       __syncthreads();
       tile = product(own, P, Q);
@@ -269,7 +270,7 @@ __device__ __forceinline__ Root root_of(const Owner<Side>& own, double* halves, 
     own.store(P, tile);
   }
 
-  // Tr √a = ½ Tr(aX) (3 − …) as one more step of order 2 has it: errors of X count in the second order
+  // Tr √a = ½ Tr(aX) (3 − …), as in one more step of order 2: errors of X enter only to second order
   tile = own.load(kept_X);
   tile.each([&](int, int, double& x) { x = error == error ? x : error; });
   __syncthreads();
@@ -288,7 +289,7 @@ __device__ __forceinline__ Root root_of(const Owner<Side>& own, double* halves, 
   return {error == error ? trace : error, error};
 }
 
-// f(T{}) for the dtype T of x, float64 among them
+// f(T{}) for the dtype T of x, including float64
 template <class F>
 void by_any_dtype(const char* op, const Tensor& x, F f) {
   if (x.scalar_type() == ScalarType::Double) f(double{});

@@ -1,7 +1,7 @@
-// What every CUDA C++ operator here needs on the host: the dtype switch, the shared-memory opt-in and one launch.
+// Host code for every CUDA C++ operator: the dtype switch, the shared-memory opt-in and the launch.
 //
-// Kernels are started by cudaLaunchKernelEx, never by <<<>>>, and take their dynamic shared memory from
-// `dynamic_shared`: so a plain C++ compiler builds the same files against tests/simt, which defines IVFAST_SIMT.
+// Kernels are started with cudaLaunchKernelEx, never with <<<>>>, and take their dynamic shared memory from
+// `dynamic_shared`, so that a plain C++ compiler can build the same files against tests/simt (IVFAST_SIMT is defined).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -39,7 +39,7 @@ inline cudaStream_t current_stream([[maybe_unused]] const torch::stable::Tensor&
   return static_cast<cudaStream_t>(stream);
 }
 
-// Bytes of shared memory that a block on the device of `x` may ask for.
+// Bytes of shared memory that a block on the device of `x` may request.
 inline int shared_limit([[maybe_unused]] const torch::stable::Tensor& x) {
   int device = 0, bytes = 0;
 #ifndef IVFAST_SIMT

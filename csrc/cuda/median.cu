@@ -5,7 +5,7 @@
 
 namespace ivfast {
 
-constexpr int kQuads = 16;  // columns of a panel, in fours: two blocks of 256 particles fit an SM
+constexpr int kQuads = 16;  // columns of a panel, in fours: two blocks of 256 particles fit on an SM
 
 template <int Tiles, class T>
 __global__ void __launch_bounds__(kThreads, 1) median_kernel(
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, 1) median_kernel(
 }
 
 // ∂h/∂x_i = Σ_a Σ_j 2 (x_i − x_j) slope_a/(divisor pairs_a) over the pairs at the middle squared distance m_a, where
-// slope_a = ∂med²/∂m_a is ½ for (m₁ + m₂)/2 and (√m₁ + √m₂)/(4 √m_a) for ((√m₁ + √m₂)/2)². A zero moves nothing.
+// slope_a = ∂med²/∂m_a is ½ for (m₁ + m₂)/2 and (√m₁ + √m₂)/(4 √m_a) for ((√m₁ + √m₂)/2)². A zero adds nothing.
 template <int Tiles, class T>
 __global__ void __launch_bounds__(kThreads, 1) median_backward_kernel(
     const float* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ middles, T* __restrict__ dx,
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, 1) median_backward_kernel(
   dx += set * n * d;
   const float m[2] = {middles[2 * set], middles[2 * set + 1]};
 
-  // bit j of chosen[a][i]: the pair (i, j) is at the middle a
+  // bit j of chosen[a][i]: the pair (i, j) is at middle a
   const int words = (n + 31) / 32;
   unsigned* chosen = reinterpret_cast<unsigned*>(dynamic_shared);
   unsigned* pairs = chosen + 2 * round_up(n, 2) * words;
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads, 1) median_backward_kernel(
   for (int at = threadIdx.x; at < n * d; at += kThreads) {
     const int i = at / d, column = at % d;
     const float x_i = static_cast<float>(x[at]);
-    float sum = 0.f * weight[0] + 0.f * weight[1];  // NaN where no pair is at a middle
+    float sum = 0.f * weight[0] + 0.f * weight[1];  // NaN if no pair is at a middle
     for (int word = 0; word < 2 * words; ++word) {
       const int a = word / words, first_j = word % words * 32;
       for (unsigned left = chosen[(a * n + i) * words + word % words]; left; left &= left - 1) {

@@ -1,4 +1,4 @@
-// The median heuristic of one particle set, by the block that holds its distances.
+// The median heuristic of one particle set, computed by the block that holds its distances.
 #pragma once
 
 #include "particles.h"
@@ -6,7 +6,7 @@
 
 namespace ivfast {
 
-// h = med²/divisor. The ranks of the two middles among the pairs i < j; -1 is a zero of the full matrix's diagonal.
+// h = med²/divisor. The ranks of the two middles among the pairs i < j; -1 is a zero on the full matrix's diagonal.
 struct Heuristic {
   int first, second;
   bool squared;
@@ -40,7 +40,7 @@ __device__ __forceinline__ void bits_of_pairs(
   }
 }
 
-// The two middle squared distances; every thread returns them.
+// The two middle squared distances, returned by every thread.
 template <int Count>
 __device__ __forceinline__ float2 middles_of(
     const unsigned (&bits)[Count], const Heuristic& heuristic, Selection& selection) {
@@ -49,8 +49,8 @@ __device__ __forceinline__ float2 middles_of(
   return heuristic.first < 0 ? make_float2(0.f, found.y) : found;
 }
 
-// Where med² is 0, the mean squared distance from the first particle takes its place; where that is 0 too, h = 1.
-// value(row, column) is x.
+// If med² is 0, the mean squared distance from the first particle replaces it; if that is 0 too, h = 1. value(row,
+// column) is x.
 template <class F>
 __device__ __forceinline__ float bandwidth_of(float2 middles, const Heuristic& heuristic, int n, int d, F value) {
   float med2 = heuristic.combine(middles);

@@ -37,7 +37,7 @@ template <bool Imq, class T>
 __global__ void __launch_bounds__(kMostColumns, 1) mmd_kernel(
     const T* __restrict__ x, const T* __restrict__ y, const float* __restrict__ bandwidth, float* __restrict__ value,
     float* __restrict__ dx, float* __restrict__ dy, volatile Report<1>* reports, MmdPlan plan) {
-  // this block: four rows of x against both samples, or four of y, whose pairs with x count for the gradient alone
+  // this block: four rows of x against both samples, or four of y, whose pairs with x count only for the gradient
   const int64_t set = blockIdx.x, n = plan.n, m = plan.m, d = plan.d;
   x += set * n * d, y += set * m * d, reports += set * gridDim.y;
   const int tile = blockIdx.y, x_tiles = (plan.n + kRows - 1) / kRows;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kMostColumns, 1) mmd_kernel(
     __syncthreads();
   }
 
-  // k, and 4 w dk/dr² for the gradient; the pairs of different samples are in the value once, from x's side
+  // k, and 4 w dk/dr² for the gradient; pairs between the samples enter the value once, from x's side
   double sum = 0;
   if (column < pool.columns) {
     const double weight = is_own ? (in_x ? plan.w_x : plan.w_y) : -plan.w_xy;

@@ -1,4 +1,5 @@
-// Multi-class Jensen–Shannon loss: a thread, a part of a warp, a warp or a block for each row, by the number of classes.
+// Multi-class Jensen–Shannon loss. Depending on the number of classes, a thread, part of a warp, a warp or a block
+// handles a row.
 //
 // loss = Σ_rows w (lse − Σ_c target_c x_c),  ∂loss/∂x = w (softmax(x) − target),  w = π_c/n of the row's own class c
 #include "multi_js.h"
@@ -8,18 +9,18 @@
 
 namespace ivfast {
 
-constexpr int kMostStaged = 32;  // classes of a row that one thread takes, from shared memory
-constexpr int kMostRows = 1024;  // of a set that one block of such threads takes
-constexpr int kMostBlocks = 512;  // of all sets together: each looks at the reports of all others of its set
-constexpr int kFewTiles = 4;  // that one block takes one after the other sooner than several report to each other
+constexpr int kMostStaged = 32;  // classes up to which one thread handles a row, from shared memory
+constexpr int kMostRows = 1024;  // rows of a set up to which one block of such threads handles them
+constexpr int kMostBlocks = 512;  // of all sets together: each reads the reports of all others in its set
+constexpr int kFewTiles = 4;  // up to this many, one block is faster than several that report to each other
 
-// Each block: tiles of a row per thread. Where there is a gradient it is x itself.
+// Each block: tiles with one row per thread. The gradient, if any, overwrites x.
 template <class T>
 __global__ void __launch_bounds__(kMostRows, 1) staged_kernel(
     const T* x, T* gradient, const float* __restrict__ weights, float* __restrict__ lse, float* __restrict__ loss,
     volatile Report<1>* reports, Rows rows) {
   const int64_t set = blockIdx.x;
-  const int C = rows.classes, stride = C | 1;  // odd: the rows of a warp are on banks of their own
+  const int C = rows.classes, stride = C | 1;  // odd: the rows of a warp are on different banks
   x += set * rows.count * C, lse += lse ? set * rows.count : 0, reports += set * gridDim.y;
   float* tile = reinterpret_cast<float*>(dynamic_shared);
   float* row = tile + static_cast<int>(threadIdx.x) * stride;
@@ -80,7 +81,7 @@ __global__ void __launch_bounds__(kMostRows, 1) staged_kernel(
   sum_over_blocks(sum, loss + set, reports, rows.signature);
 }
 
-// Each block: kThreads / Team rows at a time. Where there is a gradient it is x itself.
+// Each block: kThreads / Team rows at a time. The gradient, if any, overwrites x.
 template <int Team, class T>
 __global__ void __launch_bounds__(kThreads, 3) team_kernel(
     const T* x, T* gradient, const float* __restrict__ weights, float* __restrict__ lse, float* __restrict__ loss,
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, 3) team_kernel(
   sum_over_blocks(sum, loss + set, reports, rows.signature);
 }
 
-// A pack of four or eight logits per thread, wherever rows begin
+// A pack of four or eight logits per thread, wherever rows start
 template <class T>
 __global__ void __launch_bounds__(kThreads) multi_js_backward_kernel(
     const float* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ weights,
@@ -167,7 +168,7 @@ Rows rows_of(const char* op, int64_t first, int64_t count, int64_t n, int64_t cl
       new_signature()};
 }
 
-// loss [sets] of x [sets, rows.count, C]; lse and the gradient, which is x, where they are wanted
+// loss [sets] of x [sets, rows.count, C]; also lse and the gradient, which overwrites x, if requested
 template <class T>
 void launch_rows(
     const Tensor& x, const std::optional<Tensor>& weights, float* lse, const Tensor& loss, int64_t sets, const Rows& rows,
@@ -193,7 +194,7 @@ void launch_rows(
   start(team_kernel<kThreads, T>, 1, kThreads, 0);
 }
 
-// What logits [..., C, n, C] or [C n, C] are: the batch, and the rows of a set
+// The layout of logits [..., C, n, C] or [C n, C]: the batch and the rows of a set
 struct Logits {
   std::vector<int64_t> batch, rows;
   int64_t sets = 1, classes, n;

@@ -1,4 +1,4 @@
-// Rows of block-ordered logits: their log-sum-exp, what they add to the loss, and the sum of that over a set.
+// Rows of block-ordered logits: their log-sum-exp, their contribution to the loss, and its sum over a set.
 //
 // −Σ_c target_c log softmax(x)_c = lse − Σ_c target_c x_c,  target = keep onehot + share,  lse = shift + log Σ e^{x − shift}
 #pragma once
@@ -13,7 +13,7 @@ struct Rows {
   int64_t first, count, n;
   int classes;
   float keep, share;
-  double uniform;  // 1/(C n): what a row's cross-entropy weighs without weights
+  double uniform;  // 1/(C n): the weight of a row's cross-entropy without block weights
   unsigned long long signature;
 
   __device__ __forceinline__ int class_of(int64_t row) const { return static_cast<int>(quotient(first + row, n)); }
@@ -23,11 +23,11 @@ struct Rows {
   }
 };
 
-// The largest logit, 0 in its place where it is infinite; Σ e^{x − shift}; Σ x. What is no number is so in `sum`.
+// The largest logit, or 0 if it is infinite; Σ e^{x − shift}; Σ x. NaN logits make `sum` NaN.
 struct Row {
   float shift, sum, total;
 
-  // 0·(−inf) is no part of a target without an own class
+  // a target without an own class leaves out 0·(−inf)
   __device__ __forceinline__ float loss(const Rows& rows, float own) const {
     float target = rows.keep > 0 ? rows.keep * own : 0.f;
     if (rows.share > 0) target += rows.share * total;
@@ -38,12 +38,12 @@ struct Row {
 
 __device__ __forceinline__ float finite(float most) { return fabsf(most) == INFINITY ? 0.f : most; }
 
-// What a sum relative to `most` becomes relative to `more` times this; a sum of nothing stays 0
+// The factor that makes a sum relative to `most` relative to `more`; an empty sum stays 0
 __device__ __forceinline__ float rescale(float most, float more) {
   return most == -INFINITY ? 0.f : expf(finite(most) - finite(more));
 }
 
-// f over the Team neighbours that share a row: part of a warp, or the block by way of scratch
+// f over the Team neighbours that share a row: part of a warp, or the whole block through scratch
 template <int Team, class F>
 __device__ __forceinline__ float team_reduce(float value, [[maybe_unused]] float* scratch, F f) {
 #pragma unroll
@@ -59,7 +59,7 @@ __device__ __forceinline__ float team_reduce(float value, [[maybe_unused]] float
   return value;
 }
 
-// x [classes] in one pass, each thread of the team relative to the largest logit that it has seen
+// x [classes] in one pass; each thread of the team works relative to the largest logit that it has seen
 template <int Team, class T>
 __device__ __forceinline__ Row row_of(const T* x, int classes, float* scratch) {
   constexpr int pack = kPack<T>, at_once = 16 / pack;
@@ -86,7 +86,7 @@ __device__ __forceinline__ Row row_of(const T* x, int classes, float* scratch) {
   return {finite(all), sum, team_reduce<Team>(total, scratch, plus)};
 }
 
-// loss = Σ over all threads of the set's blocks, which is formed by the last of them to report
+// loss = Σ over all threads of the set's blocks, computed by the last block to report
 __device__ __forceinline__ void sum_over_blocks(
     double sum, float* loss, volatile Report<1>* reports, unsigned long long signature) {
   __shared__ double of_warps[32];

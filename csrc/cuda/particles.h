@@ -1,6 +1,6 @@
-// A particle set as one thread block holds it: columns in shared memory, squared distances in registers.
+// A particle set held by one thread block: columns in shared memory, squared distances in registers.
 //
-// Distances are sums of squared differences: nothing cancels, equal particles are at exactly 0, and the same pair has
+// Distances are sums of squared differences: nothing cancels, equal particles are at distance exactly 0, and a pair has
 // the same bits wherever it is computed.
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace ivfast {
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // per block
 constexpr int kMostDimensions = 128;
 
 __device__ __forceinline__ float4 vec4(const float* p) { return *reinterpret_cast<const float4*>(p); }
@@ -26,11 +26,11 @@ __host__ __device__ constexpr int round_up(int value, int multiple) {
 }
 
 // A panel: 4 quads columns of n samples at row_at(row, quads), zero outside the n x d that exist. Four floats between
-// groups of four rows keep eight threads that read rows 4 apart on banks of their own.
+// groups of four rows put eight threads that read rows 4 apart on different banks.
 __host__ __device__ constexpr int row_at(int row, int quads) { return row * 4 * quads + row / 4 * 4; }
 __host__ __device__ constexpr int panel_floats(int n, int quads) { return row_at(round_up(n, 4), quads); }
 
-// Four neighbours of a row of which `count` exist, by one access where all are there and aligned.
+// Four neighbours in a row, of which `count` exist, by a single access if all exist and are aligned.
 template <class T>
 struct alignas(4 * sizeof(T)) Four {
   T v[4];
@@ -78,14 +78,15 @@ __device__ __forceinline__ void fill(float* panel, const T* x, int n, int d, int
   }
 }
 
-// Rows i..i+3 by columns j..j+3 of the matrix of pairs. A warp covers 16 by 32; of two lanes that differ in one of the
-// last two bits one pair reads the same rows and the other the same columns, which shared memory serves at once.
+// Rows i..i+3 by columns j..j+3 of the matrix of pairs. A warp covers 16 by 32. Lanes that differ only in the last
+// bit read the same columns, and those that differ only in the bit before it the same rows, which shared memory serves
+// at once.
 struct Tile {
   int i, j;
   __device__ bool exists(int n) const { return i <= j && j < n; }
 };
 
-// This thread's tile t of those that cover the pairs i <= j: warps take turns, 2c + 2 of them in block column c.
+// This thread's tile t among those that cover the pairs i <= j: warps take turns, 2c + 2 of them in block column c.
 __device__ __forceinline__ Tile upper_tile(int t) {
   const int lane = threadIdx.x % 32, index = threadIdx.x / 32 + t * (kThreads / 32);
   int column = 0;
@@ -94,7 +95,7 @@ __device__ __forceinline__ Tile upper_tile(int t) {
   return {16 * row + lane / 16 * 8 + lane % 2 * 4, 32 * column + lane / 2 % 8 * 4};
 }
 
-// f(tiles) for the upper tiles of each thread that hold all pairs of up to n = 64, 128 and 256 particles
+// f(tiles) for the number of upper tiles per thread that hold all pairs of up to n = 64, 128 and 256 particles
 constexpr int kMostParticles = 256;
 
 template <class F>
@@ -104,7 +105,7 @@ void by_size(int n, F f) {
   return f(std::integral_constant<int, 9>{});
 }
 
-// d2[4p + q] += Σ_k (x_ik − x_jk)² over the columns of a panel, of rows i + p and j + q
+// d2[4p + q] += Σ_k (x_ik − x_jk)² over the columns of a panel, for rows i + p and j + q
 __device__ __forceinline__ void add_distances(float (&d2)[16], const float* x_i, const float* x_j, int quads) {
 #pragma unroll 1
   for (int k = 0; k < 4 * quads; k += 4) {

@@ -1,7 +1,7 @@
-// Two samples of up to 256 rows each, as the thread block that owns a few rows of one of them works through both.
+// Two samples of up to 256 rows each, processed by a thread block that owns a few rows of one of them.
 //
 // A thread owns a column: a row of the block's own sample or of the other one. The gradient of the block's rows needs
-// no other block; what is summed over blocks is reported, and added by whoever sees every report.
+// no other block. Sums over blocks are reported, and added by any block that sees all reports.
 #pragma once
 
 #include <atomic>
@@ -14,8 +14,8 @@ namespace ivfast {
 constexpr int kMostColumns = 2 * kMostParticles;
 constexpr int kWidest = 128;  // dimensions
 
-// What one block sees of `Arrays` arrays [n, d] and [m, d] of either sample: its own first, with `own` columns, then the
-// other with `columns - own`; where no pair of different samples is wanted, columns = own.
+// One block's view of `Arrays` arrays [n, d] and [m, d] of the two samples: its own first, with `own` columns, then the
+// other with `columns - own`. If no pairs between the samples are needed, columns = own.
 template <int Arrays, class T>
 struct Pool {
   const T *ours[Arrays], *theirs[Arrays];
@@ -23,8 +23,8 @@ struct Pool {
   bool whole;  // four elements can be loaded at once
 };
 
-// How [columns, d] fits into shared memory: 4 quads dimensions at a time, rows an odd number of fours apart, so that
-// eight threads that read eight rows in a row find them on different banks.
+// The layout of [columns, d] in shared memory: 4 quads dimensions at a time, with rows an odd number of fours apart, so
+// that eight threads reading eight consecutive rows hit different banks.
 struct Panels {
   int quads = 1, stride = 4, floats = 0;
 
@@ -36,7 +36,7 @@ struct Panels {
     stride = 4 * (quads | 1), floats = columns * stride;
   }
 
-  // All of it, for two rows of four fours each that eight threads read at once
+  // All dimensions at once, for eight threads that read two rows of four fours each
   Panels(int columns, int d) : quads((d + 3) / 4), stride((quads + 3) / 8 * 32 + 16), floats(columns * stride) {}
 };
 
@@ -67,8 +67,8 @@ struct Unchanged {
   __device__ float operator()(int, float x) const { return x; }
 };
 
-// Dimensions first, … of every column: panels + a · floats has transform(a, x) of array a, and of 0 beyond d. Eight
-// loads of a thread are on their way at once.
+// The dimensions from `first` on of every column: panels + a · floats holds transform(a, x) of array a, with x = 0
+// beyond d. Each thread has eight loads in flight.
 template <int Arrays, class T, class F = Unchanged>
 __device__ __forceinline__ void fill_panels(
     float* panels, const Panels& plan, const Pool<Arrays, T>& pool, int first, F transform = {}) {
@@ -105,8 +105,8 @@ __device__ __forceinline__ void fill_panels(
   }
 }
 
-// How the threads of a block divide sums over columns of a panel of `quads` fours of dimensions: by four dimensions and
-// by slices of the columns.
+// How the threads of a block divide sums over the columns of a panel of `quads` fours of dimensions: each takes four
+// dimensions and a slice of the columns.
 struct Slices {
   int quad, slice, count;
 
@@ -118,8 +118,8 @@ struct Slices {
   __device__ int width() const { return 4 * static_cast<int>(blockDim.x) / count; }
 };
 
-// f(row, column, Σ over slices of sums[row][column % 4]): scratch holds 4 Rows floats for each thread. Barriers are the
-// caller's: nobody may be reading scratch, and it is free after the next one.
+// f(row, column, Σ over slices of sums[row][column % 4]): scratch holds 4 Rows floats for each thread. The caller
+// provides barriers: no thread may be reading scratch on entry, and it is free after the next barrier.
 template <int Rows, class F>
 __device__ __forceinline__ void sum_slices(float* scratch, const float (&sums)[Rows][4], const Slices& slices, F f) {
   const int width = slices.width();
@@ -137,9 +137,10 @@ __device__ __forceinline__ void sum_slices(float* scratch, const float (&sums)[R
   }
 }
 
-// What each block of a set adds to a sum, in memory that nobody has to clear first. A signature, new at every launch,
-// says that a report is there. A block looks for those of all others after its own is written, so the last to look sees
-// them all; whoever does so forms the same result, and erases the signatures for a graph that repeats the launch.
+// What each block of a set adds to a sum, in memory that need not be cleared first. A signature, new at every launch,
+// marks a report as present. A block looks for the reports of all others after writing its own, so the last to look
+// sees them all. Every block that does computes the same result, and erases the signatures for a graph that repeats
+// the launch.
 template <int Width>
 struct Report {
   double values[Width];
@@ -156,7 +157,8 @@ __device__ __forceinline__ void send(
   __threadfence();
 }
 
-// True for a warp that sees the reports of all blocks; one thread of the block has sent its own, and a barrier followed.
+// True for a warp that sees the reports of all blocks. Before the call, one thread of the block must have sent its own,
+// followed by a barrier.
 template <int Width>
 __device__ __forceinline__ bool all_sent(const volatile Report<Width>* reports, int blocks, unsigned long long signature) {
   bool all = true;
@@ -171,7 +173,7 @@ __device__ __forceinline__ void erase(volatile Report<Width>* reports, int block
   for (int at = threadIdx.x % 32; at < blocks; at += 32) reports[at].signature = 0;
 }
 
-// Never 0, never the same twice, and no number that other data hold.
+// Never 0, never repeated, and not a value that other data contain.
 inline unsigned long long new_signature() {
   static const unsigned long long seed = [] {
     std::random_device random;

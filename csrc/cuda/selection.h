@@ -1,8 +1,8 @@
-// Order statistics, exact, of non-negative floats that the threads of a block hold in registers.
+// Exact order statistics of non-negative floats that the threads of a block hold in registers.
 //
-// Bits of such floats order as the floats do. A histogram of 1024 buckets from the least to the largest tells the
-// bucket of the wanted rank, and a bucket of more than 32 values is the range of the next histogram: at most four for
-// 31 bits, one for the distances of a small particle set. A warp ranks what is left.
+// The bits of such floats sort like the floats. A histogram of 1024 buckets from the smallest to the largest value
+// finds the bucket of the requested rank. A bucket of more than 32 values is the range of the next histogram: at most
+// four histograms for 31 bits, one for the distances of a small particle set. A warp ranks the remaining values.
 #pragma once
 
 #include "particles.h"
@@ -14,9 +14,9 @@ constexpr unsigned kInfinity = 0x7F800000u;
 constexpr int kWarps = kThreads / 32, kBuckets = 4 * kThreads;
 constexpr unsigned kFew = 32;
 
-// Shared memory; clear() and a barrier come before the first use.
+// Shared memory; call clear() and a barrier before the first use.
 struct alignas(16) Selection {
-  unsigned histogram[kBuckets + 4];  // one more for what is outside, which is not looked at
+  unsigned histogram[kBuckets + 4];  // one more for values outside, which is never read
   unsigned few[kFew];
   unsigned low[kWarps];
   int high[kWarps];
@@ -28,13 +28,13 @@ struct alignas(16) Selection {
   }
 };
 
-// The value of the lane whose place is the wanted one
+// The value of the lane whose place is `wanted`
 __device__ __forceinline__ unsigned at_place(unsigned value, unsigned place, unsigned wanted) {
   return __shfl_sync(~0u, value, __ffs(static_cast<int>(__ballot_sync(~0u, place == wanted))) - 1);
 }
 
-// The values of ranks `first` and `second`, which is `first` or the next, among those that are not kNone; NaN where one
-// of them is.
+// The values of ranks `first` and `second`, which is `first` or the next, among those that are not kNone; NaN if one of
+// them is.
 template <int Count>
 __device__ __forceinline__ float2 select(
     const unsigned (&values)[Count], unsigned first, unsigned second, Selection& s) {
@@ -42,7 +42,7 @@ __device__ __forceinline__ float2 select(
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
 
   unsigned low = kNone;
-  int high = -1;  // as kNone is
+  int high = -1;  // the bits of kNone
 #pragma unroll
   for (int at = 0; at < Count; ++at) low = min(low, values[at]), high = max(high, static_cast<int>(values[at]));
   low = __reduce_min_sync(~0u, low), high = __reduce_max_sync(~0u, high);
@@ -56,10 +56,10 @@ __device__ __forceinline__ float2 select(
   int shift;
   unsigned count;
   do {
-    shift = max(0, 22 - __clz(static_cast<int>(top - low)));  // 1024 buckets of 2^shift hold low..top
+    shift = max(0, 22 - __clz(static_cast<int>(top - low)));  // 1024 buckets of 2^shift cover low..top
 #pragma unroll
     for (int at = 0; at < Count; ++at) {
-      const unsigned bucket = (values[at] - low) >> shift;  // what is below wraps round, and kNone is far above
+      const unsigned bucket = (values[at] - low) >> shift;  // values below wrap around, and kNone is far above
       atomicAdd(s.histogram + min(bucket, static_cast<unsigned>(kBuckets)), 1u);
     }
     __syncthreads();
@@ -67,7 +67,7 @@ __device__ __forceinline__ float2 select(
     const uint4 four = *four_at;
     *four_at = uint4{};
     const unsigned sizes[4] = {four.x, four.y, four.z, four.w}, own = four.x + four.y + four.z + four.w;
-    unsigned through = own;  // how many are in this thread's buckets and below, first within the warp
+    unsigned through = own;  // how many are in this thread's buckets and below; at first within the warp
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
       const unsigned other = __shfl_up_sync(~0u, through, step);
@@ -92,7 +92,7 @@ __device__ __forceinline__ float2 select(
     first -= s.before, second -= s.before, count = s.count;
   } while (shift > 0 && count > kFew);
 
-  unsigned lower = low, upper = low;  // of one value there may be any number
+  unsigned lower = low, upper = low;  // there may be any number of equal values
   if (shift > 0) {
 #pragma unroll
     for (int first_at = 0; first_at < Count; first_at += 16) {
@@ -116,7 +116,7 @@ __device__ __forceinline__ float2 select(
     lower = at_place(mine, place, first);
     upper = at_place(mine, place, min(second, count - 1));
   }
-  if (second >= count) {  // the least above
+  if (second >= count) {  // the smallest value above
     unsigned next = kNone;
 #pragma unroll
     for (int at = 0; at < Count; ++at) next = min(next, values[at] > top ? values[at] : kNone);

@@ -1,4 +1,4 @@
-// SVGD direction in one launch. A block holds a tile of 32 rows i and walks over the tiles of rows j.
+// SVGD direction in one launch. A block holds a tile of 32 rows i and loops over the tiles of rows j.
 #include "svgd.h"
 
 #include <tuple>
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads) svgd_forward_kernel(
     fill_tile<D>(X_j, rows_j, d, [&](int row, int c) {
       return static_cast<float>(x[(first_j + row) * d + c]) - centre;
     });
-    // V = S − (2/h) X, S = −x without a score
+    // V = S − (2/h) X; without a score S = −x
     fill_tile<D>(V_j, rows_j, d, [&](int row, int c) {
       const int at = (first_j + row) * d + c;
       const float x_j = static_cast<float>(x[at]);

@@ -1,6 +1,6 @@
-// Tiles of 32 samples, which the SVGD direction and its gradient walk over in pairs; n is any, d at most 128.
+// Tiles of 32 samples, which the SVGD direction and its gradient process in pairs, for any n and d up to 128.
 //
-// K exists 32 by 32 at a time, in shared memory. Distances are sums of squared differences: nothing cancels, and the
+// K exists in shared memory, 32 by 32 at a time. Distances are sums of squared differences: nothing cancels, and the
 // diagonal is exactly 0.
 #pragma once
 
@@ -11,7 +11,7 @@
 namespace ivfast {
 
 constexpr int kTile = 32;
-constexpr int kPairs = kTile + 4;  // row stride of a tile of pairs: float4-aligned, off the banks' period
+constexpr int kPairs = kTile + 4;  // row stride of a tile of pairs: float4-aligned, not a multiple of the bank count
 
 // A tile of samples: 32 rows of D >= d floats at this stride, zero outside the n x d that exist.
 template <int D>
@@ -38,8 +38,8 @@ __device__ __forceinline__ void fill_tile(float* tile, int rows, int d, F value)
   }
 }
 
-// The mean of column threadIdx.x % D over the block's own rows. φ and its gradient do not move with x, their rounding
-// does: any point among the particles does as a centre. Nobody may be using `scratch`.
+// The mean of column threadIdx.x % D over the block's own rows. Only the rounding of φ and its gradient depends on the
+// centre, so any point among the particles works. No thread may be using `scratch`.
 template <int D, class T>
 __device__ __forceinline__ float centre_of(const T* x, int rows, int d, float* scratch) {
   const int column = threadIdx.x % D;
@@ -73,7 +73,7 @@ constexpr size_t shared_bytes(int tiles, int pair_tiles, int D) {
   return sizeof(float) * (tiles * kTile * (D + 4) + pair_tiles * kTile * kPairs + kTile);
 }
 
-// f(D) for the narrowest tile that holds d, D a compile-time constant
+// f(D) for the narrowest tile that holds d; D is a compile-time constant
 template <class F>
 void by_width(int d, F f) {
   if (d <= 32) return f(std::integral_constant<int, 32>{});

@@ -1,16 +1,17 @@
-// Gradient of the SVGD direction in one launch, or in two for larger sets.
+// Gradient of the SVGD direction in one launch, or two for larger sets.
 #include "svgd.h"
 
 #include <tuple>
 
 namespace ivfast {
 
-// The gradient of sets of up to this n² d is one launch of one block each; above, a block for each tile spreads a set
-// over the device and adds a launch for ∂h. Not measured yet.
+// Up to this n² d, the gradient takes one launch with one block per set. Above, one block per tile spreads a set over
+// the device, and ∂h takes a second launch. Not measured yet.
 constexpr int64_t kOneBlock = 64 * 64 * 32;
 
-// With e_ij = (x_i − x_j)·(g_i − g_j) and B_ij = (k_ij/n) [g_i·s_j + g_j·s_i + (2/h) e_ij], where only differences of x
-// occur: ∂S = (1/n) K G,  ∂X = (2/h) [B X − (B 1)∘X + r∘G/n − ∂S],  ∂h = Σ_ij [½ B_ij d²_ij − k_ij e_ij/n]/h².
+// With e_ij = (x_i − x_j)·(g_i − g_j) and B_ij = (k_ij/n) [g_i·s_j + g_j·s_i + (2/h) e_ij], which contains only
+// differences of x:
+// ∂S = (1/n) K G,  ∂X = (2/h) [B X − (B 1)∘X + r∘G/n − ∂S],  ∂h = Σ_ij [½ B_ij d²_ij − k_ij e_ij/n]/h².
 template <int D, class T>
 __global__ void __launch_bounds__(kThreads) svgd_backward_kernel(
     const T* __restrict__ grad, const T* __restrict__ x, const T* __restrict__ score,

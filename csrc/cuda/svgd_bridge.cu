@@ -1,8 +1,8 @@
-// The SVGD bridge of small particle sets: every iteration of a set, each with its median, in one launch of one block.
+// The SVGD bridge of small particle sets: all iterations of a set and their medians, in one launch, one block per set.
 //
 // h = scale med²/log n, k_ij = exp(−‖x_i − x_j‖²/h), r = K 1, and for the N(0, I) target
 // φ_i = (1/n) Σ_j k_ij [(2/h)(x_i − x_j) − x_j],  x ← x + step_size φ + noise ε.
-// Sums over j are of x_j − o, o the first of four rows i that a thread works on: nothing cancels wherever the data lie.
+// Sums over j are of x_j − o, o being the first of the four rows i of a thread: nothing cancels wherever the data lie.
 #include "svgd_bridge.h"
 
 #include <tuple>

@@ -1,4 +1,4 @@
-// How a thread block works through the SVGD bridge of one particle set, forward and backward.
+// How a thread block processes the SVGD bridge of one particle set, forward and backward.
 //
 // K exists for `chunk` rows i at a time, as chunk columns of [j][i]; X exists for 4 quads columns at a time. Four lanes
 // share a tile of 4 rows i by 4 columns of K X, each with every fourth j.
@@ -13,10 +13,10 @@ __host__ __device__ constexpr int kernel_at(int j, int chunk) { return j * (chun
 struct BridgePlan {
   int n, d, steps, iterations;  // steps = (t − 1) iterations
   int chunk, quads, per_quad;  // tile / quads is tile per_quad / 2^16 for the tiles of a chunk
-  bool resident;  // one chunk, one panel and one tile for every four threads: the particles stay in shared memory
+  bool resident;  // one chunk, one panel and one tile per four threads: the particles stay in shared memory
   size_t shared;
 
-  // `count` matrices K and X each, in what a block may have; `most` rows of K at the most
+  // `count` matrices each of K and X in the shared memory of a block, with at most `most` rows of K
   BridgePlan(const Tensor& x, const char* op, int n, int d, int steps, int iterations, int count, size_t fixed,
              int most)
       : n(n), d(d), steps(steps), iterations(iterations) {
@@ -65,7 +65,7 @@ struct Patch {
   __device__ static int rounds(int rows, int quads) { return ((rows + 3) / 4 * quads + 7) / 8; }
 };
 
-// Four lanes each hold a share of all rows of v; lane s of them gets the sum of row s, in v[0].
+// Each of four lanes holds a share of all rows of v; lane s gets the sum of row s, in v[0].
 template <int Width>
 __device__ __forceinline__ void share_out(float (&v)[4][Width]) {
   const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;

@@ -1,9 +1,11 @@
-// The gradient of the SVGD bridge of small particle sets: every iteration in reverse, in one launch of one block a set.
+// The gradient of the SVGD bridge of small particle sets: all iterations in reverse, in one launch with one block per
+// set.
 //
 // With G = ∂L/∂x of the next particles, e_ij = (x_i − x_j)·(g_i − g_j), p_i = g_i·x_i and
 // B_ij = (k_ij/n) [(1 + 2/h) e_ij − p_i − p_j], the gradient of ⟨φ, G⟩ with respect to x is
 // (2/h) [Σ_j B_ij (x_j − x_i) + (1/n) Σ_j k_ij (g_i − g_j)] − (1/n) Σ_j k_ij g_j.
-// Sums over j are of x_j − o and g_j − o', of the first of four rows i that a thread works on: nothing cancels.
+// Sums over j are of x_j − o and g_j − o', where o and o' belong to the first of the four rows i of a thread: nothing
+// cancels.
 #include "svgd_bridge.h"
 
 namespace ivfast {
@@ -14,7 +16,7 @@ __device__ __forceinline__ Tile chunk_tile(int t, int columns) {
   return {index / columns * 16 + lane / 16 * 8 + lane % 2 * 4, index % columns * 32 + lane / 2 % 8 * 4};
 }
 
-// d2[4p + q] += Σ_k (x_ik − x_jk)²,  e[4p + q] += Σ_k (x_ik − x_jk)(g_ik − g_jk), of rows i + p and j + q
+// d2[4p + q] += Σ_k (x_ik − x_jk)²,  e[4p + q] += Σ_k (x_ik − x_jk)(g_ik − g_jk), for rows i + p and j + q
 __device__ __forceinline__ void add_products(
     float (&d2)[16], float (&e)[16], const float* X, const float* G, int i, int j, int quads) {
   const int width = 4 * quads, at_i = row_at(i, quads), at_j = row_at(j, quads);
@@ -38,7 +40,7 @@ __device__ __forceinline__ void add_products(
   }
 }
 
-// p[i] = g_i·x_i, or more of it from the next panel; four lanes a row
+// p[i] = g_i·x_i, or the next panel's part added to it; four lanes per row
 __device__ __forceinline__ void add_dots(float* p, const float* X, const float* G, int n, int quads, bool first) {
   for (int i = threadIdx.x / 4; i < round_up(n, kThreads / 4); i += kThreads / 4) {
     float sum = 0.f;
@@ -82,7 +84,7 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
     };
     const float two_over_h = 2.f / bandwidths[step * sets + set], per_n = 1.f / n;
     const float* r = row_sums + (step * sets + set) * n;
-    const bool joins = step % plan.iterations == 0;  // these particles are a bridge, whose gradient is added
+    const bool joins = step % plan.iterations == 0;  // these particles are a bridge, so its gradient is added
     const T* joining = grad + step / plan.iterations * all;
 
     float4 next_g = {}, next_x = {};

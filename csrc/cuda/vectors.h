@@ -1,4 +1,4 @@
-// Neighbours in memory by accesses of 16 bytes, where they start on such a boundary and all of them exist.
+// Neighbours in memory by 16-byte accesses, if they start on a 16-byte boundary and all of them exist.
 #pragma once
 
 #include "../common.h"
@@ -21,7 +21,7 @@ struct alignas(Width * sizeof(T)) Elements {
   static __device__ __forceinline__ Elements from(const T* x) { return *reinterpret_cast<const Elements*>(x); }
   __device__ __forceinline__ void to(T* x) const {
     if constexpr (sizeof(Elements) == sizeof(uint4)) {
-      uint4 bits;  // an instruction of its own: nvcc may store a struct that it selected from two others in pieces
+      uint4 bits;  // a separate instruction, because nvcc may store a struct selected from two others in pieces
       memcpy(&bits, v, sizeof(bits));
       __stcg(reinterpret_cast<uint4*>(x), bits);
     } else {
@@ -44,7 +44,7 @@ __device__ __forceinline__ bool is_pack(const T* x, int at, int count) {
   return at >= 0 && at + kPack<T> <= count && past_boundary(x + at) == 0;
 }
 
-// Elements at, at + 1, … of the `count` of x in float32; `outside` where there is none
+// Elements at, at + 1, … of the `count` elements of x in float32; `outside` if there is none
 template <class T>
 __device__ __forceinline__ void load_pack(float (&v)[kPack<T>], const T* x, int at, int count, float outside) {
   if (is_pack(x, at, count)) {
@@ -72,15 +72,15 @@ __device__ __forceinline__ void store_pack(T* x, const float (&v)[kPack<T>], int
   }
 }
 
-// a / b for a >= 0, b > 0; a division of 64 bits takes five times as long as one of 32
+// a / b for a >= 0, b > 0; a 64-bit division takes five times as long as a 32-bit one
 __device__ __forceinline__ int64_t quotient(int64_t a, int64_t b) {
   return (a | b) >> 32 ? a / b : static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// f(T{}, Width) for packs where they divide runs of `run` elements and all of the arrays start on a boundary, for one
-// element at a time elsewhere, and for nothing at all where there is no work
+// f(T{}, Width): with packs if they divide runs of `run` elements and all arrays start on a boundary, otherwise with
+// one element at a time; not called if there is no work
 template <class F>
 void by_width(
     const char* op, const Tensor& x, int64_t work, int64_t run, std::initializer_list<const void*> arrays, F f) {

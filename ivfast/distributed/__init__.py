@@ -1,22 +1,22 @@
 """The pairwise ops over the samples of every rank of a `torch.distributed` group.
 
-Each rank passes its rows and calls with the rest of the group; counts of rows may differ, a rank may have none. The
-samples are those of all ranks in their order: what one process computes on the concatenation. `group` None is the
-default group.
+Every rank of the group calls the function with its own rows. Row counts may differ, and a rank may have none. The
+result is what one process would compute on the concatenation of all rows, in the order of the ranks. `group` None
+means the default group.
 
-**What a loss means.** Every rank goes backward from a loss of its own. A rank's rows get the gradient of the *sum* of
-all ranks' losses, as if one process had added them. DistributedDataParallel divides by the number of ranks: training
-lowers the *mean* of the ranks' losses. So a global scalar, which every rank returns, counts once, and so does the mean
-of a rank's own rows where counts are equal. Without DDP, divide by the number of ranks. Backward exchanges too: every
-rank must call it, and in the same order.
+**What a loss means.** Every rank calls backward on its own loss. A rank's rows get the gradient of the *sum* of all
+ranks' losses, as if one process had added them. DistributedDataParallel divides by the number of ranks, so training
+lowers the *mean* of the ranks' losses. A global scalar, which every rank returns, therefore counts once, and so does
+the mean over a rank's own rows if counts are equal. Without DDP, divide by the number of ranks. Backward communicates
+too: every rank must call it, in the same order.
 
-**exchange**: "gather" takes all rows to every rank, where the op of one process runs on them: the same bits as there,
-O(n d) memory, and each rank does the work of all. "ring" passes blocks from rank to rank, while the block before is
-worked on: O(n_rank d) memory, a rank does its share, by streamed PyTorch; gradients pass around a second time, or
-for MMD in the same pass. "auto" gathers up to 16384 rows in all.
+**exchange**: "gather" sends all rows to every rank, which runs the single-process op on them: results are bitwise
+equal to a single process, memory is O(n d), and every rank does all of the work. "ring" passes blocks from rank to rank
+while the previous block is processed: memory is O(n_rank d), and each rank does its share, in streamed PyTorch.
+Gradients take a second round, or for MMD the same one. "auto" gathers up to 16384 rows in total.
 
-**even**: that all ranks hold equally many rows need not be asked. Otherwise each call exchanges counts, which waits for
-the device, and raises on all ranks where one does not fit.
+**even**: set it if all ranks hold the same number of rows. Otherwise each call exchanges the counts, which waits for
+the device, and raises on all ranks if the arguments of one do not fit.
 """
 
 from .divergences import as_distance, fld, mmd, multi_js_loss

@@ -1,4 +1,5 @@
-"""Losses over the samples of all ranks: the same scalar on each. The algebra is that of the ops of the same names."""
+"""Losses over the samples of all ranks; every rank gets the same scalar. The algebra is that of the ops of the same
+names."""
 
 import math
 
@@ -30,9 +31,9 @@ def mmd(
     exchange: str = "auto",
     even: bool = False,
 ) -> Tensor:
-    """MMD² between the samples x and y of all ranks, of which each holds some rows. As `ivfast.mmd`.
+    """MMD² between the samples x and y, whose rows are spread over the ranks; see `ivfast.mmd`.
 
-    The ring takes a rank's rows against all others, n²/ranks kernels, and adds the sums of the ranks.
+    The ring compares a rank's rows with all others, n²/ranks kernel values, and adds the sums over the ranks.
     """
     rows = rows_of(group, even, 2 if unbiased else 1, x=x, y=y)
     _check.alike("y", y, "x", x)
@@ -70,9 +71,9 @@ def as_distance(
     exchange: str = "auto",
     even: bool = False,
 ) -> Tensor:
-    """AS-Distance between the posteriors of all ranks, of which each holds some rows. As `ivfast.as_distance`.
+    """AS-Distance between posteriors whose rows are spread over the ranks; see `ivfast.as_distance`.
 
-    The ring has a tile of pairs in all their dimensions in memory, and passes around once more for the gradient.
+    The ring holds one tile of pairs, in all dimensions, in memory, and takes a second round for the gradient.
     """
     rows = rows_of(group, even, 2 if unbiased else 1, mu_r=mu_r, mu_g=mu_g)
     _check.alike("mu_g", mu_g, "mu_r", mu_r)
@@ -97,18 +98,18 @@ def multi_js_loss(
     label_smoothing: float = 0.0,
     even: bool = False,
 ) -> Tensor:
-    """The multi-class Jensen–Shannon loss over the rows of all ranks, each with some rows of every block. As
-    `ivfast.multi_js_loss`; a scalar is all that is exchanged."""
+    """The multi-class Jensen–Shannon loss over the rows of all ranks, each of which holds some rows of every block; see
+    `ivfast.multi_js_loss`. Only a scalar is exchanged."""
     loss = one_js.multi_js_loss(logits, weights=weights, label_smoothing=label_smoothing)
     (rows,) = rows_of(group, even, logits=one_js._blocks(logits))
     return total(loss * (rows.counts[rows.rank] / rows.total), group)
 
 
 def fld(z: Tensor, group=None, *, exchange: str = "auto", even: bool = False) -> Tensor:
-    """Fréchet latent distance of the codes of all ranks to N(0, I). As `ivfast.fld`.
+    """Fréchet latent distance of the codes of all ranks to N(0, I); see `ivfast.fld`.
 
-    With exchange "reduce", which "auto" takes for many codes, means and covariances are added over the ranks, d²
-    numbers instead of n·d; the roots of eigenvalues below 1e-16 of the largest are then lost in rounding.
+    With exchange "reduce", which "auto" chooses for many codes, means and covariances are summed over the ranks: d²
+    numbers instead of n·d. The roots of eigenvalues below 1e-16 of the largest are then lost in rounding.
     """
     (rows,) = rows_of(group, even, 2, z=z)
     if gathers(exchange, rows, choices=("auto", "gather", "reduce")):
@@ -123,7 +124,7 @@ def fld(z: Tensor, group=None, *, exchange: str = "auto", even: bool = False) ->
 
 
 class _Mmd(torch.autograd.Function):
-    """The value and, in the same pass of the ring, its gradient by this rank's rows."""
+    """The value and, in the same round of the ring, its gradient with respect to this rank's rows."""
 
     @staticmethod
     def forward(ctx, x, y, bandwidth, imq, scales, unbiased, x_rows, y_rows):
@@ -190,7 +191,7 @@ class _AsDistance(torch.autograd.Function):
         (additive, prior, log, unbiased), (r_rows, g_rows) = ctx.form, ctx.rows
         grad = summed(grad, r_rows.group)
         means = _log_means(sums, r_rows, g_rows, unbiased)
-        # D by the log-sums; within a batch each pair stands twice, and so does the one sample of the diagonal
+        # ∂D/∂log-sums; within a batch each pair occurs twice, and so does the sample of a diagonal entry
         w_rr, w_gg, w_rg = (grad * f * (1 if log else s.exp()) for f, s in zip((2, 2, -2), means, strict=True))
         tensors = [arithmetic(z) for z in given]
         r, g = tensors[:2], tensors[2:]
@@ -209,7 +210,7 @@ class _AsDistance(torch.autograd.Function):
 
 
 def _log_kernels(a, b, additive, prior, *, without_diagonal):
-    """log k_ij in tiles `[..., R, C]`, each with its rows and columns; −∞ on a diagonal left out."""
+    """log k_ij in tiles `[..., R, C]`, each with its rows and columns; −∞ on the diagonal if it is left out."""
     for i, j in tiles(a[0], b[0], each=a[0].shape[-1]):
         mine, theirs = [x[..., i, :] for x in a], [x[..., j, :] for x in b]
         log_k = one_as._log_kernel(mine, theirs, additive, prior, without_diagonal=False)
@@ -219,7 +220,7 @@ def _log_kernels(a, b, additive, prior, *, without_diagonal):
 
 
 def _add_pull(a, b, log_sum, weight, additive, prior, without_diagonal, into):
-    """Add weight·Σ_j w_ij ∂log k_ij/∂a_i, w_ij the share of each pair in the sum."""
+    """Add weight·Σ_j w_ij ∂log k_ij/∂a_i, where w_ij is the share of each pair in the sum."""
     for i, j in tiles(a[0], b[0], each=a[0].shape[-1]):
         with torch.enable_grad():
             mine = [x[..., i, :].detach().requires_grad_() for x in a]

@@ -1,4 +1,5 @@
-"""Rows that are spread over the ranks of a group: who holds how many, all on each, and a ring of blocks."""
+"""Rows spread over the ranks of a group: how many each rank holds, gathering all on every rank, and a ring of
+blocks."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,14 +15,14 @@ from ..ops._once import once_differentiable
 from ..ops._pairwise import arithmetic
 
 EXCHANGES = ("auto", "gather", "ring")
-GATHER = 16384  # rows in all up to which every rank takes them all: n² is then some milliseconds of one kernel
-# Pairs (times what each holds) that a streamed pass has in memory at a time: what a cache holds, and on other devices
-# what takes longer than the launches of its kernels.
+GATHER = 16384  # total rows up to which every rank gathers them all: n² is then a few milliseconds of one kernel
+# Pairs (times the numbers per pair) that a streamed pass holds in memory at a time: on the CPU what fits a cache, on
+# other devices enough to take longer than launching the kernels.
 TILE, TILE_ON_DEVICE = 1 << 20, 1 << 25
 
 
 class Rows(NamedTuple):
-    """Rows `[..., n, d]` of which each rank of `group` holds some, in the order of the ranks."""
+    """Rows `[..., n, d]` spread over the ranks of `group`, in the order of the ranks."""
 
     group: object
     rank: int
@@ -42,11 +43,11 @@ class Rows(NamedTuple):
 
 
 def rows_of(group, even: bool, at_least: int = 1, **tensors: Tensor) -> list[Rows]:
-    """Where the rows of each tensor `[..., n, d]` are, by its argument's name.
+    """How the rows of each tensor `[..., n, d]`, passed by its argument's name, are spread over the ranks.
 
     Raises:
-        TypeError, ValueError: for a tensor that is none of samples; on every rank, where ranks differ in anything but
-            their number of rows, or hold fewer than `at_least` together.
+        TypeError, ValueError: for a tensor that does not hold samples; on every rank, if ranks differ in anything
+            except their number of rows or hold fewer than `at_least` rows in total.
     """
     for name, x in tensors.items():
         _check.samples(name, x, at_least=0)
@@ -74,10 +75,10 @@ def _enough(names: Iterable[str], rows: list[Rows], at_least: int) -> list[Rows]
 
 
 def _description(x: Tensor) -> list[int]:
-    """n, and what all ranks must share: d, the leading dimensions, dtype and whether gradients are wanted."""
+    """n, and what all ranks must share: d, the leading dimensions, dtype and whether gradients are needed."""
     batch = x.shape[:-2]
     gradient = x.requires_grad and torch.is_grad_enabled()
-    # the shape itself is of any length: its hash is the same in every process, being of integers
+    # shapes vary in length, so send a hash; hashes of integers are the same in every process
     return [
         x.shape[-2],
         x.shape[-1],
@@ -96,13 +97,13 @@ def _said(row: list[int]) -> str:
 
 
 def gathers(exchange: str, *rows: Rows, choices: tuple[str, ...] = EXCHANGES) -> bool:
-    """Whether every rank takes all rows, rather than the other way there is; both give the same numbers."""
+    """Whether every rank gathers all rows instead of using the other method; both give the same numbers."""
     _check.choice("exchange", exchange, choices)
     return exchange == "gather" or (exchange == "auto" and max(r.total for r in rows) <= GATHER)
 
 
 def gather_rows(x: Tensor, rows: Rows) -> Tensor:
-    """All rows `[..., n, d]` of which x holds this rank's; counts may differ.
+    """All rows `[..., n, d]`; x holds this rank's. Counts may differ.
 
     Backward is a reduce-scatter: each rank's rows get the sum of all ranks' gradients.
     """
@@ -163,17 +164,17 @@ class _Total(torch.autograd.Function):
 
 
 def summed(x: Tensor, group) -> Tensor:
-    """Sum of x over the ranks, the same bits on each; no gradient."""
+    """Sum of x over the ranks, bitwise equal on all of them; no gradient."""
     x = x.detach().clone(memory_format=torch.contiguous_format)
     _collectives.all_reduce(x, group=group)
     return x
 
 
 def ring(tensors: Sequence[Tensor], rows: Sequence[Rows]) -> Iterator[tuple[int, list[Tensor]]]:
-    """Ranks and their blocks in turn, beginning with `tensors`, this rank's own.
+    """Yield each rank and its blocks in turn, starting with `tensors`, this rank's own.
 
-    While a block is worked on, it is on its way to the next rank and the one after it on its way here: three blocks at
-    a time are in memory.
+    While a block is processed, it is sent to the next rank and the following block is received: three blocks are in
+    memory at a time.
     """
     group, rank, world = rows[0].group, rows[0].rank, len(rows[0].counts)
     right, left = (rank + 1) % world, (rank - 1) % world
@@ -197,7 +198,7 @@ def ring(tensors: Sequence[Tensor], rows: Sequence[Rows]) -> Iterator[tuple[int,
 
 
 def tiles(a: Tensor, b: Tensor, each: int = 1) -> Iterator[tuple[slice, slice]]:
-    """Rows of a `[..., n, d]` and of b `[..., m, d]` whose pairs are looked at together."""
+    """Slices of the rows of a `[..., n, d]` and b `[..., m, d]` whose pairs are processed together."""
     n, m, sets = a.shape[-2], b.shape[-2], max(1, a.shape[:-2].numel())
     size = (TILE if a.is_cpu else TILE_ON_DEVICE) // (each * sets)
     columns = max(1, min(m, 2 * math.isqrt(size)))
@@ -208,12 +209,12 @@ def tiles(a: Tensor, b: Tensor, each: int = 1) -> Iterator[tuple[slice, slice]]:
 
 
 def diagonal(tile: Tensor, i: slice, j: slice) -> Tensor:
-    """The entries of `tile [..., R, C]` of a sample's pair with itself, where rows and columns are the same samples."""
+    """The entries of `tile [..., R, C]` that pair a sample with itself, if rows and columns are the same samples."""
     return tile.diagonal(offset=i.start - j.start, dim1=-2, dim2=-1)
 
 
 def distances(a: Tensor, b: Tensor, i: slice, j: slice, own: bool) -> Tensor:
-    """‖a_i − b_j‖² `[..., R, C]` of centred rows: never negative; with `own` 0 where a sample meets itself."""
+    """‖a_i − b_j‖² `[..., R, C]` of centred rows: never negative; with `own`, 0 for a sample paired with itself."""
     a, b = a[..., i, :], b[..., j, :]
     norms = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2)
     d2 = norms.sub_(a @ b.mT, alpha=2).clamp_min_(0)
@@ -223,7 +224,7 @@ def distances(a: Tensor, b: Tensor, i: slice, j: slice, own: bool) -> Tensor:
 
 
 def centred(group, *tensors: tuple[Tensor, Rows]) -> tuple[Tensor, list[Tensor]]:
-    """The mean `[..., 1, d]` of all rows of all tensors, the same on every rank, and the tensors less it."""
+    """The mean `[..., 1, d]` of all rows of all tensors, the same on every rank, and the tensors minus that mean."""
     working = [arithmetic(x.detach()) for x, _ in tensors]
     n = sum(rows.total for _, rows in tensors)
     centre = summed(sum(x.sum(-2, keepdim=True, dtype=torch.float64) for x in working), group) / n

@@ -1,4 +1,4 @@
-"""Stein variational gradient descent of particles that are spread over ranks. The algebra is ops/svgd.py's."""
+"""Stein variational gradient descent for particles spread over ranks. The algebra is that of ops/svgd.py."""
 
 from collections.abc import Iterator
 
@@ -26,13 +26,13 @@ def svgd_direction(
     exchange: str = "auto",
     even: bool = False,
 ) -> Tensor:
-    """This rank's rows of the SVGD direction φ of the particles of all ranks.
+    """This rank's rows of the SVGD direction φ for the particles of all ranks.
 
-    Arguments as `ivfast.svgd_direction`'s; x and score `[..., n_rank, d]` hold this rank's particles. A tensor
-    bandwidth has the same values on every rank, and gets the gradient of this rank's rows.
+    Arguments are those of `ivfast.svgd_direction`; x and score `[..., n_rank, d]` hold this rank's particles. A tensor
+    bandwidth must have the same values on every rank, and gets the gradient of this rank's rows.
 
-    The ring takes n_rank·n pairs on each rank, in O(n_rank d) memory. The exact median takes three such passes
-    (six in float64) before it: give a bandwidth where that is too long.
+    The ring computes n_rank·n pairs on each rank, in O(n_rank d) memory. The exact median needs three more such passes
+    (six in float64) first; pass a bandwidth if that takes too long.
     """
     (rows,) = rows_of(group, even, x=x)
     if score is not None:
@@ -55,9 +55,9 @@ def svgd_direction(
 def median_bandwidth(
     x: Tensor, group=None, *, convention: str = "liu-wang", exchange: str = "auto", even: bool = False
 ) -> Tensor:
-    """The median heuristic over the particles of all ranks, the same on each. As `ivfast.median_bandwidth`.
+    """The median heuristic over the particles of all ranks, the same on each; see `ivfast.median_bandwidth`.
 
-    The ring selects a digit of 11 bits at a time: three passes over the pairs, six in float64, and one for a gradient.
+    The ring selects 11 bits at a time: three passes over the pairs (six in float64), and one for the gradient.
     """
     (rows,) = rows_of(group, even, x=x)
     _check.choice("convention", convention, median.CONVENTIONS)
@@ -80,10 +80,10 @@ def svgd_bridge(
     exchange: str = "auto",
     even: bool = False,
 ) -> Tensor:
-    """This rank's rows `[t+1, ..., n_rank, d]` of S1's SVGD bridge of the codes of all ranks.
+    """This rank's rows `[t+1, ..., n_rank, d]` of S1's SVGD bridge for the codes of all ranks.
 
-    Arguments as `ivfast.svgd_bridge`'s. `draws` are those of this rank's rows; None draws them from this rank's
-    generator, which must not be seeded as another rank's is.
+    Arguments are those of `ivfast.svgd_bridge`. `draws` are for this rank's rows; None draws them from this rank's
+    generator, whose seed must differ from that of every other rank.
     """
     _check.count("t", t)
     _check.count("iterations", iterations)
@@ -105,9 +105,9 @@ def svgd_bridge(
 
 
 class _Direction(torch.autograd.Function):
-    """φ by a ring, and its gradient by a second: each rank's blocks then travel with the gradient of their rows.
+    """φ in one round of the ring and its gradient in a second, in which blocks travel with the gradient of their rows.
 
-    With K' = K − I and r' = K'1 a particle's own term is added apart and exactly, however narrow the kernel:
+    With K' = K − I and r' = K'1, a particle's own term is added separately and exactly, however narrow the kernel:
     φ_i = (1/n) [s_i + (K'V)_i + (2/h) r'_i x_i], V = S − (2/h) X.
     """
 
@@ -177,13 +177,14 @@ def _others(kernel: Tensor, i: slice, j: slice, own: bool) -> Tensor:
 
 
 def _values(block: list[Tensor], centre: Tensor, h: Tensor) -> Tensor:
-    """V = S − (2/h) X, where the standard normal's S = −(X + centre) need not travel."""
+    """V = S − (2/h) X; for the standard normal, S = −(X + centre) is computed instead of sent."""
     X, *S = block
     return (S[0] if S else -(X + centre)) - (2 / h) * X
 
 
 class _Median(torch.autograd.Function):
-    """h, by a radix selection of the middle squared distances: a ring per digit, counts added over the ranks."""
+    """h, by radix selection of the middle squared distances: one round of the ring per digit, with counts summed over
+    the ranks."""
 
     @staticmethod
     def forward(ctx, x, rows, convention):
@@ -204,13 +205,13 @@ class _Median(torch.autograd.Function):
         X, middles = ctx.saved_tensors
         rows, (squared, divisor) = ctx.rows, ctx.heuristic
         counts = torch.zeros_like(middles, dtype=torch.int64)
-        pull = X.new_zeros(2, *X.shape)  # Σ_j (c_ij + c_ji)(x_i − x_j), c_ij where a pair is the middle
+        pull = X.new_zeros(2, *X.shape)  # Σ_j (c_ij + c_ji)(x_i − x_j), where c_ij marks the middle pairs
         for owner, (Y,) in ring([X], [rows]):
             for i, j, d2 in _pairs(X, Y, rows, owner):
                 for a, middle in enumerate(middles.unbind(-1)):
                     c = (d2 == middle[..., None, None]).to(X.dtype)
                     counts[..., a] += c.sum((-2, -1), dtype=torch.int64)
-                    own = owner == rows.rank  # else the other rank finds the pair's other entry, of the same bits
+                    own = owner == rows.rank  # otherwise the other rank finds the pair's mirror entry, bitwise equal
                     pull[a, ..., i, :] += (1 if own else 2) * one_mmd._pull(c, X[..., i, :], Y[..., j, :])
                     if own:
                         pull[a, ..., j, :] += one_mmd._pull(c.mT, X[..., j, :], X[..., i, :])
@@ -222,13 +223,14 @@ class _Median(torch.autograd.Function):
 
 
 def _first(X: Tensor, rows: Rows) -> Tensor:
-    """The first particle of all `[..., 1, d]`."""
+    """The first of all particles `[..., 1, d]`."""
     holder = next(rank for rank, count in enumerate(rows.counts) if count)
     return summed(X[..., :1, :] if rows.rank == holder else X.new_zeros(*X.shape[:-2], 1, X.shape[-1]), rows.group)
 
 
 def _pairs(X: Tensor, Y: Tensor, rows: Rows, owner: int) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Tiles of squared distances, in the order of the ranks: two find the same bits for a pair that they share."""
+    """Tiles of squared distances, in the order of the ranks, so that two ranks get bitwise equal values for a pair they
+    share."""
     own = owner == rows.rank
     if owner < rows.rank:
         yield from ((i, j, distances(Y, X, j, i, own).mT) for j, i in tiles(Y, X, each=4))
@@ -236,13 +238,13 @@ def _pairs(X: Tensor, Y: Tensor, rows: Rows, owner: int) -> Iterator[tuple[slice
         yield from ((i, j, distances(X, Y, i, j, own)) for i, j in tiles(X, Y, each=4))
 
 
-BITS = 11  # of a digit
+BITS = 11  # per digit
 
 
 def _middles(X: Tensor, rows: Rows, full: bool) -> Tensor:
-    """The two middle squared distances `[..., 2]`. A float that is not negative orders as its bits do.
+    """The two middle squared distances `[..., 2]`. Non-negative floats sort in the order of their bits.
 
-    Without the diagonal each pair stands twice in the matrix, so that place q of the pairs is 2q of the entries.
+    Without the diagonal each pair occurs twice in the matrix, so rank q among the pairs is rank 2q among the entries.
     """
     n, sets = rows.total, X.shape[:-2].numel()
     count = n * n if full else n * (n - 1) // 2

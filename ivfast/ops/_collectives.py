@@ -1,7 +1,7 @@
-"""Every collective of `torch.distributed` that ivfast calls, by one name in every supported version of PyTorch.
+"""The collectives of `torch.distributed` that ivfast calls, under one name for every supported version of PyTorch.
 
-PyTorch renames its collectives now and then, and warns at each call of an old name. What calls torch.distributed for
-tensors calls it from here.
+PyTorch renames its collectives now and then and warns at each call of an old name. All tensor collectives go through
+this module.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ _SCATTER = ("reduce_scatter_single", "reduce_scatter_tensor")
 
 
 def _present(names: Sequence[str]):
-    """The function of torch.distributed that has the first of these names. Without a name, as in a PyTorch built
-    without distributed, it is None, and nobody can have made a group."""
+    """The function of torch.distributed with the first of these names that exists. None if there is none, as in a
+    PyTorch built without distributed, where no group can exist either."""
     return next((getattr(dist, name) for name in names if hasattr(dist, name)), None)
 
 
@@ -24,21 +24,21 @@ _all_gather, _reduce_scatter = _present(_GATHER), _present(_SCATTER)
 
 
 def all_gather(table: Tensor, own: Tensor, group=None) -> None:
-    """Fill `table` with the tensors `own` of all ranks, one after the other along the first dimension; all are equal
-    in shape."""
+    """Fill `table` with the `own` tensors of all ranks, concatenated along the first dimension. All have the same
+    shape."""
     _all_gather(table, own, group=group)
 
 
 def reduce_scatter(own: Tensor, table: Tensor, group=None) -> None:
-    """Fill `own` with this rank's part of the sum of all ranks' tables, which parts along the first dimension."""
+    """Sum the tables of all ranks, split the sum along the first dimension, and fill `own` with this rank's part."""
     _reduce_scatter(own, table, group=group)
 
 
 def all_reduce(x: Tensor, operation: str = "SUM", group=None) -> None:
-    """Replace x by the sum, or another `torch.distributed.ReduceOp`, of all ranks' x: the same bits on each."""
+    """Replace x with the sum (or another `torch.distributed.ReduceOp`) of all ranks' x, bitwise equal on every rank."""
     dist.all_reduce(x, getattr(dist.ReduceOp, operation), group=group)
 
 
 def exchange(operations: Sequence["dist.P2POp"]) -> list["dist.Work"]:
-    """Start sends and receives together; what is returned waits for them."""
+    """Start sends and receives together; wait on the returned handles."""
     return dist.batch_isend_irecv(list(operations)) if operations else []

@@ -1,4 +1,4 @@
-"""Randomness comes into an op as a tensor."""
+"""Ops take their randomness as a tensor."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from .. import _check
 
 
 def prior_draws(z: Tensor, draws: Tensor | None, generator, leading: tuple[int, ...] = ()) -> Tensor:
-    """Standard normal draws `[*leading, *z.shape]`: the caller's as a constant, or fresh ones."""
+    """Standard normal draws `[*leading, *z.shape]`: the caller's, taken as a constant, or fresh ones."""
     shape = (*leading, *z.shape)
     if draws is None:
         return torch.randn(shape, generator=generator, dtype=z.dtype, device=z.device)

@@ -1,4 +1,4 @@
-"""First derivatives only, said at the price of one comparison."""
+"""First derivatives only, enforced at the cost of one comparison."""
 
 import functools
 from collections.abc import Callable
@@ -7,10 +7,10 @@ import torch
 
 
 def once_differentiable(backward: Callable) -> Callable:
-    """As torch.autograd.function.once_differentiable, which takes 2.5 µs of a backward pass that records nothing.
+    """Like torch.autograd.function.once_differentiable, which costs 2.5 µs even when backward records nothing.
 
-    The engine records a backward pass only under `create_graph=True`; then PyTorch's own guard raises at a second
-    derivative.
+    The engine records a backward pass only under `create_graph=True`. In that case PyTorch's own guard raises at a
+    second derivative.
     """
     guarded = torch.autograd.function.once_differentiable(backward)
 

@@ -1,16 +1,16 @@
-"""What the pairwise ops share."""
+"""Shared helpers of the pairwise ops."""
 
 import torch
 from torch import Tensor
 
 
 def arithmetic(x: Tensor) -> Tensor:
-    """`x` in the dtype that its op computes in: float32 for half precision, its own otherwise."""
+    """`x` in the dtype its op computes in: float32 for half precision, otherwise unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def squared_distances(x: Tensor) -> Tensor:
-    """‖x_i − x_j‖² `[..., n, n]` of centred x `[..., n, d]`: never negative, the diagonal exactly 0."""
+    """‖x_i − x_j‖² `[..., n, n]` of centred x `[..., n, d]`: never negative, exactly 0 on the diagonal."""
     gram = x @ x.mT
     norms = gram.diagonal(dim1=-2, dim2=-1)  # from the same rounded products
     d2 = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram).clamp_min(0)
@@ -18,7 +18,7 @@ def squared_distances(x: Tensor) -> Tensor:
 
 
 def small_in_cuda(x: Tensor, y: Tensor) -> tuple[str, ...]:
-    """CUDA C++ for small samples in up to 128 dimensions, Triton above. Both compute in float32."""
+    """CUDA C++ for small samples in up to 128 dimensions, otherwise Triton. Both compute in float32."""
     if x.dtype == torch.float64:
         return ()
     small = max(x.shape[-2], y.shape[-2]) <= 256 and x.shape[-1] <= 128
@@ -26,8 +26,8 @@ def small_in_cuda(x: Tensor, y: Tensor) -> tuple[str, ...]:
 
 
 def few_in_cuda(x: Tensor) -> tuple[str, ...]:
-    """For what reads its input once: CUDA C++ up to a million elements, Triton above and in float64; by count, not by
-    a clock."""
+    """For ops that read their input once: CUDA C++ up to a million elements, Triton above that and in float64. The
+    threshold comes from operation counts, not from timings."""
     if x.dtype == torch.float64:
         return ("triton",)
     return ("cuda", "triton") if x.numel() <= 1 << 20 else ("triton", "cuda")

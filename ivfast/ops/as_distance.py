@@ -1,9 +1,10 @@
 """Adversarial Similarity Distance between two batches of diagonal Gaussians q(z|x) = N(u, diag l).
 
-Per dimension, with s = l_i + l_j and δ = u_i − u_j, the integral of the product of two Gaussians is
-ℓ = −½ [log 2πs + δ²/s]  (Lebesgue measure), and weighted by the prior N(0, 1)
+Let s = l_i + l_j and δ = u_i − u_j. In one dimension the integral of the product of two Gaussians is e^ℓ with
+ℓ = −½ [log 2πs + δ²/s]  (Lebesgue measure), or, weighted by the prior N(0, 1),
 ℓ = −½ [log 4π²P + (δ² + u_i² l_j + u_j² l_i)/P],  P = s + l_i l_j.
-The kernel is exp Σ_d ℓ_d ("product", S5 Eq. 8) or mean_d exp ℓ_d ("additive", the per-dimension form in circulation).
+The kernel is exp Σ_d ℓ_d ("product", S5 Eq. 8) or mean_d exp ℓ_d ("additive", the per-dimension form found in
+published code).
 """
 
 import math
@@ -36,20 +37,21 @@ def as_distance(
     Args:
         mu_r, logvar_r: means and log-variances of the posteriors of real samples, `[..., n, d]`.
         mu_g, logvar_g: those of generated samples, `[..., m, d]`.
-        kernel: "product", the integral over all d dimensions, or "additive", its mean over single dimensions.
-        measure: "lebesgue" integrates over dz, "prior" over N(0, I), the literal E_{z~p(z)} of the paper.
-        log: the scale-free form log mean k(r, r') + log mean k(g, g') − 2 log mean k(r, g), the Cauchy–Schwarz
-            divergence of the two mean posteriors. D itself is below float32's range from d ≈ 64 on; this is not.
+        kernel: "product" integrates over all d dimensions; "additive" averages the integrals over single dimensions.
+        measure: "lebesgue" integrates over dz; "prior" over N(0, I), the literal E_{z~p(z)} of the paper.
+        log: return the scale-free form log mean k(r, r') + log mean k(g, g') − 2 log mean k(r, g), the
+            Cauchy–Schwarz divergence of the two mean posteriors. D itself underflows float32 from d ≈ 64 on; this
+            form does not.
         unbiased: leave out the pairs of a sample with itself.
 
     Returns:
-        D `[...]`, float32 for half precision; >= 0 for the biased form. Differentiable once, in all four.
+        D `[...]`, float32 for half precision; >= 0 for the biased form. Differentiable once in all four arguments.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that do not fit, an unknown kernel or measure, fewer than 2
-            samples for the unbiased form (it has no pairs then).
+        TypeError, ValueError: shapes, dtypes or devices that do not fit, an unknown kernel or measure, or fewer than
+            2 samples for the unbiased form, which then has no pairs.
 
-    Source: S5 (AS-IntroVAE) Eqs. 5, 7, 8 with the exponential that Eq. 8 lost.
+    Source: S5 (AS-IntroVAE) Eqs. 5, 7 and 8, with the exponential that is missing from Eq. 8.
     """
     return _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, log, unbiased)[0]
 
@@ -64,9 +66,10 @@ def log_gaussian_kernel_sums(
     measure: str = "lebesgue",
     unbiased: bool = False,
 ) -> Tensor:
-    """log Σ k over the pairs (r, r'), (g, g') and (r, g), which never underflow.
+    """log Σ k over the pairs (r, r'), (g, g') and (r, g); these logarithms never underflow.
 
-    Arguments, errors and derivative order are `as_distance`'s; with `unbiased` the sums within a batch leave out i = j.
+    Arguments, errors and derivative order are those of `as_distance`. With `unbiased` the sums within a batch leave
+    out i = j.
 
     Returns:
         `[..., 3]`, float32 for half precision.
@@ -117,7 +120,7 @@ def _log_means(sums, mu_r, mu_g, unbiased):
 
 
 def _log_kernel(a, b, additive, prior, *, without_diagonal):
-    """log k_ij `[..., n, m]`; −∞ on a diagonal left out."""
+    """log k_ij `[..., n, m]`; −∞ on the diagonal if it is left out."""
     l = _log_integral(a, b, prior)
     log_k = l.logsumexp(-1) - math.log(l.shape[-1]) if additive else l.sum(-1)
     if without_diagonal:
@@ -142,26 +145,26 @@ def _log_integral(a, b, prior):
 
 
 def _backward_reference(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prior, log, unbiased):
-    """`dvalue` `[...]` and `dsums` `[..., 3]` are gradients of what forward returned; None stands for zeros."""
+    """`dvalue` `[...]` and `dsums` `[..., 3]` are the gradients of forward's results; None means zeros."""
     r, g = (arithmetic(mu_r), arithmetic(logvar_r)), (arithmetic(mu_g), arithmetic(logvar_g))
     dsums = torch.zeros_like(sums) if dsums is None else dsums
     if dvalue is not None:
         terms = [torch.ones_like(dvalue)] * 3 if log else [s.exp() for s in _log_means(sums, mu_r, mu_g, unbiased)]
-        rr, gg, rg = terms  # D's derivatives with respect to the log-sums, but for the factor −2
+        rr, gg, rg = terms  # ∂D/∂log-sums, without the factor −2
         dsums = dsums + torch.stack((rr, gg, -2 * rg), -1) * dvalue.unsqueeze(-1)
     w_rr, w_gg, w_rg = dsums[..., None, None].unbind(-3)
 
     def pull(a, b, k):
         return _pull(a, b, sums[..., k], additive, prior, without_diagonal=unbiased and k < 2)
 
-    # within a batch each pair (i, j) stands twice, and so does the one sample of the diagonal
+    # within a batch each pair (i, j) occurs twice, and so does the sample of a diagonal entry
     du_r, dl_r = (2 * w_rr * x + w_rg * y for x, y in zip(pull(r, r, 0), pull(r, g, 2), strict=True))
     du_g, dl_g = (2 * w_gg * x + w_rg * y for x, y in zip(pull(g, g, 1), pull(g, r, 2), strict=True))
     return du_r.to(mu_r.dtype), dl_r.to(mu_r.dtype), du_g.to(mu_g.dtype), dl_g.to(mu_g.dtype)
 
 
 def _pull(a, b, log_sum, additive, prior, *, without_diagonal):
-    """Gradient of log Σ_ij k_ij through a alone: Σ_j w_ij ∂ℓ_ij/∂(u_i, log l_i), w the share of each term."""
+    """Gradient of log Σ_ij k_ij through a only: Σ_j w_ij ∂ℓ_ij/∂(u_i, log l_i), where w_ij is the share of k_ij."""
     log_k = _log_kernel(a, b, additive, prior, without_diagonal=without_diagonal)
     w = torch.exp(log_k - log_sum[..., None, None]).unsqueeze(-1)
     if additive:

@@ -1,5 +1,6 @@
-"""Bridges from codes to the prior N(0, I): distributions T_0 (the identity), …, T_t (the prior) that a classifier tells
-apart (S1), and the block substitution O_i of S2. Each leaves N(0, I) unchanged."""
+"""Bridges from codes to the prior N(0, I), and the block substitution O_i of S2. A bridge is a sequence of maps
+T_0 (the identity), …, T_t (draws from the prior) whose outputs a classifier tells apart (S1). Every map leaves N(0, I)
+unchanged."""
 
 import math
 
@@ -18,15 +19,15 @@ def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generato
 
     Args:
         z: codes `[..., n, d]`.
-        t: number of steps; it divides d.
-        draws: standard normal `[..., n, d]` shared by all k, taken as a constant; None draws them.
-        generator: for `draws`.
+        t: number of steps; must divide d.
+        draws: standard normal `[..., n, d]`, shared by all k and taken as a constant; None draws them.
+        generator: random generator for `draws`.
 
     Returns:
-        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once, in z.
+        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once in z.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape, t < 1, t that does not divide d.
+        TypeError, ValueError: a wrong dtype or shape, t < 1, or t does not divide d.
 
     Source: S1 (IVAAE) section 2, "blockwise substitution".
     """
@@ -42,7 +43,7 @@ def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generato
 def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=None) -> Tensor:
     """T_k z = cos(kπ/2t) z + sin(kπ/2t) ε for k = 0..t.
 
-    Args, returns and derivative order as `blockwise_bridge`'s, with any t >= 1.
+    Arguments, result and derivative order are those of `blockwise_bridge`, with any t >= 1.
 
     Source: S1 (IVAAE) section 2, "radial substitution".
     """
@@ -58,17 +59,17 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
 
     Args:
         z: codes `[..., n, d]`.
-        k: number of blocks; it divides d.
-        index: the block to replace in each row, integers in [0, k), `[..., n]`. On the CPU the range is checked; on
-            other devices, where that would wait for the device, a row with any other value is left as it is.
+        k: number of blocks; must divide d.
+        index: the block to replace in each row, integers in [0, k), `[..., n]`. The range is checked on the CPU only,
+            because a check would synchronise other devices; there a row with an index out of range stays unchanged.
         draws: standard normal `[..., n, d]`, taken as a constant; None draws them.
-        generator: for `draws`.
+        generator: random generator for `draws`.
 
     Returns:
-        `[..., n, d]` in z's dtype. Differentiable once, in z.
+        `[..., n, d]` in z's dtype. Differentiable once in z.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape, k that does not divide d, an index outside [0, k).
+        TypeError, ValueError: a wrong dtype or shape, k does not divide d, or an index outside [0, k).
 
     Source: S2 (IVGAN) section 3, "block substitution".
     """

@@ -1,4 +1,4 @@
-"""The exponential of the ELBO, by which a soft introspective VAE pushes generated samples away (S5)."""
+"""The exponential ELBO term with which a soft introspective VAE pushes generated samples away (S5)."""
 
 import torch
 from torch import Tensor
@@ -23,17 +23,18 @@ def exp_elbo_loss(
     Args:
         reconstruction: reconstruction loss of each sample, `[..., n]`, in nats.
         kl: KL of each sample's posterior to the prior, `[..., n]`, in nats.
-        scale: s; published code takes 1 over the number of pixels.
-        beta_reconstruction, beta_kl: β_rec and β_kl; a term whose β is 0 is left out, be it infinite.
+        scale: s; published code uses 1 over the number of pixels.
+        beta_reconstruction, beta_kl: β_rec and β_kl; a term with β = 0 is left out even if it is infinite.
         alpha: α > 0; 2 in the papers.
 
     Returns:
-        the loss `[...]`, float32 for half precision. It lies in [0, 1/α] where both terms are >= 0: a sample that is
-        far from the data, even infinitely, adds 0 and gets the gradient 0. The exponent is clamped at 80, so that a
-        negative loss gives no infinity. Differentiable once, in both.
+        the loss `[...]`, float32 for half precision. It lies in [0, 1/α] if both terms are >= 0: a sample far from
+        the data, even infinitely far, adds 0 and gets gradient 0. The exponent is clamped at 80, so a negative loss
+        does not overflow. Differentiable once in both inputs.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that differ, n < 1, a number that is not finite, alpha <= 0.
+        TypeError, ValueError: shapes, dtypes or devices that differ, n < 1, a number that is not finite, or
+            alpha <= 0.
 
     Source: S5 (AS-IntroVAE) section 3; Daniel & Tamar 2021 (Soft-IntroVAE), Eq. 4.
     """
@@ -50,11 +51,11 @@ def exp_elbo_loss(
     return _forward(reconstruction, kl, *factors)
 
 
-MOST = 80.0  # e^80 and n times it are finite in float32
+MOST = 80.0  # e^80, and n times that, are finite in float32
 
 
 def _exponent(reconstruction, kl, a, b):
-    """a rec + b KL; a factor of 0 leaves its term out."""
+    """a rec + b KL; a factor of 0 drops its term."""
     terms = [factor * arithmetic(x) for factor, x in ((a, reconstruction), (b, kl)) if factor]
     return sum(terms) if terms else torch.zeros_like(arithmetic(kl))
 

@@ -1,7 +1,7 @@
 """Fréchet latent distance of codes to the prior N(0, I), and its gradient in the same pass.
 
-Small codes go through the inverse root of their Gram matrix (`fld_gram`), others through a factor of their covariance
-(`frechet.py`). Computed in float64, as every Fréchet distance.
+Small codes use the inverse root of their Gram matrix (`fld_gram`), larger ones a factor of their covariance
+(`frechet.py`). Computed in float64, like every Fréchet distance.
 """
 
 from collections.abc import Callable
@@ -20,9 +20,9 @@ def fld(z: Tensor) -> Tensor:
     """Fréchet latent distance of the codes z to the prior N(0, I): ‖μ‖² + Tr(Σ + I) − 2 Tr √Σ.
 
     Args:
-        z: codes `[..., n, d]`, n >= 2; the covariance is over n − 1.
+        z: codes `[..., n, d]`, n >= 2; the covariance divides by n − 1.
 
-    Returns, errors and derivative order as `frechet_distance`'s.
+    Result, errors and derivative order are those of `frechet_distance`.
 
     Source: S1 (IVAAE) section 4.
     """
@@ -33,19 +33,19 @@ def fld(z: Tensor) -> Tensor:
 
 
 def fld_reference(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """The distance and, where asked for (else empty), its gradient 2μ/n + 2 (C − P)/√(n − 1), P = ∂‖C‖_*/∂C.
+    """The distance and its gradient 2μ/n + 2 (C − P)/√(n − 1), P = ∂‖C‖_*/∂C (empty unless requested).
 
-    P's columns sum to 0 as C's do, so that the mean has no part in the second term.
+    P's columns sum to 0, as C's do, so the mean does not contribute to the second term.
     """
     return _fld_by_factor(z, gradient, frechet_factor_trace_reference)
 
 
 def fld_op(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """As the reference, by the cheapest route that is as exact."""
+    """The same as the reference, by the cheapest method of the same accuracy."""
     if min(z.shape[-2:]) > MOST:
         return _fld_by_factor(z, gradient, frechet_factor_trace)
     distance, grad, error = fld_gram(z, gradient)
-    if z.is_cuda:  # a look at the error would wait for the device
+    if z.is_cuda:  # reading the error would wait for the device
         return distance, grad
     failed = error > CONVERGED  # not where codes are NaN
     if bool(failed if error.dim() == 0 else failed.any()):
@@ -69,10 +69,10 @@ def _fld_by_factor(z: Tensor, gradient: bool, factor_trace: Callable) -> tuple[T
 
 
 def fld_gram_reference(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """‖μ‖² + Tr(Σ + I) − 2 Tr √Σ of z `[..., n, d]`, its gradient where asked for (else empty), `inverse_root`'s error.
+    """‖μ‖² + Tr(Σ + I) − 2 Tr √Σ of z `[..., n, d]`, its gradient (empty unless requested) and `inverse_root`'s error.
 
-    With C the centred samples over √(n − 1) the gradient is 2μ/n + 2 (C − P)/√(n − 1), P = C (CᵀC)^−½; for n <= d
-    P = (CCᵀ)^−½ C, where 11ᵀ takes the place of the eigenvalue 0 that centring leaves.
+    C is the centred samples over √(n − 1). The gradient is 2μ/n + 2 (C − P)/√(n − 1) with P = C (CᵀC)^−½. For n <= d,
+    P = (CCᵀ)^−½ C, where a multiple of 11ᵀ replaces the zero eigenvalue that centring leaves.
     """
     n, d = z.shape[-2:]
     x = z.double()

@@ -1,10 +1,10 @@
 """Fréchet distances between Gaussians, without a matrix square root.
 
-With Σ = CᵀC, Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_* (nuclear norm), and its gradient goes through the polar factor P of C₁C₂ᵀ. Exact
-under rank deficiency, where square roots of Σ₁Σ₂ are not. Computed in float64: these are metrics.
+With Σ = CᵀC, Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_* (nuclear norm), and the gradient uses the polar factor P of C₁C₂ᵀ. This stays exact
+for rank-deficient covariances, where square roots of Σ₁Σ₂ do not. Computed in float64, because these are metrics.
 
-A value without its gradient takes symmetric eigenvalues instead, a fifth of the work of singular values, wherever an
-estimate of their rounding allows it.
+When no gradient is needed, symmetric eigenvalues replace singular values at a fifth of the work, wherever an estimate
+of their rounding error allows it.
 """
 
 import torch
@@ -23,8 +23,8 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         sigma1, sigma2: covariances `[..., d, d]`, positive semi-definite of any rank; their symmetric part is used.
 
     Returns:
-        distance `[...]` in squared units of the samples, float32 for half precision. Differentiable once, in all
-        four; at a singular covariance with the subgradient of least norm.
+        distance `[...]` in squared units of the samples, float32 for half precision. Differentiable once in all
+        four arguments; at a singular covariance the gradient is the subgradient of least norm.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit.
@@ -51,14 +51,14 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 
 
 def frechet_distance_from_samples(x: Tensor, y: Tensor) -> Tensor:
-    """Fréchet distance between the Gaussians of two samples, straight from the samples; right where n < d.
+    """Fréchet distance between the Gaussians of two samples, computed from the samples; correct even when n < d.
 
     Args:
-        x, y: samples `[..., n, d]` and `[..., m, d]`, n, m >= 2; covariances are over n − 1.
+        x, y: samples `[..., n, d]` and `[..., m, d]`, n, m >= 2; covariances divide by n − 1.
 
-    Returns, errors and derivative order as `frechet_distance`'s.
+    Result, errors and derivative order are those of `frechet_distance`.
 
-    Source: as `frechet_distance`; Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_* with C the centred samples over √(n − 1).
+    Source: as for `frechet_distance`; Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_*, where C is the centred samples over √(n − 1).
     """
     _check.two_samples("x", x, "y", y, at_least=2)
     mu1, c1 = factor(x)
@@ -86,15 +86,15 @@ def factor(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _polar(m: Tensor) -> tuple[Tensor, Tensor]:
-    """Nuclear norm `[...]` and polar factor U Vᵀ over the numerical rank of m `[..., p, q]`."""
+    """Nuclear norm `[...]` and polar factor U Vᵀ, over the numerical rank of m `[..., p, q]`."""
     U, S, Vh = torch.linalg.svd(m, full_matrices=False)
     floor = S[..., :1] * max(m.shape[-2:]) * torch.finfo(S.dtype).eps
     return S.sum(-1), (U * (floor < S).unsqueeze(-2)) @ Vh
 
 
 def frechet_factor_trace_reference(c1: Tensor, c2: Tensor | None, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """‖C₁C₂ᵀ‖_* and, where asked for (else empty), its gradients in C₁ and C₂; C₂ None is the identity."""
-    # C = QR:  C₁C₂ᵀ = Q₁ R₁R₂ᵀ Q₂ᵀ, so a polar factor of min(n, d) rows and columns is enough
+    """‖C₁C₂ᵀ‖_* and its gradients in C₁ and C₂ (empty unless requested); C₂ None is the identity."""
+    # C = QR:  C₁C₂ᵀ = Q₁ R₁R₂ᵀ Q₂ᵀ, so a polar factor with min(n, d) rows and columns is enough
     Q1, R1 = torch.linalg.qr(c1)
     Q2, R2 = (None, None) if c2 is None else torch.linalg.qr(c2)
     trace, P = _polar(R1 if c2 is None else R1 @ R2.mT)
@@ -109,7 +109,7 @@ def frechet_factor_trace_reference(c1: Tensor, c2: Tensor | None, gradients: boo
 def frechet_covariance_trace_reference(
     sigma1: Tensor, sigma2: Tensor, gradients: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tr √(Σ₁Σ₂) and, where asked for (else empty), its gradients ½ R₁⁺ P R₂ and ½ R₂⁺ Pᵀ R₁; Σ = RᵀR, R = √Λ Vᵀ."""
+    """Tr √(Σ₁Σ₂) and its gradients ½ R₁⁺ P R₂ and ½ R₂⁺ Pᵀ R₁ (empty unless requested); Σ = RᵀR, R = √Λ Vᵀ."""
     R1, inverse1 = _root(sigma1)
     R2, inverse2 = _root(sigma2)
     trace, P = _polar(R1 @ R2.mT)
@@ -119,10 +119,10 @@ def frechet_covariance_trace_reference(
 
 
 def frechet_factor_trace(c1: Tensor, c2: Tensor | None, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference, by the cheapest route that is as exact."""
+    """The same as the reference, by the cheapest method of the same accuracy."""
     few = c1.shape[-2] <= c1.shape[-1] and (c2 is None or c2.shape[-2] <= c2.shape[-1])
     empty = c1.new_empty(0)
-    if c2 is not None and few:  # C₁C₂ᵀ is smaller than either
+    if c2 is not None and few:  # C₁C₂ᵀ is smaller than C₁ and C₂
         product = c1 @ c2.mT
         if not gradients:
             return torch.linalg.svdvals(product).sum(-1), empty, empty.clone()
@@ -144,7 +144,7 @@ def frechet_factor_trace(c1: Tensor, c2: Tensor | None, gradients: bool) -> tupl
 
 
 def frechet_covariance_trace(sigma1: Tensor, sigma2: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference, by the cheapest route that is as exact."""
+    """The same as the reference, by the cheapest method of the same accuracy."""
     if not gradients:
         trace, exact = _product_root_sum(_symmetric(sigma1), _symmetric(sigma2))
         if exact:
@@ -153,18 +153,18 @@ def frechet_covariance_trace(sigma1: Tensor, sigma2: Tensor, gradients: bool) ->
 
 
 def _product_root_sum(sigma1: Tensor, sigma2: Tensor) -> tuple[Tensor, bool]:
-    """Tr √(Σ₁Σ₂) = Tr √(LᵀΣ₂L) with Σ₁ = LLᵀ, and whether rounding leaves it exact."""
+    """Tr √(Σ₁Σ₂) = Tr √(LᵀΣ₂L) with Σ₁ = LLᵀ, and whether its rounding error is small enough."""
     L, info = torch.linalg.cholesky_ex(sigma1)
     if info.any():
         return L, False
     return _root_sum(_lower_congruence(L, sigma2), _norm(sigma1) * _norm(sigma2))
 
 
-BLOCK = 256  # columns of a product
+BLOCK = 256  # columns per product
 
 
 def _lower_congruence(L: Tensor, sigma: Tensor) -> Tensor:
-    """LᵀΣL at and below the diagonal's blocks, L lower triangular: a quarter of the work of two products."""
+    """LᵀΣL on and below the diagonal blocks, for lower triangular L: a quarter of the work of two products."""
     d = L.shape[-1]
     result = torch.zeros_like(sigma)
     for j in range(0, d, BLOCK):
@@ -180,14 +180,15 @@ def _norm(a: Tensor) -> Tensor:
     return torch.linalg.matrix_norm(a)
 
 
-EXACT = 1e-8  # of the sum
+EXACT = 1e-8  # relative to the sum
 
 
 def _root_sum(a: Tensor, size: Tensor) -> tuple[Tensor, bool]:
-    """Σ √λ of the symmetric a `[..., d, d]`, its lower triangle computed from matrices whose norms' product is `size`.
+    """Σ √λ of symmetric a `[..., d, d]`, and whether the error is below `EXACT`.
 
-    Each λ is off by at most about δ = 4 eps size, and so √λ by min(√δ, δ/√λ): the errors, of either sign, add up in
-    squares. With spectra that fall like k⁻² they are estimated at 5e-9 and come out at 1e-14.
+    Only the lower triangle of a is used; it was computed from matrices whose norms multiply to `size`. Each λ is off by
+    at most about δ = 4 eps size, so √λ is off by min(√δ, δ/√λ). The errors have random signs, so their squares add. For
+    spectra that fall like k⁻² the estimate is 5e-9 and the actual error 1e-14.
     """
     values = torch.linalg.eigvalsh(a).clamp_min(0)
     roots = values.sqrt()
@@ -196,11 +197,11 @@ def _root_sum(a: Tensor, size: Tensor) -> tuple[Tensor, bool]:
     return roots.sum(-1), bool((errors.norm(dim=-1) <= EXACT * roots.sum(-1)).all())
 
 
-CONDITION = 1e6  # of a Gram matrix whose inverse root is exact to 1e-9
+CONDITION = 1e6  # condition number up to which the inverse root of a Gram matrix is exact to 1e-9
 
 
 def _root_sum_and_inverse(a: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Σ √λ and a^−½ of the symmetric a `[..., d, d]`, and whether its condition leaves them exact."""
+    """Σ √λ and a^−½ of symmetric a `[..., d, d]`, and whether the condition number of a allows both to be exact."""
     values, V = torch.linalg.eigh(a)
     exact = bool((values[..., 0] * CONDITION > values[..., -1]).all())
     roots = values.clamp_min(torch.finfo(a.dtype).tiny).sqrt()
@@ -208,11 +209,11 @@ def _root_sum_and_inverse(a: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 
 def _symmetric(a: Tensor) -> Tensor:
-    return (a + a.mT).div_(2)  # a second array of 33 MB, as at d = 2048, takes as long again
+    return (a + a.mT).div_(2)  # a second array (33 MB at d = 2048) would double the time
 
 
 def _root(sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """R with RᵀR = Σ, and its pseudo-inverse."""
+    """R with RᵀR = Σ, and the pseudo-inverse of R."""
     values, V = torch.linalg.eigh(_symmetric(sigma))
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
     kept = values > floor.clamp_min(0)

@@ -20,7 +20,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
         logvar: log-variances `[..., d]`.
 
     Returns:
-        KL in nats `[...]`, float32 for half precision. Differentiable once, in both.
+        KL in nats `[...]`, float32 for half precision. Differentiable once in both inputs.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that differ.
@@ -47,10 +47,10 @@ def reparameterize(
         mu: means `[..., d]`.
         logvar: log-variances `[..., d]`.
         draws: ε `[..., d]`, taken as a constant; None draws it.
-        generator: for `draws`.
+        generator: random generator for `draws`.
 
     Returns:
-        z `[..., d]` in mu's dtype and kl `[...]` in nats, float32 for half precision. Differentiable once, in mu and
+        z `[..., d]` in mu's dtype, and kl `[...]` in nats, float32 for half precision. Differentiable once in mu and
         logvar.
 
     Raises:
@@ -78,7 +78,7 @@ def gaussian_kl_reference(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def _expm1_minus(x: Tensor) -> Tensor:
-    """e^x − 1 − x, by its series near 0, where the difference would lose the digits: Σ_{k>=2} x^k/k!."""
+    """e^x − 1 − x; near 0, where the difference would cancel, by its series Σ_{k>=2} x^k/k!."""
     series = torch.full_like(x, 1 / 5040)
     for coefficient in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 1 / 2):
         series = series * x + coefficient
@@ -126,7 +126,7 @@ class _Reparameterize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mu, logvar, draws):
         ctx.save_for_backward(mu, logvar, draws)
-        ctx.set_materialize_grads(False)  # who uses z or kl alone pays for that alone
+        ctx.set_materialize_grads(False)  # using only z or only kl costs only that gradient
         return _reparameterize(mu, logvar, draws)
 
     @staticmethod

@@ -1,9 +1,10 @@
-"""Streaming Gaussian statistics of features, as Fréchet distances need them.
+"""Streaming Gaussian statistics of features, for Fréchet distances.
 
-State is in float64 and means are taken off before any product: no Σxxᵀ − nμμᵀ. Products of float32 and half precision
-samples are float32, over chunks whose sums go to float64. A chunk's variances are summed in blocks as well, and where
-the product's differ from them by more than 2e-6, as beside an outlier of a thousand deviations, the chunk is computed
-in float64. A variance is then right to 1e-6, and Σ_ij to 2e-6 σ_i σ_j, in any order that a BLAS adds up in.
+The state is float64, and means are subtracted before any product: no Σxxᵀ − nμμᵀ. Products of float32 and half
+precision samples are float32, over chunks whose sums are accumulated in float64. A chunk's variances are also summed
+in blocks. If the product's variances differ from these by more than 2e-6, as happens with an outlier of a thousand
+standard deviations, the chunk is computed in float64. Variances are then accurate to 1e-6 and Σ_ij to 2e-6 σ_i σ_j,
+for any summation order of the BLAS.
 """
 
 import contextlib
@@ -23,36 +24,37 @@ from torch import Tensor
 from .. import _check
 from .frechet import frechet_distance
 
-# A float32 sum of k squares strays by about ε√k/4 of its size, ε = 6e-8, if it is one chain: 1e-6 at k = 4096, and by
-# up to kε = 2.4e-4 where most squares are rounded beside a sum that a few have filled. Longer chunks save no time.
-CHUNK = 4096  # rows of a product
-STRAYED = 2e-6  # of a chunk's variance in float32; beyond, the chunk is float64's
-BLOCK = 256  # rows of the scatter per product; only columns from its first on are taken: 9/16 of the work at d = 2048
-SOME = 16  # samples, the mean of which is near that of a chunk
-FEW = 256  # with fewer rows than this the d x d sum is the cost, and float64 products save one
-LEAST, MOST = 1e-30, 1e36  # sums of squares beyond are near the ends of float32's range
-NARROW = 256  # dimensions up to which a GPU makes one pass over a batch; more are products worth cuBLAS
+# A float32 sum of k squares in one chain has a relative error of about ε√k/4, ε = 6e-8: 1e-6 at k = 4096. It reaches
+# kε = 2.4e-4 when a few large squares dominate the sum and the others are rounded against it. Longer chunks save no
+# time.
+CHUNK = 4096  # rows per product
+STRAYED = 2e-6  # relative error of a chunk's float32 variance above which the chunk is computed in float64
+BLOCK = 256  # rows of the scatter per product; columns left of the block are skipped: 9/16 of the work at d = 2048
+SOME = 16  # samples whose mean is near that of a chunk
+FEW = 256  # below this many rows the d x d sum dominates, and float64 products save one of those sums
+LEAST, MOST = 1e-30, 1e36  # sums of squares outside are near the ends of float32's range
+NARROW = 256  # dimensions up to which a GPU makes one pass over a batch; above, the products are worth cuBLAS
 
 
 @contextlib.contextmanager
 def _state() -> Iterator[None]:
-    """What is made here can be changed anywhere: no graph, and no inference tensors under `inference_mode`."""
+    """Tensors made here can be modified anywhere: no graph, and no inference tensors under `inference_mode`."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
 
 class GaussianStatistics:
-    """Mean and covariance of samples that come in batches, on several devices or in several processes.
+    """Mean and covariance of samples that arrive in batches, on several devices or in several processes.
 
-    Batches and parts are merged as Chan's, S = Σ_i S_i + Σ_i n_i (m_i − m)(m_i − m)ᵀ, in float64. `a + b` and
-    `sum([...])` are merged copies.
+    Batches and parts are merged by Chan's formula, S = Σ_i S_i + Σ_i n_i (m_i − m)(m_i − m)ᵀ, in float64. `a + b` and
+    `sum([...])` return merged copies.
 
     Args:
         d: dimension of a sample.
-        device: where the statistics live; batches are brought there.
+        device: where the statistics live; batches are moved there.
 
     Attributes:
-        count: samples seen; None where a file of pytorch-fid's did not say.
+        count: samples seen; None after loading a pytorch-fid file, which does not store it.
         mean: `[d]`, float64.
 
     Source: Chan, Golub & LeVeque 1983.
@@ -63,14 +65,14 @@ class GaussianStatistics:
         with _state():
             self.count: int | None = 0
             self.mean = torch.zeros(d, dtype=torch.float64, device=device)
-            # Σ (x − μ)(x − μ)ᵀ, [d, d], the covariance if count is None; below the diagonal it is never read
+            # Σ (x − μ)(x − μ)ᵀ, [d, d], or the covariance if count is None; entries below the diagonal are never read
             self._upper = torch.zeros(d, d, dtype=torch.float64, device=device)
 
     def update(self, x: Tensor) -> "GaussianStatistics":
-        """Take in a batch of samples `[n, d]` of any floating dtype; raises ValueError for another shape.
+        """Add a batch of samples `[n, d]` of any floating dtype; raises ValueError for any other shape.
 
-        float64 samples give float64 results. So do all others on a GPU above d = 256, and on a CPU where products of
-        float32 are set to less than float32 (`torch.set_float32_matmul_precision`).
+        float64 samples are processed in float64. So are all others on a GPU above d = 256, and on a CPU where float32
+        products are set to less than float32 precision (`torch.set_float32_matmul_precision`).
         """
         self._growing("self")
         _check.floating("x", x)
@@ -82,7 +84,8 @@ class GaussianStatistics:
         return self
 
     def _add_within(self, x: Tensor) -> tuple[int, Tensor]:
-        """Add the scatter of each chunk of x about its own mean; rows of a chunk but the last, means `[k, d]`."""
+        """Add the scatter of each chunk of x about its own mean. Returns the rows per chunk (the last may differ) and
+        the means `[k, d]`."""
         if _one_pass(x):
             from ..kernels import gaussian_statistics
 
@@ -92,7 +95,7 @@ class GaussianStatistics:
         single = x.is_cpu and x.dtype != torch.float64 and len(x) >= FEW and _exact_products()
         rows = math.ceil(len(x) / math.ceil(len(x) / CHUNK))
         whole = len(x) // rows
-        together = torch.get_num_threads() if x.shape[1] <= BLOCK else 1  # small products are worth a thread each
+        together = torch.get_num_threads() if x.shape[1] <= BLOCK else 1  # a small product gets one thread
         groups = [*x[: whole * rows].unflatten(0, (whole, rows)).split(together), x[whole * rows :].unsqueeze(0)]
         means = []
         for group in filter(Tensor.numel, groups):
@@ -103,22 +106,23 @@ class GaussianStatistics:
         return rows, torch.cat(means)
 
     def _add_single(self, x: Tensor) -> Tensor | None:
-        """Add the scatter of each x[k] in float32; means. None, and nothing added, where float32 has not the range."""
+        """Add the scatter of each x[k] in float32 and return the means. Returns None and adds nothing where float32 is
+        too inaccurate."""
         rows, means = _centred(x.float())
         products = [torch.bmm(rows[..., i : i + BLOCK].mT, rows[..., i:]) for i in range(0, x.shape[-1], BLOCK)]
         rounded = torch.cat([product.diagonal(dim1=-2, dim2=-1) for product in products], -1)
-        squares = rows.square_().sum(1)  # which PyTorch sums in blocks: right to some 4e-7 in any order of the samples
+        squares = rows.square_().sum(1)  # PyTorch sums in blocks: accurate to about 4e-7 in any order of the samples
         right = (squares >= LEAST) & (squares <= MOST) & ((rounded - squares).abs_() <= STRAYED * squares)
-        if not right.all() and (~right.unsqueeze(1) & (x != x[:, :1])).any():  # a constant dimension is 0 and right
+        if not right.all() and (~right.unsqueeze(1) & (x != x[:, :1])).any():  # a constant dimension is exactly 0
             return None
         for i, product in enumerate(products):
             for part in product:
                 self._upper[i * BLOCK : (i + 1) * BLOCK, i * BLOCK :] += part
-        self._upper.diagonal().add_((squares - rounded).sum(0))  # small, so float32 does
+        self._upper.diagonal().add_((squares - rounded).sum(0))  # small, so float32 is enough
         return means
 
     def _add_double(self, x: Tensor) -> Tensor:
-        """Add the scatter of x in float64; its mean."""
+        """Add the scatter of x in float64 and return its mean."""
         x, mean = _centred(x.double())
         self._add_products(x)
         return mean
@@ -129,20 +133,20 @@ class GaussianStatistics:
             self._upper[i : i + BLOCK, i:].addmm_(x[:, i : i + BLOCK].mT, x[:, i:])
 
     def _add_between(self, n: int, rows: int, means: Tensor) -> None:
-        """Add Σ_i n_i (m_i − m)(m_i − m)ᵀ over `self` and the chunks of n samples, whose own scatters are there."""
-        counts = means.new_full((len(means) + 1,), rows)  # made on the device: nothing waits for it
+        """Add Σ_i n_i (m_i − m)(m_i − m)ᵀ for `self` and the chunks of n samples, whose scatters are already in."""
+        counts = means.new_full((len(means) + 1,), rows)  # made on the device, without synchronising
         counts[0], counts[-1] = self.count, n - rows * (len(means) - 1)
         base = self.mean if self.count else means[0]
         deltas = F.pad(
             means - base, (0, 0, 1, 0)
-        )  # small, where means are large; that of `self` is 0, or has no weight
+        )  # small even where means are large; the delta of `self` is 0 or has no weight
         self.count += n
         shift = (counts / self.count) @ deltas
         self._add_products((deltas - shift) * counts.sqrt().unsqueeze(1))
         self.mean = base + shift
 
     def merge(self, other: "GaussianStatistics") -> "GaussianStatistics":
-        """Take in what `other` has seen."""
+        """Add the samples that `other` has seen."""
         self._same("other", other)
         self._growing("self")
         other._growing("other")
@@ -159,15 +163,15 @@ class GaussianStatistics:
         return copy.deepcopy(self).merge(other)
 
     def __radd__(self, other: int) -> "GaussianStatistics":
-        return copy.deepcopy(self) if isinstance(other, int) and other == 0 else NotImplemented  # sum() begins with 0
+        return copy.deepcopy(self) if isinstance(other, int) and other == 0 else NotImplemented  # sum() starts from 0
 
     def all_reduce(self, group=None) -> "GaussianStatistics":
         """Merge the statistics of every rank of a `torch.distributed` group into each of them, in O(d²) memory.
 
-        For the end of a stream: a second call would count every sample once more per rank.
+        Call it once, at the end of a stream: a second call would count every sample once more per rank.
 
         Raises:
-            ValueError: on every rank, where ranks differ in d or one has no count.
+            ValueError: on every rank, if ranks differ in d or one of them has no count.
         """
         import torch.distributed as dist
 
@@ -192,9 +196,9 @@ class GaussianStatistics:
             if not total:
                 return self
             base = means[counts.index(max(counts))]
-            # a rank that has seen nothing has a mean of 0, and no weight
+            # a rank that has seen nothing has mean 0 and no weight
             shift = sum((mean - base) * (count / total) for count, mean in zip(counts, means, strict=True))
-            merged = copy.deepcopy(self)  # what fails leaves `self` as it was
+            merged = copy.deepcopy(self)  # a failure leaves `self` unchanged
             merged._add_products(((self.mean - base - shift) * math.sqrt(self.count)).unsqueeze(0))
             _collectives.all_reduce(merged._upper, group=group)
             self._upper, self.mean, self.count = merged._upper, base + shift, total
@@ -222,13 +226,13 @@ class GaussianStatistics:
         return frechet_distance(self.mean, self.covariance, *theirs)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`mean`, with `count` and `scatter`, or with `covariance` where the count is not known; copies."""
+        """Copies of `mean`, and of `count` and `scatter`, or of `covariance` if the count is unknown."""
         if self.count is None:
             return {"mean": self.mean.clone(), "covariance": self.covariance}
         return {"count": torch.tensor(self.count), "mean": self.mean.clone(), "scatter": self.scatter}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Become what `state_dict` gave; what does not fit raises KeyError or ValueError, and changes nothing."""
+        """Restore a `state_dict`. A state that does not fit raises KeyError or ValueError and changes nothing."""
         matrix = "scatter" if "count" in state else "covariance"
         for name, own in (("mean", self.mean), (matrix, self._upper)):
             if name not in state:
@@ -244,10 +248,10 @@ class GaussianStatistics:
             self._upper = state[matrix].to(self._upper, copy=True)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write `mu` and `sigma` as pytorch-fid reads them, and `count`; a write that fails leaves the old file.
+        """Write `mu` and `sigma` in pytorch-fid's format, and `count`. A failed write leaves the old file in place.
 
         Raises:
-            ValueError: fewer than 2 samples (`state_dict` keeps those), or a path that does not end in .npz.
+            ValueError: fewer than 2 samples (use `state_dict` for those), or a path that does not end in .npz.
             OSError: the file cannot be written.
         """
         path = Path(path)
@@ -264,14 +268,15 @@ class GaussianStatistics:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)  # gone already where the rename succeeded
+            temporary.unlink(missing_ok=True)  # already gone if the rename succeeded
 
     @classmethod
     def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> "GaussianStatistics":
-        """Read an .npz file of `save` or of pytorch-fid; the latter gives distances, but cannot be updated.
+        """Read an .npz file written by `save` or pytorch-fid; statistics from pytorch-fid give distances but cannot be
+        updated.
 
         Raises:
-            ValueError: a file that is no .npz, or without `mu [d]` and `sigma [d, d]`.
+            ValueError: not an .npz file, or one without `mu [d]` and `sigma [d, d]`.
             OSError: the file cannot be read.
         """
         try:
@@ -312,9 +317,10 @@ class GaussianStatistics:
 
 
 def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x about its mean, exact to ε max|x − c| however far from 0 the mean, c + mean(x − c); and that, in float64.
+    """x minus its mean, and the mean in float64.
 
-    c is the mean of some samples of all parts of x.
+    The mean is c + mean(x − c), where c is the mean of a few samples from all parts of x. The result is exact to
+    ε max|x − c| however far the mean is from 0.
     """
     near = x[..., :: math.ceil(x.shape[-2] / SOME), :].mean(-2, keepdim=True)
     rows = x - near
@@ -327,10 +333,10 @@ def _symmetric(upper: Tensor) -> Tensor:
 
 
 def _one_pass(x: Tensor) -> bool:
-    """Whether x takes the Triton kernel."""
+    """Whether x uses the Triton kernel."""
     return x.is_cuda and x.dtype != torch.float64 and x.shape[1] <= NARROW and bool(importlib.util.find_spec("triton"))
 
 
 def _exact_products() -> bool:
-    """Whether PyTorch multiplies float32 on the CPU as float32, and not as bfloat16 or TF32."""
+    """Whether PyTorch multiplies float32 on the CPU in float32 rather than in bfloat16 or TF32."""
     return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")

@@ -16,13 +16,13 @@ def importance_weighted_loss(logits: Tensor) -> Tensor:
     Equal logits give the non-saturating loss −mean log σ(l) and its gradient.
 
     Args:
-        logits: the discriminator's logits of generated samples, `[..., n]`.
+        logits: the discriminator's logits for generated samples, `[..., n]`.
 
     Returns:
-        loss in nats `[...]`, float32 for half precision. Differentiable once; no gradient through the weights.
+        loss in nats `[...]`, float32 for half precision. Differentiable once; no gradient flows through the weights.
 
     Raises:
-        TypeError, ValueError: a dtype that is not floating, n < 1.
+        TypeError, ValueError: a dtype that is not floating, or n < 1.
 
     Source: S3 (On Unifying Deep Generative Models) Eq. 22.
     """

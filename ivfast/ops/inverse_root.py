@@ -1,13 +1,13 @@
-"""Inverse square roots of small symmetric matrices by matrix products.
+"""Inverse square roots of small symmetric matrices, by matrix products.
 
-Newton–Schulz of order 3 on A = X a X, which it takes to I: with E = I − A,
+Newton–Schulz iteration of order 3, which drives A = X a X to I. With E = I − A,
 
     T = I + E/2 + 3E²/8,  X ← XT,  A ← TAT,
 
-until ‖E‖ is small enough for one last step. Every matrix is a polynomial in a, so that each is symmetric. The step
-takes every eigenvalue of A in (0, 7/3) to 1, and s, by which a is divided first, is at least λ_max / 2.2. An
-eigenvalue of A below 1 grows by up to (15/8)² a step: 24 steps serve a condition number of 10¹², and leave what is
-0 but for rounding so small that nothing overflows.
+until ‖E‖ is small enough for one last step. Every matrix is a polynomial in a and therefore symmetric. The iteration
+takes every eigenvalue of A in (0, 7/3) to 1; a is first divided by s, which is at least λ_max / 2.2. An eigenvalue of
+A below 1 grows by up to (15/8)² per step: 24 steps are enough for a condition number of 10¹², and eigenvalues that
+are 0 up to rounding stay so small that nothing overflows.
 
 Source: Higham, Functions of Matrices (2008), chapters 6 to 8; Björck & Bowie 1971.
 """
@@ -17,17 +17,17 @@ from torch import Tensor
 
 from .._registry import register
 
-MOST = 128  # rows of a matrix that kernels take
+MOST = 128  # rows of the largest matrix that the kernels take
 STEPS = 24
-LAST = 1e-3  # ‖E‖ from which a step of order 4, T + 5E³/16, is the last: the error is then 35 ‖E‖⁴/128
+LAST = 1e-3  # below this ‖E‖ a step of order 4, T + 5E³/16, is the last: the error is then 35 ‖E‖⁴/128
 CONVERGED = 1e-5
 
 
 def inverse_root_reference(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """X = a^−½, Σ √λ and the error ‖I − X a X‖, of symmetric positive semi-definite a `[..., d, d]`.
+    """X = a^−½, Σ √λ and the error ‖I − X a X‖ for symmetric positive semi-definite a `[..., d, d]`.
 
-    The error is what the iteration leaves, without rounding: above `CONVERGED` where the condition of a is beyond what
-    its steps serve, NaN where a is not finite. Eigenvalues that are 0 but for rounding have a large inverse root then.
+    The error is that of the iteration, without rounding. It is above `CONVERGED` if a is too ill-conditioned for the
+    number of steps, and NaN if a is not finite. Eigenvalues that are 0 up to rounding then have a large inverse root.
     """
     g = a.double()
     eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
@@ -46,7 +46,7 @@ def inverse_root_reference(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         X = _symmetric(X @ torch.where(last, T + 0.3125 * (squared @ E), T))
         A = torch.where(last, eye, _symmetric(T @ T @ A))
     X = X / scale.sqrt()[..., None, None]
-    # errors of X count in the second order: Tr √a = Tr(aX) ½ (3 − …) as one more step of order 2 has it
+    # errors of X enter only to second order: Tr √a = Tr(aX) ½ (3 − …), as in one more step of order 2
     M = g @ X
     trace = 1.5 * trace_of(M) - 0.5 * ((M.mT @ M) * X).sum((-2, -1))
     trace = torch.where(error <= LAST, trace, trace_of(M))
@@ -63,7 +63,7 @@ def _symmetric(a: Tensor) -> Tensor:
 
 
 def few_rows_in_cuda(rows: int) -> tuple[str, ...]:
-    """Which kernels take matrices of so many rows; the order by count of operations, not by a clock."""
+    """Which kernels take matrices of this many rows. The order comes from operation counts, not from timings."""
     return ("cuda", "triton") if 1 <= rows <= MOST else ()
 
 

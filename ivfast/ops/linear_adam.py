@@ -1,4 +1,4 @@
-"""A step of Adam on a linear layer's weights, from the layer's input and its output's gradient."""
+"""An Adam step on a linear layer's weights, from the layer's input and its output's gradient."""
 
 from .._registry import register
 
@@ -6,11 +6,11 @@ from .._registry import register
 def linear_adam_reference(weight, mean, square, grad, x, rate, root_correction, beta1, beta2, eps) -> None:
     """g = gradᵀ x;  m ← m + (1 − β₁)(g − m),  v ← β₂ v + (1 − β₂) g²,  w ← w − rate m/(√v · root_correction + ε).
 
-    In place, as optimizers work. With rate = lr/(1 − β₁^s) and root_correction = 1/√(1 − β₂^s) it is step s of Adam.
+    In place, like any optimizer. With rate = lr/(1 − β₁^s) and root_correction = 1/√(1 − β₂^s) this is step s of Adam.
 
     Args:
         weight, mean, square: w, m and v `[outputs, inputs]`.
-        grad, x: of the layer's output `[n, outputs]`, and its input `[n, inputs]`.
+        grad, x: the gradient of the layer's output `[n, outputs]` and the layer's input `[n, inputs]`.
 
     Source: Kingma & Ba 2014, Alg. 1.
     """

@@ -1,7 +1,7 @@
-"""The multi-class Jensen–Shannon loss of a linear layer, without ever writing all of its logits.
+"""The multi-class Jensen–Shannon loss of a linear layer, without ever storing all of its logits.
 
-The rows pass in chunks: a product gives the chunk's logits, one kernel turns them into their loss and, in place, their
-gradient, and two products take that to the features and the weight. What remains is as large as the gradients.
+Rows are processed in chunks: a product gives the chunk's logits, one kernel turns them into their loss and, in place,
+their gradient, and two products carry that to the features and the weight. Only the gradients stay in memory.
 """
 
 import torch
@@ -15,7 +15,7 @@ from ._once import once_differentiable
 from ._pairwise import arithmetic, few_in_cuda
 from .multi_js import check_smoothing, check_weights
 
-# Logits of a chunk: on the CPU 2 MB of float32, which a core's second-level cache holds; a GPU needs more to be busy.
+# Logits per chunk: on the CPU 2 MB of float32, which fit a core's L2 cache; a GPU needs more to stay busy.
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
@@ -31,16 +31,16 @@ def linear_multi_js_loss(
 
     Args:
         features: block-ordered inputs of the classifier's last layer, `[C·n, f]` or `[C, n, f]`.
-        weight: of that layer, `[C, f]`.
-        bias: `[C]` or None.
-        weights: π `[C]`, the weight of each block (see `multi_js_loss`); None is 1/C each.
+        weight: that layer's weight, `[C, f]`.
+        bias: that layer's bias, `[C]`, or None.
+        weights: π `[C]`, the weight of each block (see `multi_js_loss`); None means 1/C each.
         label_smoothing: see `multi_js_loss`.
 
     Returns:
-        the loss `[]` in nats, float32 for half precision. Differentiable once, in features, weight and bias.
+        the loss `[]` in nats, float32 for half precision. Differentiable once in features, weight and bias.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape, a number of rows that C does not divide.
+        TypeError, ValueError: a wrong dtype or shape, or a number of rows that C does not divide.
 
     Source: S1 (IVAAE) Eq. 1 with the discriminator's last layer.
     """
@@ -56,7 +56,7 @@ def linear_multi_js_loss(
 def fused(
     features: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
-    """The loss by chunks, however few; arguments as checked."""
+    """The loss by chunks, however few; arguments are already checked."""
     needed = [x is not None and x.requires_grad for x in (features, weight, bias)]
     if torch.is_grad_enabled() and any(needed):
         return _LinearMultiJs.apply(features, weight, bias, weights, label_smoothing)
@@ -93,8 +93,8 @@ def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> int:
 def linear_multi_js_loss_reference(
     features, weight, bias, weights, label_smoothing, features_gradient, weight_gradient, bias_gradient
 ):
-    """The loss and, where asked for (others are empty), the gradients of C·n times the loss: of a size that half
-    precision holds."""
+    """The loss and the gradients of C·n times the loss, a magnitude that half precision can hold. Gradients that are
+    not requested are empty."""
     x, w = features.reshape(-1, features.shape[-1]), weight
     logits = F.linear(arithmetic(x), arithmetic(w), None if bias is None else arithmetic(bias))
     loss, lse = multi_js.multi_js_loss_reference(logits, weights, label_smoothing)
@@ -108,7 +108,7 @@ def linear_multi_js_loss_reference(
 def linear_multi_js_loss_chunked(
     features, weight, bias, weights, label_smoothing, features_gradient, weight_gradient, bias_gradient
 ):
-    """As the reference, from the logits of a few rows at a time."""
+    """The same as the reference, with the logits of a few rows at a time."""
     x, w = features.reshape(-1, features.shape[-1]), weight
     rows, classes = x.shape[0], w.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -117,7 +117,7 @@ def linear_multi_js_loss_chunked(
     db = w.new_zeros(classes if bias_gradient else 0, dtype=wide)
     loss = x.new_zeros((), dtype=wide)
     n = rows // classes
-    weights = w.new_full((classes,), n, dtype=wide) if weights is None else weights * rows  # of C·n times the loss
+    weights = w.new_full((classes,), n, dtype=wide) if weights is None else weights * rows  # for C·n times the loss
     chunk = max(1, chunk_of(x) // classes)
     gradient = features_gradient or weight_gradient or bias_gradient
     for first in range(0, rows, chunk):
@@ -134,7 +134,8 @@ def linear_multi_js_loss_chunked(
 
 
 def multi_js_rows_reference(logits, weights, label_smoothing, first, n, gradient):
-    """What rows [first, first + len(logits)) of C blocks of n rows add to the loss; in place, their ∂loss/∂logits."""
+    """What rows [first, first + len(logits)) of C blocks of n rows add to the loss; overwrites logits with
+    ∂loss/∂logits."""
     x, classes = arithmetic(logits), logits.shape[-1]
     own = (torch.arange(first, first + len(logits), device=x.device) // n).unsqueeze(1)  # each row's class
     scale = (torch.full_like(x[:, :1], 1 / classes) if weights is None else weights[own]) / n
@@ -159,7 +160,7 @@ class _LinearMultiJs(torch.autograd.Function):
         if ctx.compiled:
             ctx.save_for_backward(features, *gradients)
         else:
-            ctx.kept = gradients  # the first backward pass scales and returns them; any other computes its own
+            ctx.kept = gradients  # the first backward pass scales and returns them; later ones recompute theirs
             ctx.save_for_backward(features, weight, bias, weights)
             ctx.label_smoothing = label_smoothing
         return loss

@@ -1,4 +1,4 @@
-"""The median heuristic for the bandwidth of an RBF kernel: h = med²/log n, in the conventions that libraries use."""
+"""The median heuristic for the bandwidth of an RBF kernel: h = med²/log n, in the conventions of several libraries."""
 
 import math
 from typing import NamedTuple
@@ -13,9 +13,9 @@ from ._pairwise import arithmetic, squared_distances
 
 
 class _Convention(NamedTuple):
-    full: bool  # over the whole n × n matrix, zero diagonal included, or over the pairs i < j
-    squared: bool  # the median of squared distances, or the square of the median of distances
-    plus_one: bool  # divide by log(n + 1), or by log n
+    full: bool  # over the whole n × n matrix, including the zero diagonal; else over the pairs i < j
+    squared: bool  # the median of squared distances; else the square of the median distance
+    plus_one: bool  # divide by log(n + 1); else by log n
 
 
 _CONVENTIONS = {
@@ -30,18 +30,19 @@ CONVENTIONS = tuple(_CONVENTIONS)
 def median_bandwidth(x: Tensor, *, convention: str = "liu-wang") -> Tensor:
     """Exact median heuristic h of k(x, y) = exp(−‖x − y‖²/h) for the particles x.
 
-    The median of an even number of distances is the mean of the two in the middle. Where it is 0 (most pairs
-    coincide) the mean squared distance from the first particle takes the place of med²; where that is 0 too (one
-    particle, or all coincide) h = 1, which leaves `svgd_direction` at the score.
+    The median of an even number of distances is the mean of the two in the middle. If it is 0 (most pairs coincide),
+    the mean squared distance from the first particle replaces med². If that is 0 too (one particle, or all coincide),
+    h = 1, and `svgd_direction` reduces to the score.
 
     Args:
         x: particles `[..., n, d]`.
-        convention: "liu-wang", the authors' code (squared distances over the full matrix, over log(n + 1));
-            "blackjax" and "paper", S1's h₀ (distances over i < j, squared, over log n); "numpyro" (distances over
-            the full matrix, squared, over log n; its eps is left out).
+        convention: "liu-wang", the authors' code: the median of squared distances over the full matrix, divided by
+            log(n + 1). "blackjax" and "paper", S1's h₀: the square of the median distance over i < j, divided by
+            log n. "numpyro": the square of the median distance over the full matrix, divided by log n, without
+            numpyro's eps.
 
     Returns:
-        h `[...]` in float32, or float64 for float64 x. Differentiable once; pairs that tie share the gradient.
+        h `[...]` in float32, or float64 for float64 x. Differentiable once; tied pairs share the gradient.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape of x, an unknown convention.
@@ -54,13 +55,13 @@ def median_bandwidth(x: Tensor, *, convention: str = "liu-wang") -> Tensor:
 
 
 def heuristic(n: int, convention: str) -> tuple[bool, bool, float]:
-    """`full`, `squared` and the divisor of the op for n particles."""
+    """The op's arguments `full`, `squared` and `divisor` for n particles."""
     full, squared, plus_one = _CONVENTIONS[convention]
     return full, squared, math.log(n + 1 if plus_one or n == 1 else n)
 
 
 def median_bandwidth_reference(x: Tensor, full: bool, squared: bool, divisor: float) -> tuple[Tensor, Tensor]:
-    """h `[...]` and the two middle squared distances `[..., 2]`, equal where their number is odd."""
+    """h `[...]` and the two middle squared distances `[..., 2]`, equal if the number of distances is odd."""
     n = x.shape[-2]
     X = arithmetic(x)
     middles = _middles(squared_distances(X - X.mean(-2, keepdim=True)), full)
@@ -89,7 +90,7 @@ def _combine(middles: Tensor, squared: bool) -> Tensor:
 
 
 def _backward_reference(grad, x, middles, squared, divisor):
-    # ∂h/∂x_i = Σ_j c_ij 2(x_i − x_j), c_ij the share of pair (i, j) in the two middles
+    # ∂h/∂x_i = Σ_j c_ij 2(x_i − x_j), c_ij is the share of pair (i, j) in the two middles
     X = arithmetic(x)
     X = X - X.mean(-2, keepdim=True)
     d2 = squared_distances(X)
@@ -126,7 +127,7 @@ class _MedianBandwidth(torch.autograd.Function):
 
 
 def _prefer(x, *_):
-    """CUDA C++ for small sets, Triton above. Both compute in float32."""
+    """CUDA C++ for small sets, otherwise Triton. Both compute in float32."""
     if x.dtype == torch.float64:
         return ()
     return ("cuda", "triton") if x.shape[-2] <= 256 and x.shape[-1] <= 128 else ("triton",)

@@ -32,18 +32,19 @@ def mmd(
     Args:
         x, y: samples `[..., n, d]` and `[..., m, d]`.
         kernel: "imq", inverse multiquadratics, or "rbf", Gaussians.
-        scales: factors s on the bandwidth, one kernel each, summed; None is WAE's seven for "imq" and (1,) for "rbf".
-        bandwidth: b, in units of r²: a positive float, a tensor `[...]` (or one for all), or "median", the squared
-            median distance of the pooled sample. None is 2d for "imq" (WAE with a prior of variance 1) and
-            "median" for "rbf". No gradient flows through it.
-        unbiased: leave out the pairs of a sample with itself (the value may be negative); else keep them.
+        scales: factors s on the bandwidth; the kernels, one per factor, are summed. None means WAE's seven for "imq"
+            and (1,) for "rbf".
+        bandwidth: b, in units of r²: a positive float, a tensor `[...]` (or one value for all), or "median", the
+            squared median distance of the pooled sample. None means 2d for "imq" (WAE with a prior of variance 1)
+            and "median" for "rbf". No gradient flows through it.
+        unbiased: leave out the pairs of a sample with itself (the value may be negative); otherwise keep them.
 
     Returns:
-        MMD² `[...]`, float32 for half precision, sums accumulated in float64. Differentiable once, in x and y.
+        MMD² `[...]`, float32 for half precision, with sums accumulated in float64. Differentiable once in x and y.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, fewer than 2 samples for the unbiased form,
-            scales or a bandwidth that are not positive and finite.
+            or scales or a bandwidth that are not positive and finite.
 
     Source: Gretton et al. 2012, Eq. 3 and Lemma 6; WAE (Tolstikhin et al. 2018) for the scales; S1's baseline.
     """
@@ -54,7 +55,7 @@ def mmd(
         bandwidth = 2.0 * x.shape[-1] if kernel == "imq" else "median"
     if isinstance(bandwidth, str | Tensor):
         bandwidth = _bandwidth(x, y, bandwidth)
-    else:  # a number belongs to the scales: no tensor is filled with it
+    else:  # a number is folded into the scales, which saves filling a tensor
         _check.number("bandwidth", bandwidth, positive=True)
         bandwidth, scales = None, [s * bandwidth for s in scales]
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
@@ -87,10 +88,10 @@ def _bandwidth(x: Tensor, y: Tensor, bandwidth: Tensor | str) -> Tensor:
 
 
 def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient):
-    """MMD² and the gradients that are asked for in the dtype of the arithmetic, an empty tensor in place of another.
+    """MMD² and the requested gradients, in the dtype of the arithmetic; an empty tensor where none is requested.
 
-    Without a bandwidth the scales are in units of r². Draws y from a prior need no gradient: that spares their half of
-    the slopes' products.
+    Without a bandwidth the scales are in units of r². Draws y from a prior need no gradient, which saves their half of
+    the products with the slopes.
     """
     X, Y = _centred(x, y)
     (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y), _weights(X, Y, unbiased)
@@ -131,7 +132,7 @@ def _weights(X, Y, unbiased):
 
 
 def _kernel(d2, b, imq, scales, gradient):
-    """k and, where `gradient` is set, dk/dr²."""
+    """k and, if `gradient` is set, dk/dr²."""
     k = slope = 0
     for c in (s * b for s in scales):
         term = c / (c + d2) if imq else torch.exp(-d2 / c)

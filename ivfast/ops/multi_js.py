@@ -1,4 +1,4 @@
-"""Multi-class Jensen–Shannon loss: cross-entropy of a C-way classifier whose class is the block a row stands in.
+"""Multi-class Jensen–Shannon loss: cross-entropy of a C-way classifier in which a row's class is its block.
 
 CE = −Σ_c π_c (1/n) Σ_j log softmax(D(z_jc))_c. At the optimal classifier CE = H(π) − JS_π(p_1, …, p_C).
 """
@@ -19,16 +19,16 @@ def multi_js_loss(logits: Tensor, *, weights: Tensor | None = None, label_smooth
 
     Args:
         logits: `[C·n, C]`, or `[..., C, n, C]` with leading batch dimensions.
-        weights: π `[C]`, the weight of each block, taken as given (they should sum to 1); None is 1/C each.
-        label_smoothing: s in [0, 1]; each row's target is (1 − s) onehot + s/C. With 1 this is the cross-entropy
-            against the uniform label, which an encoder lowers to make the distributions alike.
+        weights: π `[C]`, the weight of each block, used unnormalised (they should sum to 1); None means 1/C each.
+        label_smoothing: s in [0, 1]; each row's target is (1 − s) onehot + s/C. s = 1 gives the cross-entropy
+            against the uniform label, which an encoder minimises to make the distributions indistinguishable.
 
     Returns:
-        the loss `[...]` in nats, float32 for half precision. Differentiable once, in the logits.
+        the loss `[...]` in nats, float32 for half precision. Differentiable once in the logits.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, a number of rows that C does not divide, weights of another length, a
-            label_smoothing outside [0, 1].
+        TypeError, ValueError: a wrong dtype, a number of rows that C does not divide, weights of the wrong length, or
+            a label_smoothing outside [0, 1].
 
     Source: S1 (IVAAE) Eq. 1 and Theorem 2; S2 (IVGAN) Eq. 3.
     """
@@ -41,10 +41,10 @@ def multi_js_loss(logits: Tensor, *, weights: Tensor | None = None, label_smooth
 
 
 def multi_js_block_losses(logits: Tensor) -> Tensor:
-    """Cross-entropy of each block on its own, `[..., C]`: how well each distribution is told from the others.
+    """Cross-entropy of each block separately, `[..., C]`: how well each distribution is told from the others.
 
-    For logs: no gradient flows. Its mean over the blocks is `multi_js_loss(logits)`; arguments and errors are the
-    same.
+    Meant for logging: no gradient flows. The mean over the blocks is `multi_js_loss(logits)`; arguments and errors
+    are the same.
     """
     _check_blocks(logits)
     logits = logits.detach()
@@ -55,7 +55,7 @@ def multi_js_block_losses(logits: Tensor) -> Tensor:
 def multi_js_divergence(logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
     """Lower bound H(π) − CE on the generalised Jensen–Shannon divergence in nats, tight at the optimal classifier.
 
-    Arguments, errors and derivative order are `multi_js_loss`'s. Without weights H(π) = log C.
+    Arguments, errors and derivative order are those of `multi_js_loss`. Without weights H(π) = log C.
 
     Source: S1 (IVAAE) Theorem 2; Lin 1991 for the weighted form.
     """
@@ -104,7 +104,7 @@ def _own(x: Tensor) -> Tensor:
 
 
 def multi_js_loss_reference(logits: Tensor, weights: Tensor | None, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    """The loss `[...]` and the log-sum-exp of each row, `logits.shape[:-1]`, which backward needs again."""
+    """The loss `[...]` and the log-sum-exp of each row, `logits.shape[:-1]`, which backward reuses."""
     x = arithmetic(_blocks(logits))
     lse = x.logsumexp(-1)
     target = _own(x)
@@ -117,7 +117,7 @@ def multi_js_loss_reference(logits: Tensor, weights: Tensor | None, label_smooth
 
 
 def backward_reference(grad, logits, weights, lse, label_smoothing):
-    # ∂CE/∂logits = (softmax − target) π_c/n, scaled before it is rounded
+    # ∂CE/∂logits = (softmax − target) π_c/n, scaled before rounding
     x = arithmetic(_blocks(logits))
     classes, n = x.shape[-1], x.shape[-2]
     scale = grad[..., None] * (1 / classes if weights is None else weights) / n  # [..., C]

@@ -11,14 +11,14 @@ from ._once import once_differentiable
 def polar(m: Tensor) -> Tensor:
     """The polar factor U Vᵀ of m = U S Vᵀ over its numerical rank: the nearest matrix with orthonormal columns or rows.
 
-    It is also the gradient of the nuclear norm ‖m‖_*, of least norm where that has many.
+    It is also the gradient of the nuclear norm ‖m‖_*; where m is rank-deficient, the subgradient of least norm.
 
     Args:
         m: matrices `[..., p, q]`.
 
     Returns:
-        factor `[..., p, q]` in the dtype of m, computed in float64. Differentiable once, with 0 along directions
-        outside the numerical rank.
+        factor `[..., p, q]` in the dtype of m, computed in float64. Differentiable once; the derivative is 0 along
+        directions outside the numerical rank.
 
     Raises:
         TypeError, ValueError: a dtype or shape that does not fit.
@@ -50,7 +50,7 @@ class _Polar(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        """Skew part within the rank over s_i + s_j; what is outside U's columns and V's rows over s."""
+        """Within the rank, the skew part divided by s_i + s_j; outside U's columns and V's rows, divided by s."""
         U, inverse, Vh = ctx.saved_tensors
         G = grad.double()
         kept = inverse > 0

@@ -1,4 +1,4 @@
-"""Reconstruction losses of each sample: what an auto-encoder's decoder got wrong, summed over pixels and channels."""
+"""Per-sample reconstruction losses of an auto-encoder, summed over pixels and channels."""
 
 import torch
 from torch import Tensor
@@ -9,11 +9,11 @@ from ._once import once_differentiable
 from ._pairwise import arithmetic
 
 KINDS = ("l2", "l1", "bce")
-L2, L1, BCE = range(3)  # as kernels know them
+L2, L1, BCE = range(3)  # their numbers in the kernels
 
 
 def reconstruction_loss(output: Tensor, target: Tensor, *, kind: str = "l2") -> Tensor:
-    """One loss per sample, summed over all of its elements: `[n, ...]` -> `[n]`.
+    """One loss per sample, summed over all its elements: `[n, ...]` -> `[n]`.
 
     Args:
         output: the decoder's output x, `[n, ...]`; logits for "bce".
@@ -22,11 +22,12 @@ def reconstruction_loss(output: Tensor, target: Tensor, *, kind: str = "l2") -> 
             log-likelihood of logits in nats.
 
     Returns:
-        loss `[n]`, float32 for half precision. Infinite logits are clamped to the largest number, so that a right and
-        certain pixel costs 0 and its gradient is finite. Differentiable once, in both; |·| has the derivative 0 at 0.
+        loss `[n]`, float32 for half precision. Infinite logits are clamped to the largest finite number, so that a
+        certain and correct pixel costs 0 and its gradient is finite. Differentiable once in both inputs; the
+        derivative of |·| at 0 is 0.
 
     Raises:
-        TypeError, ValueError: shapes, dtypes or devices that differ, an unknown kind.
+        TypeError, ValueError: shapes, dtypes or devices that differ, or an unknown kind.
 
     Source: S3 section 2 and S4 section 2 ("bce"); S1 Eq. 1, S5 ("l2"); S2 Eq. 1 ("l1").
     """

@@ -1,4 +1,4 @@
-"""Square root of symmetric positive semi-definite matrices, with its Lyapunov backward."""
+"""Square root of symmetric positive semi-definite matrices, with a backward that solves a Lyapunov equation."""
 
 import torch
 from torch import Tensor
@@ -14,11 +14,12 @@ def sqrtm_spd(a: Tensor) -> Tensor:
 
     Args:
         a: matrices `[..., d, d]`, positive semi-definite of any rank; their symmetric part is used, and eigenvalues
-            that rounding made negative count as 0.
+            that are negative through rounding count as 0.
 
     Returns:
         root `[..., d, d]` in the dtype of a, computed in float64. Differentiable once: the gradient D solves
-        S D + D S = G, the gradient of S; between directions of eigenvalue 0, where the root has none, it is 0.
+        S D + D S = G, where G is the gradient of S; between directions with eigenvalue 0, where the root has no
+        derivative, it is 0.
 
     Raises:
         TypeError, ValueError: a dtype or shape that does not fit.
@@ -32,7 +33,7 @@ def sqrtm_spd(a: Tensor) -> Tensor:
 
 
 def sqrtm_spd_reference(a: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The root and, where a gradient is to follow (else empty), eigenvectors and roots of eigenvalues in float64."""
+    """The root, and the eigenvectors and roots of eigenvalues in float64 (empty unless a gradient is needed)."""
     values, V = torch.linalg.eigh(_symmetric(a.double()))
     floor = values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps
     roots = torch.where(values > floor, values, 0).sqrt()
@@ -41,13 +42,13 @@ def sqrtm_spd_reference(a: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tens
 
 
 def sqrtm_spd_op(a: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As the reference; a value alone by matrix products, right to 1e-8, where float64 is not asked for."""
+    """The same as the reference; a value without gradient, if not float64, by matrix products accurate to 1e-8."""
     if gradient or a.shape[-1] > MOST or a.dtype == torch.float64:
         return sqrtm_spd_reference(a, gradient)
     exact = _symmetric(a.double())
     inverse, _, error = inverse_root(exact)
     root = _symmetric(exact @ inverse).to(a.dtype)
-    if not a.is_cuda:  # there a look at the error would wait for the device
+    if not a.is_cuda:  # on a GPU, reading the error would wait for the device
         failed = error > CONVERGED
         if bool(failed.any()):
             root = root.masked_scatter(failed[..., None, None], sqrtm_spd_reference(a[failed], False)[0])

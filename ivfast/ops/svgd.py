@@ -2,7 +2,7 @@
 
 φ_i = (1/n) Σ_j [k_ij s_j + ∇_{x_j} k(x_j, x_i)],  k(x, y) = exp(−‖x − y‖²/h),  ∇_{x_j} k_ij = (2/h)(x_i − x_j) k_ij.
 
-It is attention without the softmax: with V = S − (2/h) X and r = K 1,  φ = (1/n) [K V + (2/h) r∘X].
+This is attention without the softmax: with V = S − (2/h) X and r = K 1,  φ = (1/n) [K V + (2/h) r∘X].
 """
 
 import torch
@@ -27,20 +27,20 @@ def svgd_direction(
 
     Args:
         x: particles `[..., n, d]`; leading dimensions are independent particle sets.
-        score: ∇ log p at each particle, `[..., n, d]`; None is the standard normal target, score −x.
-        bandwidth: h of k(x, y) = exp(−‖x − y‖²/h): a positive float, a tensor `[...]` of one h per set (or one for
-            all), or "median" for the median heuristic, through which no gradient flows. For a gradient through it
+        score: ∇ log p at each particle, `[..., n, d]`; None means the standard normal target, with score −x.
+        bandwidth: h of k(x, y) = exp(−‖x − y‖²/h): a positive float, a tensor `[...]` with one h per set (or one for
+            all), or "median" for the median heuristic, through which no gradient flows. For a gradient through it,
             pass `median_bandwidth(x)`.
         scale: factor on the bandwidth; S1 uses 100 in its bridge.
-        convention: which median heuristic (see `median_bandwidth`); used by "median" alone.
+        convention: which median heuristic (see `median_bandwidth`); used only with "median".
 
     Returns:
-        φ `[..., n, d]` in x's dtype, computed in float32 for half precision. Differentiable once, in x, score and a
+        φ `[..., n, d]` in x's dtype, computed in float32 for half precision. Differentiable once in x, score and a
         tensor bandwidth.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape or device, a bandwidth or scale that is not positive and finite
-            (a tensor's values are not looked at: that would wait for the device).
+        TypeError, ValueError: a wrong dtype, shape or device, or a bandwidth or scale that is not positive and finite
+            (the values of a tensor are not checked, because that would wait for the device).
 
     Source: Liu & Wang 2016, Eq. 8; S1 (IVAAE) Eq. 2 with the gradient with respect to z_j.
     """
@@ -51,7 +51,7 @@ def svgd_direction(
     h = _bandwidth(x, bandwidth, scale, convention)
     if torch.is_grad_enabled() and (x.requires_grad or h.requires_grad or (score is not None and score.requires_grad)):
         return _SvgdDirection.apply(x, score, h)
-    return _forward(x, score, h)[0]  # a Function costs 2 µs, half of what 64 particles do
+    return _forward(x, score, h)[0]  # a Function costs 2 µs, half as much as the op on 64 particles
 
 
 def _bandwidth(x: Tensor, bandwidth: float | Tensor | str, scale: float, convention: str) -> Tensor:
@@ -74,7 +74,7 @@ def _bandwidth(x: Tensor, bandwidth: float | Tensor | str, scale: float, convent
 
 
 def svgd_direction_reference(x: Tensor, score: Tensor | None, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
-    """φ and the row sums r = K 1 `[..., n]`, which backward needs again."""
+    """φ and the row sums r = K 1 `[..., n]`, which backward reuses."""
     kernel, X, S, h = _terms(x, score, bandwidth)[:4]
     r = kernel.sum(-1)
     phi = (kernel @ (S - (2 / h) * X) + (2 / h) * r.unsqueeze(-1) * X) / x.shape[-2]
@@ -85,7 +85,7 @@ def _terms(x, score, bandwidth):
     """K [n, n], centred X and S [n, d], h [1, 1] and d² [n, n], all `[..., ·, ·]` in the dtype of the arithmetic."""
     x = arithmetic(x)
     S = -x if score is None else arithmetic(score)
-    X = x - x.mean(-2, keepdim=True)  # the kernel part does not move with x, its rounding does
+    X = x - x.mean(-2, keepdim=True)  # the kernel does not depend on the mean of x, but its rounding does
     h = bandwidth[..., None, None]
     d2 = squared_distances(X)
     return torch.exp(-d2 / h), X, S, h, d2
@@ -125,7 +125,7 @@ class _SvgdDirection(torch.autograd.Function):
 
 
 def _prefer(x, *_):
-    """CUDA C++ for small sets and in up to 128 dimensions, Triton above. Both compute in float32."""
+    """CUDA C++ for small sets and in up to 128 dimensions, otherwise Triton. Both compute in float32."""
     n, d = x.shape[-2:]
     if x.dtype == torch.float64:
         return ()

@@ -1,4 +1,4 @@
-"""S1's SVGD bridge from codes to the prior N(0, I): iterates of Stein variational gradient descent with noise."""
+"""S1's SVGD bridge from codes to the prior N(0, I): iterates of noisy Stein variational gradient descent."""
 
 import torch
 from torch import Tensor
@@ -23,24 +23,24 @@ def svgd_bridge(
     draws: Tensor | None = None,
     generator=None,
 ) -> Tensor:
-    """T_0 = z, then t − 1 iterates of SVGD towards N(0, I), `iterations` steps apart, then T_t from the prior.
+    """T_0 = z, then t − 1 iterates of SVGD towards N(0, I), `iterations` steps apart, then T_t drawn from the prior.
 
-    One step: z ← z + step_size φ(z) + noise ε with h = scale·med²/log n of the current particles ("paper"
-    convention), through which no gradient flows. Gradients flow through the steps.
+    One step is z ← z + step_size φ(z) + noise ε, with h = scale·med²/log n of the current particles ("paper"
+    convention). No gradient flows through h; gradients flow through the steps.
 
     Args:
         z: codes `[..., n, d]`; leading dimensions are independent particle sets.
         t: number of steps of the bridge.
-        iterations: SVGD steps from one bridge to the next.
+        iterations: SVGD steps per bridge step.
         step_size, scale, noise: ε, the factor on h₀ and the standard deviation of the noise after each step.
-        draws: standard normal `[(t−1)·iterations + 1, ..., n, d]`, the last the prior's; None draws them.
-        generator: for `draws`.
+        draws: standard normal `[(t−1)·iterations + 1, ..., n, d]`, the last of them for T_t; None draws them.
+        generator: random generator for `draws`.
 
     Returns:
-        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once, in z.
+        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once in z.
 
     Raises:
-        TypeError, ValueError: a wrong dtype or shape, counts < 1, numbers that are not finite.
+        TypeError, ValueError: a wrong dtype or shape, counts < 1, or numbers that are not finite.
 
     Source: S1 (IVAAE) section 4, "MNIST" and Eq. 2.
     """
@@ -57,7 +57,7 @@ def svgd_bridge(
 
 
 def svgd_bridge_reference(z, draws, t, iterations, step_size, scale, noise):
-    """The bridge, and for backward every particle set `[L, ..., n, d]` that φ was taken at, its h `[L, ...]` and
+    """The bridge and, for backward, every particle set `[L, ..., n, d]` at which φ was evaluated, its h `[L, ...]` and
     its row sums `[L, ..., n]`, L = (t−1)·iterations."""
     x = arithmetic(z)
     heuristic = median.heuristic(z.shape[-2], "paper")
@@ -109,7 +109,7 @@ class _SvgdBridge(torch.autograd.Function):
 
 
 def _prefer(z, *_):
-    """CUDA C++ for small sets, Triton above. Both compute in float32."""
+    """CUDA C++ for small sets, otherwise Triton. Both compute in float32."""
     if z.dtype == torch.float64:
         return ()
     return ("cuda", "triton") if z.shape[-2] <= 256 and z.shape[-1] <= 128 else ("triton",)
