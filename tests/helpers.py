@@ -11,13 +11,20 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 import ivfast
-from ivfast import cli, testing
+from ivfast import cli, models, testing
 from ivfast.train import Settings
 
 
 def size(low: int, high: int) -> int:
     """A random size from low to high, both included."""
     return int(torch.randint(low, high + 1, ()))
+
+
+def settings_with(values: dict, changes: dict) -> Settings:
+    """The settings of a system: those of the shared `values` that it has, and all `changes`."""
+    system = {**values, **changes}["system"]
+    values = models.find(system)[1].Settings.own(values)
+    return models.settings(**{**values, **changes})
 
 
 def small(system: str = "ivaae-rad", **changes) -> Settings:
@@ -34,7 +41,7 @@ def small(system: str = "ivaae-rad", **changes) -> Settings:
         "tensorboard": False,
         "seed": int(torch.randint(1000, ())),
     }
-    return Settings(**{**values, **changes})
+    return settings_with(values, changes)
 
 
 class Rounding(NamedTuple):

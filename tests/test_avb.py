@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_equations, command, terms_and_gradients
+from helpers import assert_equations, command, settings_with, terms_and_gradients
 from torch import distributions
 from torch.nn import functional as F
 
@@ -39,7 +39,7 @@ def digits():
 def small(**changes) -> Settings:
     values = {"system": "avb", "batch_size": N, "latent_dim": D, "noise_dim": E, "contrast_draws": DRAWS}
     values |= {"width": 32, "discriminator_width": 24, "tensorboard": False, "seed": int(torch.randint(1000, ()))}
-    return Settings(**{**values, **changes})
+    return settings_with(values, changes)
 
 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
@@ -272,7 +272,7 @@ def test_residual_units_are_section_4s_for_faces_and_learn(contrast, digits):
 
 
 def test_only_avb_has_residual_networks():
-    with pytest.raises(ValueError, match="net of vae must be one of 'mlp', 'conv', got 'residual'"):
+    with pytest.raises(ValueError, match=r"^net must be one of 'mlp', 'conv', got 'residual'"):
         build(small(system="vae", net="residual"), SHAPE)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import settings_with
 
 import ivfast
 from ivfast.models import build
@@ -184,7 +185,7 @@ def test_a_program_ends_though_its_thread_was_not_closed():
 def small(**changes) -> Settings:
     values = {"system": "ivaae-rad", "batch_size": B, "latent_dim": 8, "width": 16, "discriminator_width": 16}
     values |= {"steps": 17, "log_every": 6, "tensorboard": False, "flip": True, "seed": int(torch.randint(1000, ()))}
-    return Settings(**{**values, **changes})
+    return settings_with(values, changes)
 
 
 def train(settings, images, out, **keywords):

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from ivfast import data, metrics, runs
-from ivfast.models import READ_BY, SYSTEMS, build, preset
+from ivfast.data import sources
+from ivfast.models import SYSTEMS, build, preset
 from ivfast.train.batches import as_images
 from ivfast.train.loop import fit
 from ivfast.train.run import Run
+from ivfast.train.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,8 @@ def digits():
 
 def settings_of(name, **changes):
     seed = int(torch.randint(1000, ()))
-    return dataclasses.replace(preset(name, "digits"), seed=seed, tensorboard=False, **changes)
+    base = preset(name, "digits")
+    return dataclasses.replace(base, seed=seed, tensorboard=False, **base.own(changes))
 
 
 @pytest.mark.trains
@@ -106,11 +109,17 @@ def test_what_is_compiled_is_one_graph_with_the_same_numbers(name, digits):
             torch.testing.assert_close(theirs[term], ours[term], rtol=1e-5, atol=1e-6)
 
 
-VALUES = {  # two of each setting: at least one is not the preset's
+VALUES = {  # two of each setting
     **dict.fromkeys(("t", "k", "packing", "unroll", "noise_dim", "vae_steps", "anneal_steps"), (2, 1)),
     **dict.fromkeys(("discriminator_width", "discriminator_depth", "discriminator_steps", "contrast_draws"), (2, 3)),
     **dict.fromkeys(("lam", "lam2", "mu", "mu1", "mu2", "penalty", "gamma_r", "margin", "temperature"), (0.3, 2.0)),
     **dict.fromkeys(("fld_weight", "instance_noise", "beta_rec", "beta_kl", "beta_neg"), (0.3, 0.6)),
+    **dict.fromkeys(("width", "depth"), (5, 3)),
+    "latent_dim": (4, 8),
+    "net": ("mlp", "conv"),
+    "learning_rates": ({"default": 1e-3, "unrolled": 0.1}, {"default": 2e-3, "unrolled": 0.1}),
+    "betas": ((0.5, 0.999), (0.6, 0.999)),
+    "classes": (10, 12),
     "encoder_loss": ("ascent", "confusion"),
     "code_reconstruction": ("prior", "codes"),
     "contrast": ("prior", "adaptive"),
@@ -124,7 +133,8 @@ def three_steps(name, **changes):
     """Losses and weights of a small run whose data and seed are always the same."""
     tiny = {"batch_size": 8, "latent_dim": 4, "width": 16, "discriminator_width": 16, "discriminator_depth": 2}
     known = {"vae_steps": 0, "contrast": "adaptive", "tensorboard": False, "capture": False}
-    settings = dataclasses.replace(preset(name, "digits"), **{**tiny, **known, **changes})
+    base = preset(name, "digits")
+    settings = dataclasses.replace(base, **{**base.own({**tiny, **known}), **changes})
     system = build(settings, (1, 8, 8))
     images, labels = torch.arange(24 * 64).mul(37).remainder(256).to(torch.uint8).view(24, 1, 8, 8), torch.arange(24)
     labels = torch.where(labels % 2 == 0, labels % 10, -1 if system.labels == "source" else 1)
@@ -135,11 +145,34 @@ def three_steps(name, **changes):
     return run.record.read(3), torch.stack(weights).tolist()
 
 
-def test_there_are_values_for_each_setting_that_not_all_read():
-    assert {*VALUES, *OF_THE_DATA} == {*READ_BY}
+ITS_OWN = {setting for kind in SYSTEMS.values() for setting in kind.Settings.declared()} - {*Settings.declared()}
+OF_EVERY_NETWORK = ("latent_dim", "net", "width", "depth", "learning_rates", "betas")
+
+
+def test_there_are_values_for_each_setting_that_not_all_have():
+    assert {*VALUES, *OF_THE_DATA} == {*ITS_OWN, *OF_EVERY_NETWORK}
 
 
 @pytest.mark.parametrize("setting", VALUES)
-def test_a_setting_changes_the_systems_that_read_it_and_no_other(setting):
-    changed = {name for name in SYSTEMS if len({str(three_steps(name, **{setting: v})) for v in VALUES[setting]}) == 2}
-    assert changed == {name for name, kind in SYSTEMS.items() if issubclass(kind, READ_BY[setting])}
+def test_a_setting_changes_every_system_that_has_it(setting):
+    having = {name for name, kind in SYSTEMS.items() if setting in kind.Settings.declared()}
+    changed = {name for name in having if len({str(three_steps(name, **{setting: v})) for v in VALUES[setting]}) == 2}
+    assert changed == having != set()
+
+
+@pytest.mark.parametrize("setting", sorted(ITS_OWN))
+def test_a_setting_is_refused_by_every_system_that_does_not_have_it(setting):
+    for name, kind in SYSTEMS.items():
+        if setting not in kind.Settings.declared():
+            with pytest.raises(ValueError, match=f"^{setting} does nothing to {name}; it is read by "):
+                dataclasses.replace(preset(name, "digits"), **{setting: 1})
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_preset_gives_what_some_system_of_the_family_has(name):
+    """A family's systems share their presets, and each takes what it has: a name that none of them has is a mistake."""
+    module = SYSTEMS[name].__module__
+    family = [kind for kind in SYSTEMS.values() if kind.__module__ == module]
+    known = {setting for kind in family for setting in kind.Settings.declared()}
+    for data_set in (*sources.DATASETS, "ring"):
+        assert {*SYSTEMS[name].preset(data_set)} <= known

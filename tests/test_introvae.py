@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import assert_equations, command, terms_and_gradients
+from helpers import assert_equations, command, settings_with, terms_and_gradients
 from torch import distributions
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ def digits():
 def small(system, **changes) -> Settings:
     values = {"system": system, "batch_size": N, "latent_dim": D, "width": 32, "margin": 2.0, **BETAS}
     seed = int(torch.randint(1000, ()))
-    return Settings(**{**values, "tensorboard": False, "seed": seed, **changes})
+    return settings_with({**values, "tensorboard": False, "seed": seed}, changes)
 
 
 def at_step(system, step):
@@ -274,7 +274,7 @@ def test_no_product_kernel_exceeds_its_bound(d):
 def test_digits_are_learnt_in_fifty_steps(name, net, digits):
     changes = {**preset(name, "digits").to_dict(), "tensorboard": False, "device": "cpu", "net": net}
     settings = dataclasses.replace(Settings.from_dict(changes), width=8 if net == "conv" else 64, batch_size=32)
-    settings = dataclasses.replace(settings, learning_rates={"default": 2e-3}, anneal_steps=20)
+    settings = dataclasses.replace(settings, learning_rates={"default": 2e-3}, **settings.own({"anneal_steps": 20}))
     run = Run(build(settings, SHAPE), digits.train, settings, None, None)
     recon = []
     for step in range(1, 51):

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_equations, doubled, drawn_again, terms_and_gradients
+from helpers import assert_equations, doubled, drawn_again, settings_with, terms_and_gradients
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call
@@ -32,7 +32,7 @@ SHAPE = (1, 8, 8)
 def small(system, **changes) -> Settings:
     values = {"system": system, "batch_size": 16, "latent_dim": 8, "width": 16, "discriminator_width": 32}
     values |= {"learning_rates": {"default": 1e-3}, "betas": (0.5, 0.999), "tensorboard": False, "log_every": 10}
-    return Settings(**{**values, "seed": int(torch.randint(1000, ())), **changes})
+    return settings_with({**values, "seed": int(torch.randint(1000, ()))}, changes)
 
 
 def digits(channels=1):

@@ -14,26 +14,28 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import join
+from helpers import join, settings_with
 
 import ivfast
+from ivfast import models
 from ivfast.models import build
 from ivfast.models.ivaae import IvaaeRadial
 from ivfast.train import Settings, checkpoint
 from ivfast.train.loop import NonFiniteLoss, fit
 
 SHAPE = (1, 8, 8)
-SMALL = Settings(
-    steps=20,
-    batch_size=12,
-    latent_dim=4,
-    width=16,
-    discriminator_width=16,
-    log_every=6,
-    evaluate_every=1,
-    tensorboard=False,
-    ema=0.9,
-)
+VALUES = {
+    "steps": 20,
+    "batch_size": 12,
+    "latent_dim": 4,
+    "width": 16,
+    "discriminator_width": 16,
+    "log_every": 6,
+    "evaluate_every": 1,
+    "tensorboard": False,
+    "ema": 0.9,
+}
+SMALL = models.settings("ivaae-rad", **VALUES)
 RUNS = {
     "wae-mmd": {"lam": 10.0},
     "ivaae-svgd": {"fld_weight": 0.1},
@@ -45,7 +47,7 @@ RUNS = {
 
 
 def settings_of(system: str) -> Settings:
-    return dataclasses.replace(SMALL, system=system, **RUNS[system])
+    return settings_with(VALUES, {"system": system, **RUNS[system]})
 
 
 def images():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_equations, doubled, drawn_again, terms_and_gradients
+from helpers import assert_equations, doubled, drawn_again, settings_with, terms_and_gradients
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
@@ -31,7 +31,7 @@ def digits():
 def small(system, **changes) -> Settings:
     values = {"system": system, "batch_size": 32, "latent_dim": 8, "width": 32, "discriminator_width": 32, "t": 4}
     seed = int(torch.randint(1000, ()))
-    return Settings(**{**values, "tensorboard": False, "seed": seed, **changes})
+    return settings_with({**values, "tensorboard": False, "seed": seed}, changes)
 
 
 def bridge_of(name, z, noise, t):

@@ -277,6 +277,10 @@ def test_settings_go_through_json_and_reject_what_makes_no_sense(tmp_path):
             assert Settings.load(tmp_path / "config.json") == settings
     with pytest.raises(ValueError, match="unknown settings: colour"):
         Settings.from_dict({"colour": "red"})
+    with pytest.raises(ValueError, match="packing does nothing to wae-mmd; it is read by ivdcgan, ivlsgan, dcgan"):
+        dataclasses.replace(preset("wae-mmd", "digits"), packing=2)
+    with pytest.raises(ValueError, match="unknown settings: epoch; did you mean epochs"):
+        dataclasses.replace(preset("wae-mmd", "digits"), epoch=2)
     with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got 0"):
         Settings(batch_size=0)
     with pytest.raises(ValueError, match="precision must be one of 'fp32', 'bf16', got 'fp8'"):

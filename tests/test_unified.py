@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_equations, terms_and_gradients
+from helpers import assert_equations, settings_with, terms_and_gradients
 from torch import distributions
 from torch.nn import functional as F
 
@@ -34,7 +34,7 @@ def digits():
 def small(system, **changes) -> Settings:
     values = {"system": system, "batch_size": N, "latent_dim": D, "width": 32, "discriminator_width": 32}
     seed = int(torch.randint(1000, ()))
-    return Settings(**{**values, "tensorboard": False, "seed": seed, **changes})
+    return settings_with({**values, "tensorboard": False, "seed": seed}, changes)
 
 
 def labels_for(system, n=N):

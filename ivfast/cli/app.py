@@ -4,7 +4,7 @@ import functools
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -38,6 +38,12 @@ def listed(entries: dict[str, str]) -> str:
     return "\n".join(f"  [cyan]{name:{wide}}[/cyan]  {about}" for name, about in entries.items())
 
 
+def fail(error: object) -> NoReturn:
+    """Print an error as one line and exit with code 2."""
+    errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+    raise typer.Exit(2) from None
+
+
 def friendly(command: Callable) -> Callable:
     """Errors in one line and exit code 2, Ctrl-C in one line and 130 (SIGTERM: 143); under --debug with a traceback."""
 
@@ -54,8 +60,7 @@ def friendly(command: Callable) -> Callable:
             text = str(error) or type(error).__name__
             if type(error).__name__ == "OutOfMemoryError":
                 text = f"the GPU's memory does not suffice: take a smaller --batch-size ({text.splitlines()[0]})"
-            errors.print(f"[bold red]error:[/bold red] {escape(text)}", soft_wrap=True)
-            raise typer.Exit(2) from None
+            fail(text)
 
     return wrapped
 

@@ -1,19 +1,16 @@
 """Every system of the papers by its name on the command line: objectives as phases, nothing else."""
 
-from collections.abc import Iterable
-
 import torch
 
 from ..train.phase import System
-from ..train.settings import Settings
+from ..train.settings import Settings, register
 from .avb import Avb
-from .introvae import AsIntroVae, Introspective, IntroVae, SoftIntroVae
-from .ivaae import AutoEncoder, Ivaae, IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
-from .ivgan import EncodingGan, IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
+from .introvae import AsIntroVae, IntroVae, SoftIntroVae
+from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
 from .ivgan import Gan as Dcgan
-from .unified import Unified
+from .ivgan import IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
 from .unified_gan import Ada, Cgan, Gan, InfoGan, IwCgan, IwGan
-from .unified_vae import AaCvae, AaSvae, AaVae, Activated, Cvae, Svae, Vae
+from .unified_vae import AaCvae, AaSvae, AaVae, Cvae, Svae, Vae
 
 SYSTEMS: dict[str, type[System]] = {
     "wae-mmd": WaeMmd,
@@ -48,28 +45,7 @@ SYSTEMS: dict[str, type[System]] = {
     "as-introvae": AsIntroVae,
 }
 ALIASES = {"aae": "wae-gan"}
-# Settings that not every system reads: to give one to another would do nothing.
-READ_BY: dict[str, tuple[type[System], ...]] = {
-    **dict.fromkeys(("discriminator_width", "discriminator_depth"), (WaeGan, Ivaae, Dcgan, Unified)),
-    "lam": (AutoEncoder, EncodingGan, InfoGan, Ada),
-    "fld_weight": (AutoEncoder,),
-    **dict.fromkeys(("t", "mu1", "mu2"), (Ivaae,)),
-    "encoder_loss": (Ivaae, IvDcgan),
-    **dict.fromkeys(("k", "mu", "code_reconstruction"), (IvDcgan,)),
-    "lam2": (MrGan,),
-    **dict.fromkeys(("packing", "instance_noise"), (Dcgan,)),
-    "discriminator_steps": (Dcgan, Avb),
-    "penalty": (WganGp,),
-    "unroll": (UnrolledGan,),
-    "temperature": (Activated,),
-    "label_share": (Svae,),
-    "target": (Ada,),
-    **dict.fromkeys(("noise_dim", "contrast", "contrast_draws", "divergence"), (Avb,)),
-    **dict.fromkeys(("beta_rec", "beta_kl", "beta_neg", "vae_steps"), (Introspective,)),
-    "gamma_r": (SoftIntroVae,),
-    "margin": (IntroVae,),
-    **dict.fromkeys(("anneal_steps", "as_kernel"), (AsIntroVae,)),
-}
+register(SYSTEMS)
 
 
 def find(system: str) -> tuple[str, type[System]]:
@@ -80,15 +56,14 @@ def find(system: str) -> tuple[str, type[System]]:
     return name, SYSTEMS[name]
 
 
-def check_read(system: str, names: Iterable[str]) -> None:
-    """Raises ValueError where the system does not read a setting of `READ_BY`."""
-    _, factory = find(system)
-    for name in names:
-        if name in READ_BY and not issubclass(factory, READ_BY[name]):
-            readers = [other for other, kind in SYSTEMS.items() if issubclass(kind, READ_BY[name])]
-            others = [other for other in SYSTEMS if other not in readers]
-            who = ", ".join(readers) if len(readers) < len(others) else f"all but {', '.join(others)}"
-            raise ValueError(f"{name} does nothing to {system}; it is read by {who}")
+def settings(system: str, **values: object) -> Settings:
+    """The system's settings, at its family's defaults where `values` do not say otherwise; no paper's.
+
+    Raises:
+        ValueError: an unknown system, a value out of range, a setting that the system does not have.
+    """
+    name, factory = find(system)
+    return factory.Settings(system=name, **values)
 
 
 def preset(system: str, data: str) -> Settings:
@@ -101,7 +76,7 @@ def preset(system: str, data: str) -> Settings:
     """
     name, factory = find(system)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Settings(**{"system": name, "data": data, "device": device, **factory.preset(data)})
+    return settings(name, **{"data": data, "device": device, **factory.Settings.own(factory.preset(data))})
 
 
 def build(settings: Settings, image_shape: tuple[int, ...]) -> System:

@@ -8,6 +8,7 @@ Its divergence from the prior has no formula; a discriminator T of pairs (x, z) 
 Algorithm 1 prints both terms of L_T at z_φ, and descends where L_T's negative is to be ascended.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,35 @@ from torch.nn import functional as F
 
 from ..data.points import POINTS
 from ..nets import noisy
+from ..train.declare import NETWORKS, setting
 from ..train.phase import Phase
-from ..train.settings import Settings
-from .unified import FOUR_POINTS, Bernoulli
+from .unified import FOUR_POINTS, Bernoulli, UnifiedSettings
 
 FLOOR = 1e-6  # of the deviations that whiten a code: a posterior that has shrunk to a point stays finite
+
+
+@dataclass(frozen=True)
+class AvbSettings(UnifiedSettings):
+    net: str = setting(
+        "mlp",
+        help="Fully connected, convolutional, or residual networks (S4's for faces).",
+        panel=NETWORKS,
+        choices=("mlp", "conv", "residual"),
+    )
+    noise_dim: int = setting(
+        16, help="Dimensions of the noise ε that the encoder reads with the image.", panel=NETWORKS, at_least=1
+    )
+    contrast: str = setting(
+        "prior",
+        help="What the discriminator tells codes from: the prior, or a Gaussian with the mean and variance of each "
+        "posterior (adaptive).",
+        choices=("prior", "adaptive"),
+    )
+    contrast_draws: int = setting(8, help="Draws of ε behind the moments of adaptive contrast.", at_least=2)
+    divergence: str = setting(
+        "js", help="The discriminator's objective: a GAN's (js), or an f-GAN's (kl, S4 Eq. 5.10).", choices=("js", "kl")
+    )
+    discriminator_steps: int = setting(1, help="Discriminator steps per step of encoder and decoder.", at_least=1)
 
 
 class Encoded(NamedTuple):
@@ -47,9 +72,9 @@ class Avb(Bernoulli):
     Eq. 5.10).
     """
 
-    nets = ("mlp", "conv", "residual")
+    Settings = AvbSettings
 
-    def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
+    def __init__(self, settings: AvbSettings, image_shape: tuple[int, ...]):
         super().__init__(settings, image_shape)
         s, shape, d = settings, self.image_shape, self.latent_dim
         if s.net == "mlp":

@@ -6,6 +6,7 @@ the fakes as constants and G meets them again after E's step, through E as that 
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -17,11 +18,50 @@ import ivfast
 
 from .. import nets
 from ..data.points import POINTS
+from ..train.declare import LENGTH, setting
 from ..train.phase import Phase, System
 from ..train.settings import Settings
 
 LOGVAR = 10.0  # log-variances are kept within ±10: a standard deviation of e^±5 is far from any posterior's
 DISTANCE = 30.0  # no kernel of the AS-Distance exceeds e^30: the square of its gradient, which Adam keeps, is finite
+
+
+@dataclass(frozen=True)
+class IntrospectiveSettings(Settings):
+    beta_rec: float = setting(1.0, help="Weight of the reconstruction.", at_least=0, metavar="B")
+    beta_kl: float = setting(1.0, help="Weight of the KL of images; in G's loss, of fakes.", at_least=0, metavar="B")
+    beta_neg: float = setting(1.0, help="Weight of the KL of fakes, which E raises.", at_least=0, metavar="B")
+    vae_steps: int = setting(0, help="Steps of a plain VAE before E and G compete.", panel=LENGTH, at_least=0)
+
+
+@dataclass(frozen=True)
+class IntroVaeSettings(IntrospectiveSettings):
+    beta_neg: float = setting(1.0, help="Weight of the KL of fakes, in both losses.", at_least=0, metavar="B")
+    margin: float = setting(
+        10.0, help="m of the hinge, in nats: E raises the KL of fakes up to it. Set it above the KL of images.",
+        at_least=0, metavar="M",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SoftIntroVaeSettings(IntrospectiveSettings):
+    gamma_r: float = setting(
+        1e-8, help="γ_r, the weight of the reconstruction of fakes in G's loss.", at_least=0, metavar="G"
+    )
+
+
+@dataclass(frozen=True)
+class AsIntroVaeSettings(SoftIntroVaeSettings):
+    anneal_steps: int = setting(
+        1000, help="Steps in which the AS-Distance gives way to the KL; S5 takes a fifth of all. 0: Soft-IntroVAE.",
+        panel=LENGTH, at_least=0,
+    )  # fmt: skip
+    as_kernel: str = setting(
+        "product",
+        help="Kernel of the AS-Distance: S5's Eq. 8 (product), or dimension by dimension, as in its authors' code "
+        "(additive). The product underflows in 64 dimensions.",
+        choices=("product", "additive"),
+    )
 
 
 class Posterior(NamedTuple):
@@ -59,6 +99,8 @@ class Introspective(System):
 
     For its first `vae_steps` steps a system is a VAE: neither network meets the fakes.
     """
+
+    Settings = IntrospectiveSettings
 
     def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
         super().__init__(settings, image_shape)
@@ -116,12 +158,15 @@ class Introspective(System):
         return Posterior(mu, logvar, *ivfast.reparameterize(mu, logvar, draws=noise))
 
     def share(self, x: Tensor) -> Encoded:
-        s, step = self.settings, self.modules["schedule"].step
-        c = (step / s.anneal_steps).clamp(max=1) if s.anneal_steps else torch.ones_like(step, dtype=torch.float32)
-        adversarial = step >= s.vae_steps
+        step = self.modules["schedule"].step
+        c, adversarial = self.share_of_kl(step), step >= self.settings.vae_steps
         q = self.posterior(x)
         step.add_(1)
         return Encoded(x, q, self.randn_like(q.mu), c, adversarial)
+
+    def share_of_kl(self, step: Tensor) -> Tensor:
+        """c at a step."""
+        return torch.ones_like(step, dtype=torch.float32)
 
     def distance(self, x: Tensor, target: Tensor) -> Tensor:
         """‖x − target‖² `[n]`."""
@@ -184,6 +229,8 @@ class IntroVae(Introspective):
     Source: S5 Eq. 3; Huang et al. 2018, Eqs. 11 and 12.
     """
 
+    Settings = IntroVaeSettings
+
     @classmethod
     def own(cls, data: str) -> dict[str, object]:
         return {"beta_neg": 1.0}
@@ -206,6 +253,8 @@ class SoftIntroVae(Introspective):
 
     Source: S5 Eq. 4; Daniel & Tamar 2021, Algorithm 1.
     """
+
+    Settings = SoftIntroVaeSettings
 
     def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
         super().__init__(settings, image_shape)
@@ -241,11 +290,17 @@ class AsIntroVae(SoftIntroVae):
     Source: S5 Eqs. 7 to 9. Eq. 9 prints + before c KL and (1 − c) D, which are costs.
     """
 
+    Settings = AsIntroVaeSettings
+
     def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
         super().__init__(settings, image_shape)
         dims = settings.latent_dim if settings.as_kernel == "product" else 1
         # Π_d (2π · 2 e^floor)^(−½) = e^DISTANCE
         self.floor = max(-LOGVAR, -2 * DISTANCE / dims - math.log(4 * math.pi))
+
+    def share_of_kl(self, step: Tensor) -> Tensor:
+        steps = self.settings.anneal_steps
+        return (step / steps).clamp(max=1) if steps else super().share_of_kl(step)
 
     def energies(self, shared: Encoded, q: Posterior) -> Tensor:
         (mu_r, mu_g), (logvar_r, logvar_g) = q.mu.chunk(2), q.logvar.clamp(min=self.floor).chunk(2)

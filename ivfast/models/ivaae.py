@@ -4,6 +4,7 @@ recon(x) = mean over the batch of ‖G(E x) − x‖² summed over pixels, image
 E and G carry recon together and meet no other common term, so one phase moves both on one forward pass.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,52 @@ import ivfast
 
 from .. import nets
 from ..data.points import POINTS
+from ..train.declare import setting
 from ..train.phase import Phase, System
 from ..train.settings import Settings
+from .networks import DiscriminatorSettings
+
+
+@dataclass(frozen=True)
+class AutoEncoderSettings(Settings):
+    lam: float = setting(1.0, help="λ, the weight of the penalty on the codes.", at_least=0, metavar="LAMBDA")
+    fld_weight: float = setting(
+        0.0,
+        help="Add W times the Fréchet latent distance of the batch's codes (S1, section 4) to the encoder's loss. "
+        "Take batches several times as large as the latent dimension: smaller ones shrink the codes.",
+        at_least=0,
+        metavar="W",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.fld_weight and self.batch_size < 2:
+            raise ValueError("fld_weight needs a batch_size of at least 2, for the covariance of the codes")
+
+
+@dataclass(frozen=True)
+class WaeGanSettings(DiscriminatorSettings, AutoEncoderSettings):
+    pass
+
+
+@dataclass(frozen=True)
+class IvaaeSettings(DiscriminatorSettings, AutoEncoderSettings):
+    t: int = setting(
+        4, help="Bridges after the code itself; the discriminator names T + 1 distributions.", at_least=1, metavar="T"
+    )
+    lam: float = setting(1.0, help="λ, the weight of the reconstruction.", at_least=0, metavar="LAMBDA")
+    mu1: float | None = setting(
+        None, help="μ₁, the weight of the discriminator's cross-entropy.", at_least=0, metavar="MU", none="4/(t + 1)"
+    )
+    mu2: float | None = setting(
+        None, help="μ₂, the weight of the encoder's cross-entropy.", at_least=0, metavar="MU", none="2/(t + 1)"
+    )
+    encoder_loss: str = setting(
+        "ascent",
+        help="The encoder climbs the cross-entropy (ascent, as in the paper) or descends to the uniform label "
+        "(confusion, which is bounded).",
+        choices=("ascent", "confusion"),
+    )
 
 
 class Encoded(NamedTuple):
@@ -26,6 +71,8 @@ class Encoded(NamedTuple):
 
 class AutoEncoder(System):
     """A deterministic encoder and decoder, with a prior N(0, I) on the codes `[n, d]`."""
+
+    Settings = AutoEncoderSettings
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int], discriminator_outputs: int = 0):
         super().__init__(settings, image_shape)
@@ -100,6 +147,8 @@ class WaeMmd(AutoEncoder):
 class WaeGan(AutoEncoder):
     """WAE-GAN, also AAE: D tells codes from the prior, E is rewarded for codes that D takes for the prior."""
 
+    Settings = WaeGanSettings
+
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         super().__init__(settings, image_shape, discriminator_outputs=1)
         self.phases = [
@@ -127,6 +176,8 @@ class Ivaae(AutoEncoder):
     L_D = μ₁ CE,  L_G = λ recon,  L_E = λ recon − μ₂ CE (or + μ₂ CE against the uniform label: `encoder_loss`).
     Codes and bridge are computed once per step; D sees them detached, E through D as D's update has left it (Alg. 1).
     """
+
+    Settings = IvaaeSettings
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         super().__init__(settings, image_shape, discriminator_outputs=settings.t + 1)

@@ -8,6 +8,7 @@ thousands of times the adversarial loss. E meets no adversarial term, so one pha
 """
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,63 @@ import ivfast
 
 from .. import nets
 from ..data.points import POINTS
+from ..train.declare import setting
 from ..train.phase import Phase, System
 from ..train.settings import Settings
+from .networks import DiscriminatorSettings
+
+
+@dataclass(frozen=True)
+class GanSettings(DiscriminatorSettings, Settings):
+    packing: int = setting(
+        1, help="Samples that the discriminator judges side by side; divides the batch size.", at_least=1, metavar="M"
+    )
+    instance_noise: float = setting(
+        0.0, help="Standard deviation of the noise on everything that the discriminator sees.", at_least=0
+    )
+    discriminator_steps: int = setting(1, help="Discriminator steps per generator step.", at_least=1)
+
+
+@dataclass(frozen=True)
+class WganGpSettings(GanSettings):
+    penalty: float = setting(10.0, help="λ, the weight of the gradient penalty.", at_least=0, metavar="LAMBDA")
+
+
+@dataclass(frozen=True)
+class UnrolledGanSettings(GanSettings):
+    unroll: int = setting(
+        5,
+        help='Discriminator steps that the generator looks ahead, at the learning rate "unrolled".',
+        at_least=0,
+    )
+
+
+@dataclass(frozen=True)
+class MrGanSettings(GanSettings):
+    lam: float = setting(1.0, help="λ₁, the weight of the reconstruction.", at_least=0, metavar="LAMBDA")
+    lam2: float = setting(0.25, help="λ₂, the weight of −log D(G(E x)).", at_least=0, metavar="LAMBDA")
+
+
+@dataclass(frozen=True)
+class VeeGanSettings(GanSettings):
+    lam: float = setting(1.0, help="Weight of the reconstruction of the noise.", at_least=0, metavar="LAMBDA")
+
+
+@dataclass(frozen=True)
+class IvDcganSettings(GanSettings):
+    k: int = setting(4, help="Blocks of a code, one of which is replaced by noise.", at_least=1, metavar="K")
+    lam: float = setting(1.0, help="λ, the weight of the reconstruction.", at_least=0, metavar="LAMBDA")
+    mu: float = setting(0.5, help="μ, the weight of the classifier's cross-entropy.", at_least=0, metavar="MU")
+    encoder_loss: str = setting(
+        "ascent",
+        help="The encoder climbs the cross-entropy (ascent, as in the paper) or descends to the uniform label "
+        "(confusion, which is bounded).",
+        choices=("ascent", "confusion"),
+    )
+    code_reconstruction: str = setting(
+        "prior", help="The codes that E(G(w)) has to recover: O_i(z) (prior) or O_i(E x) (codes).",
+        choices=("prior", "codes"),
+    )  # fmt: skip
 
 
 class Drawn(NamedTuple):
@@ -39,6 +95,7 @@ class Gan(System):
     Source: S2 Eq. 1; Goodfellow et al. 2014 for the non-saturating L_G; Radford et al. 2015.
     """
 
+    Settings = GanSettings
     second_order = ()  # phases whose loss differentiates twice, which torch.compile cannot
     batch_norm = True  # in a convolutional D
 
@@ -140,6 +197,7 @@ class WganGp(Gan):
     Source: Gulrajani et al. 2017, Alg. 1.
     """
 
+    Settings = WganGpSettings
     second_order = ("discriminator",)
     batch_norm = False
 
@@ -175,6 +233,7 @@ class UnrolledGan(Gan):
     Source: Metz et al. 2017, section 2.2, with plain gradient steps as they are written.
     """
 
+    Settings = UnrolledGanSettings
     second_order = ("generator",)
 
     def generator_loss(self, shared: Drawn) -> dict[str, Tensor]:
@@ -213,6 +272,8 @@ class MrGan(EncodingGan):
     Source: Che et al. 2016, "Regularized-GAN", whose λ₂ term is printed without its minus sign.
     """
 
+    Settings = MrGanSettings
+
     def generator_loss(self, shared: Drawn) -> dict[str, Tensor]:
         back = self.decode(self.encode(shared.x))
         return {
@@ -227,6 +288,8 @@ class VeeGan(EncodingGan):
 
     Source: Srivastava et al. 2017, Alg. 1, with a deterministic E.
     """
+
+    Settings = VeeGanSettings
 
     def head(self) -> nn.Module:
         codes = self.settings.packing * self.latent_dim
@@ -260,6 +323,8 @@ class IvDcgan(EncodingGan):
 
     Source: S2 Eqs. 3, 5 and 6.
     """
+
+    Settings = IvDcganSettings
 
     def networks(self) -> dict[str, nn.Module]:
         return {**super().networks(), "classifier": nn.Linear(self.features, self.settings.k)}

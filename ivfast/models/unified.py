@@ -1,6 +1,7 @@
 """S3, "On Unifying Deep Generative Models": the networks and settings that its GANs and VAEs have in common."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +10,28 @@ import ivfast
 
 from .. import nets
 from ..data.points import POINTS
+from ..train.declare import setting
 from ..train.phase import System
 from ..train.settings import Settings
+from .networks import DiscriminatorSettings
 
 LOGVAR = 10.0  # log-variances are clamped to ±10: a standard deviation of e^±5 is far from any posterior's
 
 
+@dataclass(frozen=True)
+class UnifiedSettings(DiscriminatorSettings, Settings):
+    pass
+
+
+@dataclass(frozen=True)
+class LabelledSettings(UnifiedSettings):
+    classes: int = setting(10, help="Number of classes; `ivfast train` takes the data set's.", at_least=1)
+
+
 class Unified(System):
     """Networks that read images, with or without their class: D, E and classifiers are of one architecture."""
+
+    Settings = UnifiedSettings
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         super().__init__(settings, image_shape)

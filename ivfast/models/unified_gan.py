@@ -5,6 +5,7 @@ the discriminator's logit l, so −log D = softplus(−l) and −log(1 − D) = 
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,23 @@ from torch.nn import functional as F
 import ivfast
 
 from .. import nets
+from ..train.declare import DATA, setting
 from ..train.phase import Phase
 from ..train.settings import Settings
-from .unified import Generative, Unified
+from .unified import Generative, LabelledSettings, Unified, UnifiedSettings
+
+
+@dataclass(frozen=True)
+class InfoGanSettings(UnifiedSettings):
+    lam: float = setting(1.0, help="λ, the weight of −log q(z|G z).", at_least=0, metavar="LAMBDA")
+
+
+@dataclass(frozen=True)
+class AdaSettings(LabelledSettings):
+    lam: float = setting(1.0, help="λ, the weight of the domains in G's loss.", at_least=0, metavar="LAMBDA")
+    target: str = setting(
+        "negative", help="Target domain: a data set, or negative for the negatives of the images.", panel=DATA
+    )
 
 
 class Generated(NamedTuple):
@@ -78,6 +93,7 @@ class IwGan(Gan):
 class Cgan(Gan):
     """GAN with G(z, c) and D(x, c); the fakes of a step have the classes of its real images."""
 
+    Settings = LabelledSettings
     labels = "all"
 
     def share(self, x: Tensor, labels: Tensor) -> Generated:
@@ -90,6 +106,8 @@ class IwCgan(IwGan, Cgan):
 
 class InfoGan(Gan):
     """L_G = L_E = −E log D(G z) − λ E log q(z|G z), E giving a Gaussian q; S3 Eq. 15 has λ = 1 and the whole code."""
+
+    Settings = InfoGanSettings
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         super().__init__(settings, image_shape)
@@ -117,6 +135,7 @@ class Ada(Unified):
     source, which S3 leaves out (Ganin et al. 2016).
     """
 
+    Settings = AdaSettings
     labels = "source"
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):

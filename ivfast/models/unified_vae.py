@@ -4,6 +4,7 @@ Pixels are Bernoulli: G gives their logits l, and an image in [-1, 1] is of the 
 """
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -12,11 +13,37 @@ from torch.nn import functional as F
 
 import ivfast
 
+from ..train.declare import DATA, setting
 from ..train.phase import Phase
 from ..train.settings import Settings
-from .unified import Bernoulli
+from .unified import Bernoulli, LabelledSettings, UnifiedSettings
 
 ALPHA = 0.1  # of the classifier's cross-entropy (Kingma et al. 2014, section 3.1.2)
+
+
+@dataclass(frozen=True)
+class SvaeSettings(LabelledSettings):
+    label_share: float = setting(
+        1.0, help="Share of the training images whose labels are seen, the same for each class.", panel=DATA,
+        above=0, at_most=1, metavar="P",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ActivatedSettings(UnifiedSettings):
+    temperature: float = setting(
+        1.0, help="τ of the activated adversary; above 1, samples weigh more.", above=0, metavar="T"
+    )
+
+
+@dataclass(frozen=True)
+class AaCvaeSettings(ActivatedSettings, LabelledSettings):
+    pass
+
+
+@dataclass(frozen=True)
+class AaSvaeSettings(ActivatedSettings, SvaeSettings):
+    pass
 
 
 class Images(NamedTuple):
@@ -100,6 +127,7 @@ class Vae(Bounded):
 class Cvae(Bounded):
     """The VAE of each class: q(z|x, y) and p(x|z, y). Its fakes have the classes of the batch."""
 
+    Settings = LabelledSettings
     labels = "all"
 
     def proposal(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,6 +150,7 @@ class Svae(Bounded):
     Source: S3 section 5.2; Kingma et al. 2014, Eqs. 6–9.
     """
 
+    Settings = SvaeSettings
     labels = "some"
     readers = ("classifier",)
     bound_terms = ("recon", "kl", "label")
@@ -165,6 +194,8 @@ class Activated(Bounded):
     temperature τ > 1 lets more of the fakes in (section G.2). With D = 1 on reals and 0 on fakes, half the VAE's loss.
     """
 
+    Settings = ActivatedSettings
+
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         super().__init__(settings, image_shape)
         self.modules["discriminator"] = self.reader(1)
@@ -200,6 +231,10 @@ class AaVae(Activated, Vae):
 class AaCvae(Activated, Cvae):
     """The conditional VAE, its adversary activated."""
 
+    Settings = AaCvaeSettings
+
 
 class AaSvae(Activated, Svae):
     """The semi-supervised VAE, its adversary activated."""
+
+    Settings = AaSvaeSettings

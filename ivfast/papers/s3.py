@@ -93,13 +93,13 @@ def compare(
                 kind = "label_share" if models.SYSTEMS[name].labels == "some" else "data_share"
                 best = max(
                     (
-                        trained(name, dataset, seed=seed, temperature=t, **{kind: share}, **changes)
-                        for t in (temperatures if activated else (1.0,))
+                        trained(name, dataset, seed=seed, **heat, **{kind: share}, **changes)
+                        for heat in ([{"temperature": t} for t in temperatures] if activated else [{}])
                     ),
                     key=lambda system: measure(system, images, labels),
                 )
                 value = measure(best, dataset.test, dataset.test_labels)
-                yield Row(name, share, seed, best.settings.temperature, value)
+                yield Row(name, share, seed, best.settings.temperature if activated else 1.0, value)
 
 
 def held_out(dataset: Dataset) -> tuple[Dataset, Tensor, Tensor]:
@@ -191,7 +191,7 @@ def measured(job: Job) -> dict[str, object]:
 
 
 def _share(settings) -> float:
-    return settings.data_share * settings.label_share
+    return settings.data_share * getattr(settings, "label_share", 1.0)
 
 
 def _changes(settings) -> dict[str, object]:

@@ -54,7 +54,7 @@ def table1(*, seeds: Iterable[int] = (0, 1), steps: int = 6000, width: int = 128
 
     Args:
         steps, width: of both systems; the paper's layers have 512 units.
-        changes: more of their settings, as in `contrast="adaptive"`, which does nothing to the VAE.
+        changes: more of their settings, as in `contrast="adaptive"`, which the VAE does not have.
     """
     changes = {"steps": steps, "width": width, "discriminator_width": width, **changes}
     rows = list(PAPER)
@@ -68,7 +68,8 @@ def table1(*, seeds: Iterable[int] = (0, 1), steps: int = 6000, width: int = 128
 
 def trained(name: str, **changes) -> System:
     """The system after training on the four points with its preset and `changes`, on the CPU, in evaluation mode."""
-    settings = dataclasses.replace(preset(name, "four-points"), device="cpu", **changes)
+    base = preset(name, "four-points")
+    settings = dataclasses.replace(base, device="cpu", **base.own(changes))
     x = points.load("four-points", 50_000)
     with torch.random.fork_rng(devices=[]):
         run = Run(build(settings, tuple(x.shape[1:])), x, settings, Path(), None)

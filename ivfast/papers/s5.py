@@ -76,10 +76,10 @@ def settings(system: str, seed: int, *, steps: int | None = None, full: bool = F
     """The settings of a cell of Table 1."""
     steps = steps or (30_000 if full else 10_000)
     size = {} if full else {"batch_size": 128, "width": 128}
-    schedule = {"steps": steps, "vae_steps": steps // 15, "anneal_steps": steps // 5}
     base = preset("s-introvae" if system == "vae" else system, DATA)
+    schedule = {"steps": steps, "vae_steps": steps // 15, "anneal_steps": steps // 5}
     changes = {**size, **schedule, "seed": seed, "device": "cpu", "tensorboard": False, **changes}
-    return dataclasses.replace(base, **changes)
+    return dataclasses.replace(base, **base.own(changes))
 
 
 def train(system: str, settings: Settings) -> System:

@@ -233,7 +233,8 @@ def trained(settings: Settings, dataset: data.Dataset, evaluate: Callable | None
 
 def _batch(settings: Settings, images: int) -> int:
     """The settings' batch, or what there is of images in whole packs."""
-    return min(settings.batch_size, images // settings.packing * settings.packing)
+    packing = getattr(settings, "packing", 1)  # a GAN's
+    return min(settings.batch_size, images // packing * packing)
 
 
 def spread(found: Iterable[Values], name: str) -> Spread:

@@ -15,11 +15,11 @@ from ..data.sources import DATASETS
 from ..train import checkpoint
 from ..train.phase import System
 from ..train.run import RESUMABLE
-from ..train.settings import Settings
+from ..train.settings import Settings, readers, refusal
 from .pictures import read_log
 
 RUNS = Path("runs")
-_DEFAULTS = Settings().to_dict()
+DEFAULT = Settings.declared()["system"].default
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
@@ -30,18 +30,31 @@ def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"there is no {what} {given!r}{hint} Known: {', '.join(known)}")
 
 
-def assignments(pairs: Iterable[str]) -> dict[str, object]:
-    """`name=value` with JSON values (plain words are strings)."""
-    values = {}
+def assignments(pairs: Iterable[str], system: str) -> dict[str, object]:
+    """`name=value` with JSON values (plain words are strings), of settings that a system has."""
+    kind = models.find(system)[1].Settings
+    values, known = {}, kind.declared()
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
-        if name not in _DEFAULTS:
-            raise unknown("setting", name, _DEFAULTS)
-        values[name] = _value(text)
-        if isinstance(values[name], str) and not isinstance(_DEFAULTS[name], str):
-            raise ValueError(f"--set {name} takes a JSON value like {json.dumps(_DEFAULTS[name])}, got {text!r}")
+        if name not in known and not readers(name):
+            raise unknown("setting", name, known)
+        if name not in known:
+            raise refusal([name], system, kind)
+        value = _value(text)
+        if isinstance(value, str) and known[name].kind is not str:
+            raise ValueError(f"--set {name} takes a JSON value like {known[name].example}, got {text!r}")
+        values[name] = known[name].decode(value)
+    return values
+
+
+def assigned(given: dict[str, object], pairs: Iterable[str], run: Path | None) -> dict[str, object]:
+    """`assignments` to the settings of the system that is `given`, or else of a run to go on with."""
+    system = config(run).system if run and "system" not in given else given.get("system", DEFAULT)
+    values = assignments(pairs, system_name(str(system)))
+    if "system" in values:
+        raise ValueError(f"--set cannot name the system; write: ivfast train {values['system']}")
     return values
 
 
@@ -61,11 +74,10 @@ def system_name(name: str) -> str:
 
 def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
     """Settings and folder of a new run: the paper's, where `given` does not say otherwise."""
-    name, data = system_name(str(given.get("system", "ivaae-rad"))), str(given.get("data", "digits"))
+    name, data = system_name(str(given.get("system", DEFAULT))), str(given.get("data", "digits"))
     known_data(data)
-    models.check_read(name, given)
     defaults = models.preset(name, data)
-    settings = Settings.from_dict({**defaults.to_dict(), **given, "system": name})
+    settings = dataclasses.replace(defaults, **{**given, "system": name})
     check_device(settings.device)
     out = out or _next_folder(RUNS, f"{settings.system}-{data.replace(':', '-')}")
     if (out / "config.json").exists():
@@ -80,16 +92,16 @@ def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]
         hint = f"; the newest is --out {newest.parent}" if newest else ""
         raise ValueError(f"--resume needs the run's folder by --out{hint}")
     settings = config(out)
-    saved = settings.to_dict()
     if "system" in given:
         given = {**given, "system": system_name(str(given["system"]))}
     for name, value in given.items():
-        if name in saved and saved[name] != value and name not in RESUMABLE:
+        has = getattr(settings, name)
+        if has != value and name not in RESUMABLE:
             raise ValueError(
-                f"--{name.replace('_', '-')}: the run in {out} has {saved[name]}, and --resume cannot change it to "
-                f"{value}; leave the option out, or start a new run"
+                f"--{name.replace('_', '-')}: the run in {out} has {has}, and --resume cannot change it to {value}; "
+                "leave the option out, or start a new run"
             )
-    settings = Settings.from_dict({**saved, **given})
+    settings = dataclasses.replace(settings, **given)
     check_device(settings.device)
     return settings, out
 
@@ -109,8 +121,6 @@ def with_classes(settings: Settings, dataset: Dataset) -> Settings:
 def training_set(system: System, dataset: Dataset, *, download: bool = False) -> tuple[Tensor, Tensor | None]:
     """Images and labels that `fit` takes: the share of them that the settings name, hidden labels as −1."""
     settings, images, labels = system.settings, dataset.train, dataset.train_labels
-    if settings.label_share < 1 and system.labels != "some":
-        raise ValueError(f"label_share must be 1 for {settings.system}, which is not semi-supervised")
     if settings.data_share < 1:
         rows = stratified(torch.zeros(len(images)) if labels is None else labels, settings.data_share)
         images, labels = images[rows], None if labels is None else labels[rows]
@@ -137,7 +147,10 @@ def config(run: Path) -> Settings:
         runs = sorted(str(path.parent) for path in RUNS.glob("*/config.json"))
         hint = f" Runs here: {', '.join(runs[-5:])}." if runs else " ivfast train makes one."
         raise FileNotFoundError(f"{run} is not the folder of a run: it has no config.json.{hint}")
-    return Settings.load(run / "config.json")
+    try:
+        return Settings.load(run / "config.json")
+    except ValueError as error:
+        raise ValueError(f"{run / 'config.json'}: {error}") from error
 
 
 def known_data(data: str) -> None:

@@ -103,13 +103,14 @@ def _check_images(images: Tensor, system: System) -> None:
 
 
 def _check_labels(labels: Tensor | None, system: System) -> None:
-    name, classes = system.settings.system, system.settings.classes
+    name = system.settings.system
     if system.labels == "none":
         if labels is not None:
             raise ValueError(f"labels must be None: {name} reads none")
         return
     if labels is None:
         raise ValueError(f"labels must be given: {name} learns from them")
+    classes = system.settings.classes
     lowest, highest = int(labels.min()), int(labels.max())
     least = 0 if system.labels == "all" else -1
     if not least <= lowest <= highest < classes:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 import ivfast
 
-from .. import _check
 from ..optim import Adam
 from .settings import Settings
 
@@ -49,7 +48,7 @@ class System:
     Attributes:
         labels: "none"; "all" where every image needs one; "some" where −1 stands for none; "source" where
             −1 marks images of the target domain.
-        nets: the kinds of networks that it can be built of, `settings.net`.
+        Settings: the class of its settings; each system reads all that its class has.
         settings, image_shape: what it was built from; `(C, H, W)`.
         latent_dim: d, the size of a code.
         modules: name -> network. Weights, EMA and learning rates go by these names.
@@ -59,18 +58,19 @@ class System:
     """
 
     labels: str = "none"
-    nets: tuple[str, ...] = ("mlp", "conv")
+    Settings: type[Settings] = Settings
     modules: dict[str, nn.Module]
     phases: list[Phase]
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         self.settings, self.image_shape, self.latent_dim = settings, tuple(image_shape), settings.latent_dim
         self.modules, self.phases, self.ops = {}, [], ivfast
-        _check.choice(f"net of {settings.system}", settings.net, self.nets)
+        if not isinstance(settings, self.Settings):
+            raise TypeError(f"settings must be {self.Settings.__name__}, got {type(settings).__name__}")
 
     @classmethod
     def preset(cls, data: str) -> dict[str, object]:
-        """The paper's settings for a data set, as fields of `Settings`."""
+        """The paper's settings for a data set, as fields of its family's `Settings`."""
         return {}
 
     def share(self, x: Tensor) -> object:

@@ -1,7 +1,6 @@
 """The state of a run and one step of it."""
 
 import contextlib
-import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Iterator
@@ -23,10 +22,7 @@ from .record import Record
 from .settings import Settings
 
 # What may differ between a checkpoint and the run that goes on from it: none of it changes a step that has been run.
-RESUMABLE = frozenset(
-    ("epochs", "steps", "root", "device", "data_memory", "compile", "capture", "evaluate_every", "save_every",
-     "tensorboard")
-)  # fmt: skip
+RESUMABLE = frozenset(name for name, entry in Settings.declared().items() if entry.resumable)
 
 
 class NonFiniteWeights(ArithmeticError):
@@ -271,10 +267,10 @@ def _frozen(parameters) -> Iterator[None]:
 
 
 def same_settings(settings: Settings, other: Settings, whose: str, may_differ: frozenset[str]) -> None:
-    for field in dataclasses.fields(Settings):
-        ours, theirs = getattr(settings, field.name), getattr(other, field.name)
-        if ours != theirs and field.name not in may_differ:
-            raise ValueError(f"settings.{field.name} must match {whose}: {theirs!r}, got {ours!r}")
+    for name in settings.declared():
+        ours, theirs = getattr(settings, name), getattr(other, name, None)  # another system is found at `system`
+        if ours != theirs and name not in may_differ:
+            raise ValueError(f"settings.{name} must match {whose}: {theirs!r}, got {ours!r}")
 
 
 def cuda_devices(device: str) -> list[torch.device]:

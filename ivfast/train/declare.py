@@ -1,0 +1,196 @@
+"""How a setting is declared: one field of a dataclass says everything that is known about it.
+
+`setting(...)` is the field's value. Options, checks, messages and documentation are made from it. Nothing here imports
+torch, so that the help of the command line stays quick.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+# Panels of the help, in its order.
+DATA, LENGTH, OBJECTIVE, NETWORKS, OPTIMIZER, MACHINE, RUN = PANELS = (
+    "Data", "Length", "Objective", "Networks", "Optimizer", "Machine", "Run"
+)  # fmt: skip
+WORDS = {int: "an integer", float: "a number", str: "a word", bool: "true or false", dict: "an object", tuple: "a list"}
+LETTERS = {int: "N", float: "X", str: "NAME", dict: "JSON", tuple: "JSON"}
+
+
+@dataclass(frozen=True)
+class About:
+    """What `setting` was given, with the type that the annotation names."""
+
+    name: str
+    default: object
+    kind: type  # int, float, str, bool, dict or tuple
+    optional: bool  # None is a value
+    key: type  # of a dict
+    help: str
+    panel: str
+    at_least: float | None
+    above: float | None
+    at_most: float | None
+    below: float | None
+    choices: tuple[str, ...]
+    must: str | None
+    none: str | None
+    metavar: str
+    option: str | None
+    resumable: bool
+
+    def check(self, value: object) -> None:
+        """Raises ValueError for a value of another type or out of range; the message names the setting."""
+        if value is None and self.optional:
+            return
+        if self.kind in (dict, tuple):
+            if not isinstance(value, dict if self.kind is dict else tuple):
+                raise ValueError(f"{self.name} must be {WORDS[self.kind]}, got {value!r}")
+            for key, number in value.items() if self.kind is dict else enumerate(value):
+                self._check_number(f"{self.name}[{key!r}]", number)
+        elif self.choices:
+            if value not in self.choices:
+                raise ValueError(f"{self.name} must be one of {', '.join(map(repr, self.choices))}, got {value!r}")
+        elif self.kind in (int, float):
+            self._check_number(self.name, value)
+        elif not isinstance(value, self.kind):
+            raise ValueError(f"{self.name} must be {WORDS[self.kind]}, got {value!r}")
+
+    def _check_number(self, name: str, value: object) -> None:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        whole = self.kind is not int or isinstance(value, int)
+        if not (number and whole and math.isfinite(value) and self._in_range(value)):
+            raise ValueError(f"{name} must {self.must or f'be {self.range}'}, got {value!r}")
+
+    def _in_range(self, value: float) -> bool:
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    @property
+    def range(self) -> str:
+        """The values that it takes, as a phrase after "must be"."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        limits = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        limits = {name: f"{limit:g}" for name, limit in limits.items() if limit is not None}
+        if self.kind is int:
+            return f"an integer >= {limits['at least']}" if [*limits] == ["at least"] else "an integer"
+        if limits == {"above": "0"}:
+            return "finite and positive"
+        if limits == {"at least": "0"}:
+            return "finite and >= 0"
+        return " and ".join(f"{name} {limit}" for name, limit in limits.items()) or WORDS[self.kind]
+
+    @property
+    def bounds(self) -> str:
+        """The range in the help: empty where it goes without saying."""
+        limits = {">=": self.at_least, ">": self.above, "<=": self.at_most, "<": self.below}
+        return ", ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None)
+
+    @property
+    def example(self) -> str:
+        """A value in JSON."""
+        value = self.encode(self.default)
+        return json.dumps({int: 1, float: 1.0, bool: True}.get(self.kind) if value is None else value)
+
+    @property
+    def flag(self) -> str:
+        """The option's name on the command line."""
+        return f"--{self.option or self.name.replace('_', '-')}"
+
+    def parse(self, text: str) -> object:
+        """The value that an option's text means.
+
+        Raises:
+            ValueError: another type's text, or a value out of range.
+        """
+        try:
+            value = self.decode(json.loads(text) if self.kind in (dict, tuple, bool) else self.kind(text))
+        except ValueError:
+            raise ValueError(f"{self.flag} must be {self.range}, got {text!r}") from None
+        self.check(value)
+        return value
+
+    def encode(self, value: object) -> object:
+        """The value as JSON holds it."""
+        if isinstance(value, dict):
+            return {str(key): entry for key, entry in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    def decode(self, value: object) -> object:
+        """Inverse of `encode`."""
+        if self.kind is dict and isinstance(value, dict):
+            return {self.key(key): entry for key, entry in value.items()}
+        return tuple(value) if self.kind is tuple and isinstance(value, list) else value
+
+    def shown(self, value: object) -> str:
+        """A value in the help and in tables."""
+        if value is None:
+            return self.none or "none"
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, dict | tuple):
+            return json.dumps(self.encode(value))
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def setting(
+    default: object,
+    *,
+    help: str,
+    panel: str = OBJECTIVE,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    must: str | None = None,
+    none: str | None = None,
+    metavar: str | None = None,
+    option: str | None = None,
+    resumable: bool = False,
+) -> Any:
+    """A field of a `Settings`. Its annotation gives the type: int, float, str, bool, dict, tuple, or such | None.
+
+    Args:
+        default: a family's; `preset` of a system stands above it.
+        help: a sentence or two for the help and the documentation.
+        panel: one of `PANELS`.
+        at_least, above, at_most, below: limits of a number, or of each number in a dict or tuple.
+        choices: the words that a str is one of.
+        must: replaces "be <range>" in the message about a value out of range.
+        none: what None stands for.
+        metavar: the value's name in the help.
+        option: the option's name where it is not the field's; "" for none.
+        resumable: a run may be resumed with another value.
+    """
+    about = {name: value for name, value in locals().items() if name != "default"}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata={"setting": about})
+    return dataclasses.field(default=default, metadata={"setting": about})
+
+
+def about(field: dataclasses.Field) -> About:
+    """What a field's declaration says; TypeError for a field that was declared without `setting`."""
+    if "setting" not in field.metadata:
+        raise TypeError(f"{field.name} must be declared by setting(default, help=...)")
+    said = dict(field.metadata["setting"])
+    kinds = typing.get_args(field.type) if isinstance(field.type, types.UnionType) else (field.type,)
+    (full,) = (kind for kind in kinds if kind is not type(None))
+    kind = typing.get_origin(full) or full
+    said["metavar"] = said["metavar"] or ("|".join(said["choices"]) or LETTERS.get(kind, ""))
+    return About(
+        name=field.name,
+        default=field.default if field.default is not dataclasses.MISSING else field.default_factory(),
+        kind=kind,
+        optional=type(None) in kinds,
+        key=typing.get_args(full)[0] if kind is dict else str,
+        **said,
+    )
