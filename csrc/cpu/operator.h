@@ -1,4 +1,7 @@
 // What the CPU operators share: views of particle sets, scratch memory, and what is worth a thread.
+//
+// setup.py compiles the operators, every file here that is not of one instruction set, as one source: what they keep to
+// themselves has a name of its own all the same.
 #pragma once
 
 #include <cstdlib>
