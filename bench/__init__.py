@@ -1,7 +1,7 @@
 """Benchmarks: an op's problem and the ways to compute it, once, for pytest, `ivfast bench` and gpu.py.
 
 Installed as ivfast.bench. A module named like an op's in `ivfast.ops`, with a suffix for a second form, holds its
-benchmark, `PROBLEM`.
+benchmark, `PROBLEM`. `harness/` runs them; `studies/` measures whole systems.
 """
 
 import importlib

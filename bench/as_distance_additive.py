@@ -4,8 +4,9 @@ import dataclasses
 
 import ivfast
 
-from . import as_distance, peers
-from .problem import Provider
+from . import as_distance
+from .harness import peers
+from .harness.problem import Provider
 
 PROBLEM = dataclasses.replace(
     as_distance.PROBLEM,

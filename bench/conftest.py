@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
-from .measure import rounds_of
-from .problem import Instance, label
-from .session import Session
+from .harness.measure import rounds_of
+from .harness.problem import Instance, label
+from .harness.session import Session
 
 SECONDS = 0.5  # of a benchmark
 

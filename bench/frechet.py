@@ -7,8 +7,8 @@ import torch
 
 import ivfast
 
-from . import peers
-from .problem import FORWARD, Problem, Provider
+from .harness import peers
+from .harness.problem import FORWARD, Problem, Provider
 
 
 def draw(size):

@@ -6,8 +6,8 @@ import torch
 
 import ivfast
 
-from . import peers
-from .problem import FORWARD, Problem, Provider
+from .harness import peers
+from .harness.problem import FORWARD, Problem, Provider
 
 
 def by_statistics(function):

@@ -4,9 +4,9 @@ import torch
 
 import ivfast
 
-from . import peers
 from .bridge import constant
-from .problem import BACKWARD, FLOOR, Problem, Provider
+from .harness import peers
+from .harness.problem import BACKWARD, FLOOR, Problem, Provider
 
 
 def eager(mu, logvar, draws):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ivfast import GaussianStatistics
 
-from .problem import FORWARD, Problem, Provider
+from .harness.problem import FORWARD, Problem, Provider
 
 
 @dataclass

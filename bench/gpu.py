@@ -49,7 +49,7 @@ def main() -> int:
     if options.check:
         return bool(wrong)
 
-    from ivfast.bench import tables
+    from ivfast.bench.harness import tables
 
     found = {"checks": checks, "sanitizer": {}}
     if options.device == "cuda" and not options.no_sanitizer:
@@ -181,8 +181,9 @@ def timings(options, found: dict, end: float):
     """Every benchmark, written after each group of rows, and after them the tiles."""
     import warnings
 
-    from ivfast.bench import command, names, tune
-    from ivfast.bench.session import Session
+    from ivfast.bench import names
+    from ivfast.bench.harness import command, tune
+    from ivfast.bench.harness.session import Session
 
     warnings.simplefilter("ignore")  # the peers' own
     dry = options.device == "cpu"

@@ -6,8 +6,9 @@ import torch.nn.functional as F
 
 import ivfast
 
-from . import multi_js, peers
-from .problem import BACKWARD, Problem, Provider
+from . import multi_js
+from .harness import peers
+from .harness.problem import BACKWARD, Problem, Provider
 
 
 def draw(size):

@@ -4,8 +4,8 @@ import torch
 
 import ivfast
 
-from . import peers
-from .problem import FORWARD, Problem, Provider
+from .harness import peers
+from .harness.problem import FORWARD, Problem, Provider
 
 # torch.median takes the lower of the two middle distances, of which 64 particles leave a gap of some 1e-3
 LOWER = 1e-2

@@ -6,8 +6,8 @@ import torch
 
 import ivfast
 
-from . import peers
-from .problem import BACKWARD, Problem, Provider
+from .harness import peers
+from .harness.problem import BACKWARD, Problem, Provider
 
 
 @functools.cache

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 import ivfast
 
-from . import peers
-from .problem import FLOOR, Problem, Provider
+from .harness import peers
+from .harness.problem import FLOOR, Problem, Provider
 
 
 @functools.cache

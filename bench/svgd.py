@@ -4,8 +4,8 @@ import torch
 
 import ivfast
 
-from . import peers
-from .problem import BACKWARD, Problem, Provider
+from .harness import peers
+from .harness.problem import BACKWARD, Problem, Provider
 
 
 def at_fixed_bandwidth(function):

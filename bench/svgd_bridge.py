@@ -6,8 +6,9 @@ import torch
 
 import ivfast
 
-from . import peers, svgd
-from .problem import Problem, Provider
+from . import svgd
+from .harness import peers
+from .harness.problem import Problem, Provider
 
 T = 4
 STEPS = 2 * (T - 1)

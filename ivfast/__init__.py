@@ -7,8 +7,10 @@ from ._registry import load_extensions, use
 from .ops.as_distance import as_distance, log_gaussian_kernel_sums
 from .ops.bridge import block_substitute, blockwise_bridge, radial_bridge
 from .ops.exp_elbo import exp_elbo_loss
-from .ops.frechet import fld, frechet_distance, frechet_distance_from_samples
+from .ops.fld import fld
+from .ops.frechet import frechet_distance, frechet_distance_from_samples
 from .ops.gaussian import gaussian_kl, reparameterize
+from .ops.gaussian_statistics import GaussianStatistics
 from .ops.importance import importance_weighted_loss
 from .ops.linear_multi_js import linear_multi_js_loss
 from .ops.median import median_bandwidth
@@ -20,7 +22,6 @@ from .ops.sqrtm_spd import sqrtm_spd
 from .ops.svgd import svgd_direction
 from .ops.svgd_bridge import svgd_bridge
 from .sampling import svgd
-from .statistics import GaussianStatistics
 
 load_extensions()
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .nn import Linear, Pending
 from .ops.linear_adam import linear_adam_
 
-LEAST = 2**19  # weights of a layer from which the fused step is faster: bench/fused_adam.py
+LEAST = 2**19  # weights of a layer from which the fused step is faster: bench/studies/fused_adam.py
 MOST_SAMPLES = 96  # with more, the product is what the step costs, and PyTorch's is faster
 
 

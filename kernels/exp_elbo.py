@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numbers import parts
+from .math import parts
 
 BLOCK = 1024  # samples at once: by register count (tests/test_cubins.py), not yet by a clock
 MOST = tl.constexpr(80.0)  # of the exponent, as in ivfast/ops/exp_elbo.py

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numbers import expm1, expm1_minus
+from .math import expm1, expm1_minus
 
 # A tile is ROWS posteriors by COLUMNS dimensions: by register count (tests/test_cubins.py), not yet by a clock.
 TILE = 512  # elements

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numbers import softplus
+from .math import softplus
 
 BLOCK = 1024  # logits at once: by register count (tests/test_cubins.py), not yet by a clock
 # fusion stated, since its default differs between versions of Triton

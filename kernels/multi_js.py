@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .numbers import parts as two_parts
+from .math import parts as two_parts
 
-# A tile is ROWS rows by COLUMNS columns of logits: by register count (tests/test_kernels.py), not yet by a clock.
+# A tile is ROWS rows by COLUMNS columns of logits: by register count (tests/test_cubins.py), not yet by a clock.
 TILE = {torch.float32: 2048, torch.float64: 1024}  # elements, by the dtype of the arithmetic
 ONE_PROGRAM = 16  # tiles that a single program sums, so that a small loss takes one launch
 PARTS = 4096  # programs per set at most: what one program can add up

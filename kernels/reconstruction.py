@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .numbers import log1p
+from .math import log1p
 from .particles import shares
 
 # A tile is ROWS samples by COLUMNS pixels: by register count (tests/test_cubins.py), not yet by a clock.

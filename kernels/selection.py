@@ -201,7 +201,8 @@ def select(packed: Packed, ranks: Ranks) -> Tensor:
     grid = sets * (N // TILE), triton.cdiv(N // TILE, SEGMENT)
     for _ in range(4 if ranks.pairs >= SAMPLED else 3):
         _count_kernel[grid](
-            *(packed.X, packed.q, packed.mark, window, counts, n, N, D, TILE, SEGMENT, width(D), BINS, two), **TILE_OPTIONS
+            *(packed.X, packed.q, packed.mark, window, counts, n, N, D, TILE, SEGMENT, width(D), BINS, two),
+            **TILE_OPTIONS,
         )
         _narrow_kernel[sets, 1 + two](counts, window, ranks.first, ranks.second, BINS, **OPTIONS)
     return window

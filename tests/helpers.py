@@ -1,10 +1,11 @@
-"""What several test files say alike."""
+"""Shared test helpers."""
 
 import copy
 import datetime
 import pathlib
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
@@ -111,3 +112,85 @@ def by_cuda(case: testing.Case):
         return [*value, *gradients]
 
     return call
+
+
+def cases(*ops: str):
+    return pytest.mark.parametrize("case", [c for c in testing.CASES if c.op in ops], ids=str)
+
+
+def batch() -> tuple[int, ...]:
+    return tuple(size(1, 3) for _ in range(size(0, 2)))
+
+
+def normal(*shapes, scale=1.0):
+    return lambda generator: tuple(
+        torch.randn(shape, generator=generator, dtype=torch.float64) * scale for shape in shapes
+    )
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, slack: float = 1.0, unit: float = 0.0):
+    assert ours.shape == theirs.shape
+    assert testing.error(ours, theirs, unit) <= slack * testing.TOLERANCES[ours.dtype]
+
+
+def assert_close(ours, theirs, *, slack=1.0, unit=0.0):
+    """Within the tolerance of ours' dtype; shape and contiguity too."""
+    assert ours.shape == theirs.shape
+    assert ours.is_contiguous()
+    assert testing.error(ours.cpu(), theirs.cpu(), unit) <= slack * testing.TOLERANCES[ours.dtype]
+
+
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """x, one element off every boundary."""
+    storage = x.new_empty(x.numel() + 1)
+    return storage[1:].view(x.shape).copy_(x)
+
+
+def same_bits(results):
+    return all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
+
+
+def losses_and_gradients(function, tensors, implementation, dtype=None):
+    """The losses, and the gradients of their sum weighted by an expanded number, of leaves with the strides of
+    `tensors`."""
+    leaves = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in tensors]
+    with ivfast.use(implementation):
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, torch.tensor(0.7).to(out).expand(out.shape))]
+
+
+def assert_strides_are_read(function, tensors):
+    assert not any(x.is_contiguous() for x in tensors)
+    ours = losses_and_gradients(function, tensors, "triton")
+    theirs = losses_and_gradients(function, tensors, "reference", torch.float64)
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a, b)
+
+
+def assert_as_reference(function, *tensors, rtol=1e-5):
+    """Number by number, NaN and infinity too."""
+    ours, theirs = (losses_and_gradients(function, tensors, use) for use in ("triton", "reference"))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-30, equal_nan=True)
+    return ours
+
+
+def assert_right_on_cpu(op, function, draw, dtype, **keywords):
+    case = testing.Case(op, "random", function, draw, **keywords)
+    testing.check(case, testing.inputs(case, dtype), "cpu")
+
+
+def assert_threads_change_no_bit(op, shapes, threads):
+    """Value and gradient of `op` of normal tensors, by one thread and by several."""
+    tensors = [torch.randn(shape, requires_grad=i < 2) for i, shape in enumerate(shapes)]
+    leaves = tensors[:1]
+
+    def run():
+        out = op(*tensors)
+        return out, *torch.autograd.grad(out, leaves, torch.linspace(-1, 1, out.numel()).view(out.shape))
+
+    threads(1)
+    expected = run()
+    for count in (2, 5):
+        threads(count)
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))

@@ -11,11 +11,14 @@ from helpers import assert_equations, command, terms_and_gradients
 from torch import distributions
 from torch.nn import functional as F
 
-from ivfast import data, metrics, nets_s4, points, report
+from ivfast import data, metrics
+from ivfast.data import points
 from ivfast.models import build, preset
 from ivfast.models.avb import Encoded
+from ivfast.nets import noisy
 from ivfast.papers import s4
 from ivfast.runs import load_system
+from ivfast.runs.evaluation import Evaluation
 from ivfast.testing import error
 from ivfast.train import Settings
 from ivfast.train.checkpoint import LAST, read
@@ -247,7 +250,7 @@ def test_residual_units_are_section_4s_for_faces_and_learn(contrast, digits):
     system = build(settings, (3, 64, 64))
     encoder, G, T = (system.modules[name] for name in ("encoder", "generator", "discriminator"))
     for network in (encoder, G):
-        assert sum(isinstance(m, nets_s4.ResidualUnit) for m in network.modules()) == 3 * 4
+        assert sum(isinstance(m, noisy.ResidualUnit) for m in network.modules()) == 3 * 4
     assert not any(isinstance(m, torch.nn.BatchNorm2d) for m in G.modules())
     x, z = torch.rand(4, 3, 64, 64) * 2 - 1, torch.randn(4, settings.latent_dim)
     assert torch.equal(T(x, z, z)[0], T(x, z, z)[1])
@@ -369,7 +372,7 @@ def test_the_command_line_trains_and_evaluates(tmp_path, monkeypatch, threads):
 
 def test_evaluation_on_images(digits, tmp_path):
     system = build(small(), SHAPE)
-    evaluation = report.Evaluation(system, digits)
+    evaluation = Evaluation(system, digits)
     assert {"bound", "likelihood", "kl-to-prior", "fld", "reconstruction"} <= set(evaluation.default())
     (bound,), (likelihood,), (kl,) = map(evaluation.run, ("bound", "likelihood", "kl-to-prior"))
     assert "as its discriminator estimates it" in bound.meaning

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 import ivfast
 from ivfast import bench, cli
-from ivfast.bench import command, machine, measure, memory, peers, plot, results, session, svgd, tables, tune
-from ivfast.bench.problem import BACKWARD, FORWARD, Instance, Problem, Provider
+from ivfast.bench import svgd
+from ivfast.bench.harness import command, machine, measure, memory, peers, plot, results, session, tables, tune
+from ivfast.bench.harness.problem import BACKWARD, FORWARD, Instance, Problem, Provider
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -184,6 +185,12 @@ def test_nothing_is_started_after_the_deadline(monkeypatch):
     assert one.not_started == [f"square {n}x3 {what}" for n in (8, 16) for what in (FORWARD, BACKWARD)]
 
 
+def test_every_public_op_has_a_benchmark():
+    modules = {"distributed", "nn", "optim", "patch"}
+    public = set(ivfast.__all__) - modules - {"use"}
+    assert {bench.problem_of(name).op.split()[0] for name in bench.names()} == public
+
+
 @pytest.mark.parametrize("name", bench.names())
 def test_every_peer_is_right(name):
     """KeOps and torch.compile take a compiler's time here; `pytest bench` and the command check them as well."""
@@ -277,8 +284,8 @@ def test_rough_results_take_no_others_place(tmp_path, monkeypatch):
     ivfast_bench(*TINY)
     assert list(tmp_path.iterdir()) == []
     assert command.folder(None, partial=False) == Path("bench-results")
-    (tmp_path / "bench").mkdir()
-    (tmp_path / "bench/peers.py").touch()
+    (tmp_path / "bench/harness").mkdir(parents=True)
+    (tmp_path / "bench/harness/peers.py").touch()
     assert command.folder(None, partial=False) == Path("bench/results")
     assert command.folder(tmp_path, partial=True) == tmp_path
 
@@ -350,7 +357,7 @@ def test_errors_name_what_was_given_and_what_exists(arguments, said):
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Linux alone binds a process")
 def test_threads_bind_every_provider():
-    code = "import os, torch; from ivfast.bench import machine; machine.use_threads(1)"
+    code = "import os, torch; from ivfast.bench.harness import machine; machine.use_threads(1)"
     code += "; assert torch.get_num_threads() == len(os.sched_getaffinity(0)) == 1; machine.use_threads(10_000)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
     assert "--threads must be at most 1, the processors of this process, got 10000" in run.stderr

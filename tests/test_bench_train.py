@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ivfast import bench
-from ivfast.bench import eager, train
+from ivfast.bench.studies import eager, train
 from ivfast.data import load
 
 

@@ -16,8 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from ivfast import cli, data, metrics, models, report, sources
-from ivfast.runs import load_system
+from ivfast import cli, data, metrics, models
+from ivfast.data import sources
+from ivfast.runs import evaluation, load_system
 from ivfast.train.checkpoint import LAST
 
 MAIN = "from ivfast.cli import main; main()"  # what the installed command does
@@ -293,10 +294,10 @@ def test_info_agrees_with_the_registry():
 def test_help_lists_every_system_data_set_and_metric():
     train, evaluate = command("train", "--help"), command("evaluate", "--help")
     assert set(cli.SYSTEMS) == set(models.SYSTEMS)
-    assert set(cli.METRICS) == set(report.METRICS)
+    assert set(cli.METRICS) == set(evaluation.METRICS)
     for name in (*models.SYSTEMS, *sources.DATASETS):
         assert re.search(rf"^ *.*\b{re.escape(name)}\b", train, re.MULTILINE)
-    for name in report.METRICS:
+    for name in evaluation.METRICS:
         assert f"  {name} " in evaluate
 
 

@@ -139,13 +139,17 @@ def sample_loss_variants() -> list[Variant]:
 
 
 def statistics_variants() -> list[Variant]:
-    from ivfast.kernels import statistics
+    from ivfast.kernels import gaussian_statistics
 
     found = []
     for d, dtype, ones in ((64, "fp32", {}), (256, "bf16", {}), (1, "fp16", {"n": 1, "d": 1})):
         given = {"p_x": f"*{dtype}:16", "p_means": "*fp64:16", "p_parts": "*fp64:16", "share": "i32:16", **ones}
-        given |= {"BLOCKS": -(-d // statistics.BLOCK), "ROWS": statistics.ROWS, "BLOCK": statistics.BLOCK}
-        found.append(filled("statistics._scatter_kernel", statistics.OPTIONS, **given))
+        given |= {
+            "BLOCKS": -(-d // gaussian_statistics.BLOCK),
+            "ROWS": gaussian_statistics.ROWS,
+            "BLOCK": gaussian_statistics.BLOCK,
+        }
+        found.append(filled("gaussian_statistics._scatter_kernel", gaussian_statistics.OPTIONS, **given))
     return found
 
 

@@ -17,8 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from ivfast import decoded, points, sources
-from ivfast.data import DataNotFound, load
+from ivfast.data import DataNotFound, decoded, load, points, sources
 
 
 def md5(path):

@@ -12,9 +12,11 @@ from helpers import assert_equations, command, terms_and_gradients
 from torch import distributions
 from torch.nn import functional as F
 
-from ivfast import data, metrics, points, report
+from ivfast import data, metrics
+from ivfast.data import points
 from ivfast.models import build, introvae, preset
 from ivfast.papers import s5
+from ivfast.runs import evaluation as measures
 from ivfast.testing import error
 from ivfast.train import Settings, checkpoint
 from ivfast.train.loop import fit
@@ -385,14 +387,14 @@ def test_ssim_by_its_definition(shape):
 def test_histogram_metric_of_a_trained_system():
     gaussians = data.load("8-gaussians", limit=400)
     system = build(preset("s-introvae", "8-gaussians"), (2,))
-    evaluation = report.Evaluation(system, gaussians, n=300)
+    evaluation = measures.Evaluation(system, gaussians, n=300)
     assert evaluation.default() == ["fld", "modes", "histogram"]
     values = {value.name: value.value for value in evaluation.run("histogram")}
-    expected = metrics.histogram_divergence(gaussians.test[: report.HISTOGRAM], metrics.generate(system, 300))
+    expected = metrics.histogram_divergence(gaussians.test[: measures.HISTOGRAM], metrics.generate(system, 300))
     assert list(values.values()) == list(expected)
     assert list(values) == ["histogram_kl", "histogram_jsd", "histogram_js"]
     with pytest.raises(ValueError, match="histogram needs points in the plane, got digits"):
-        report.Evaluation(build(small("s-introvae"), SHAPE), data.load("digits")).run("histogram")
+        measures.Evaluation(build(small("s-introvae"), SHAPE), data.load("digits")).run("histogram")
 
 
 def test_table_1_and_its_figure(tmp_path):

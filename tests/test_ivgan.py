@@ -12,8 +12,10 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ivfast import nets, points, truths
+from ivfast import nets
+from ivfast.data import points
 from ivfast.models import build, preset
+from ivfast.papers import truths
 from ivfast.testing import error
 from ivfast.train import Settings
 from ivfast.train.batches import as_images

@@ -19,7 +19,8 @@ import sklearn.datasets  # noqa: F401  for the server
 import torch
 
 import ivfast
-from ivfast import cli, data, models, report, runs  # noqa: F401  likewise
+from ivfast import cli, data, models, runs  # noqa: F401  likewise
+from ivfast.runs import report
 from ivfast.train import checkpoint, files, loop  # noqa: F401  likewise
 
 PER_EPOCH = 23  # steps, on digits in batches of 64

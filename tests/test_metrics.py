@@ -10,9 +10,9 @@ from scipy.linalg import sqrtm
 from torch import nn
 
 from ivfast import metrics
-from ivfast.classifier import classifier_of
 from ivfast.data import Dataset, load
-from ivfast.inception import WeightsNotFound, inception
+from ivfast.metrics.classifier import classifier_of
+from ivfast.metrics.inception import WeightsNotFound, inception
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,7 +127,7 @@ def test_classifier_of_digits_is_accurate_deterministic_and_cached(digits, class
     first, second = (classifier_of(some, cache=tmp_path / name) for name in "ab")
     for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    monkeypatch.setattr("ivfast.classifier._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("ivfast.metrics.classifier._train", lambda *_: pytest.fail("trained again"))
     cached = classifier_of(some, cache=tmp_path / "a")
     assert cached.accuracy == first.accuracy
     assert torch.equal(cached(metrics.to_float(some.test)), first(metrics.to_float(some.test)))

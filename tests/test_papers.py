@@ -11,9 +11,10 @@ import torch
 from helpers import command
 from PIL import Image
 
-from ivfast import cli, data, models, sources
+from ivfast import cli, data, models
+from ivfast.data import sources
+from ivfast.metrics.probe import last_hidden_layer, probe
 from ivfast.papers import EXPERIMENTS, find, report, s1, s2, s3, session
-from ivfast.probe import last_hidden_layer, probe
 from ivfast.train.loop import Interrupted, NonFiniteLoss
 
 TINY = {"steps": 2, "samples": 60, "seeds": [0], "workers": 1, "device": "cpu"}

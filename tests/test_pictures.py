@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ivfast import pictures
+from ivfast.runs import pictures
 
 
 def read(path):

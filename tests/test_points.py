@@ -7,11 +7,12 @@ import pytest
 import torch
 from helpers import command
 
-from ivfast import metrics, points, report
-from ivfast.data import load
+from ivfast import metrics
+from ivfast.data import load, points
+from ivfast.data.points import POINTS, Mixture
 from ivfast.models import build, preset
-from ivfast.points import POINTS, Mixture
-from ivfast.runs import load_system
+from ivfast.runs import load_system, report
+from ivfast.runs.evaluation import Evaluation
 
 N = 40_000
 MIXTURES = [name for name, known in POINTS.items() if isinstance(known, Mixture)]
@@ -130,7 +131,7 @@ def test_looks_at_points_while_training_and_after(system, tmp_path):
     (tmp_path / "log.jsonl").touch()
     drawn = report.draw(network, ring, tmp_path)
     assert all(path.is_file() for path in drawn.values())
-    evaluation = report.Evaluation(network, ring, n=300)
+    evaluation = Evaluation(network, ring, n=300)
     found = {value.name: value.value for name in evaluation.default() for value in evaluation.run(name)}
     expected = metrics.point_modes(metrics.generate(network, 300), POINTS["ring"])
     assert [found[name] for name in ("modes", "modes_kl", "modes_confident")] == list(expected)

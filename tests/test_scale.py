@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ivfast.bench import communication, page, reach, scale
+from ivfast.bench.harness import page
+from ivfast.bench.studies import communication, reach, scale
 
 N, D, RANKS = 48, 8, 2
 BLOCK = N // RANKS * D * 4

@@ -1,14 +1,12 @@
-"""S3's systems: losses against the equations, reductions, what its lemmas say by quadrature, labels and their shares."""
+"""S3's systems: losses against the equations, and reductions of one system to another."""
 
 import copy
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_equations, command, terms_and_gradients
+from helpers import assert_equations, terms_and_gradients
 from torch import distributions
 from torch.nn import functional as F
 
@@ -334,138 +332,8 @@ def integral(values):
     return torch.trapezoid(values, GRID)
 
 
-def normal(mean, scale):
-    return distributions.Normal(torch.as_tensor(mean, dtype=torch.float64), scale).log_prob(GRID).exp()
-
-
 def kl(p, q):
     return integral(p * (p.log() - q.log()))
-
-
-def jsd(p, q):
-    m = (p + q) / 2
-    return 0.5 * (kl(p, m) + kl(q, m))
-
-
-@pytest.mark.parametrize("discriminator", ["uniform", "logistic", "optimal"])
-def test_lemma_1_by_quadrature(discriminator):
-    """S3 Eq. 10, and Eq. 14 for the optimal D: generator N(θ, 1.3²), data N(0, 1), p(y) uniform."""
-    theta = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
-    p_data, p_g, p_g0 = normal(0, 1.0), normal(theta, 1.3), normal(theta.detach(), 1.3)
-    logits = {
-        "uniform": torch.zeros_like(GRID),
-        "logistic": 0.8 - 1.1 * GRID,
-        "optimal": p_data.log() - p_g0.log(),
-    }[discriminator]
-    D_ = torch.sigmoid(logits)
-
-    # −E_{p(x|y) p(y)} log q^r(y|x): the loss of `Gan.generator_loss`, as log D at y = 0, and a constant at y = 1
-    left = 0.5 * integral(p_g * F.softplus(-logits)) + 0.5 * integral(p_data * F.softplus(logits))
-    prior = (p_g0 + p_data) / 2
-    posterior = [q * prior / integral(q * prior) for q in (D_, 1 - D_)]  # q^r(x|y), y = 0, 1
-    right = 0.5 * kl(p_g, posterior[0]) + 0.5 * kl(p_data, posterior[1]) - jsd(p_g, p_data)
-    (a,), (b,) = (torch.autograd.grad(side, theta, retain_graph=True) for side in (left, right))
-    assert abs(a - b) < 1e-9
-    if discriminator == "uniform":
-        assert abs(a) < 1e-9  # "the gradients of the KL and JSD terms cancel out"
-    else:
-        assert abs(a) > 0.05
-    if discriminator == "optimal":  # Eq. 14
-        (c,) = torch.autograd.grad(0.5 * kl(p_g, p_data) - jsd(p_g, p_data), theta)
-        assert abs(a - c) < 1e-9
-        # Eqs. 42–44: the weight of a sample, q^r(y|x) p_θ0(x) / p_θ(x|y) at y = 0, is ½ D/(1 − D)
-        inside = GRID.abs() < 6
-        assert error((D_ * prior / p_g0)[inside], (0.5 * D_ / (1 - D_))[inside]) < 1e-9
-    # Eq. 24 holds with the normaliser of Eq. 9, E_p(y) log ∫ q^r(y|x) p_θ0(x) dx, which the paper leaves out
-    normaliser = sum(0.5 * integral(q * prior).log() for q in (D_, 1 - D_))
-    divergences = sum(0.5 * (kl(p, q) - kl(p, prior)) for p, q in zip((p_g, p_data), posterior, strict=True))
-    assert abs(-left - (normaliser - divergences)) < 1e-9
-
-
-def test_bounds_are_below_the_likelihood_by_the_divergence_of_the_posteriors():
-    """One-dimensional codes: log p(x) − E bound(x) = KL(q(z|x) ‖ p(z|x)), each by quadrature."""
-    system = build(small("vae", latent_dim=1, width=8), SHAPE)
-    with torch.no_grad():
-        system.modules["generator"][-2].weight.mul_(3)  # a decoder that heeds its code
-    x = image()[:1]
-    with torch.no_grad():
-        l, t = copy.deepcopy(system.modules["generator"]).double()(GRID[:, None]), (x.double() + 1) / 2
-        log_joint = (t * l - F.softplus(l)).sum((1, 2, 3)) + normal(0, 1.0).log()
-        mu, logvar = system.modules["encoder"](x).double().chunk(2, 1)
-        q = normal(mu[0, 0], float((logvar / 2).exp()))
-        log_p = torch.logsumexp(log_joint, 0) + math.log(float(GRID[1] - GRID[0]))
-        elbo = integral(q * (log_joint - q.clamp_min(1e-300).log()))
-        gap = integral(q * (q.clamp_min(1e-300).log() - (log_joint - log_p)))
-    assert gap > 0.01
-    assert float(elbo) == pytest.approx(float(log_p - gap), abs=1e-6)
-    draws = system.bound(x.expand(4000, -1, -1, -1))
-    assert abs(float(draws.mean() - elbo)) < 5 * float(draws.std()) / math.sqrt(4000)  # 5 standard errors
-
-
-def test_stratified_rows_keep_the_classes_and_are_nested(digits):
-    labels = digits.train_labels
-    one, ten = (data.stratified(labels, share) for share in (0.01, 0.1))
-    assert torch.equal(ten, data.stratified(labels, 0.1))
-    assert set(one.tolist()) < set(ten.tolist())
-    for rows, share in ((one, 0.01), (ten, 0.1)):
-        assert rows.tolist() == sorted(set(rows.tolist()))
-        expected = [max(1, round(share * int(n))) for n in labels.bincount()]
-        assert labels[rows].bincount(minlength=10).tolist() == expected
-    assert torch.equal(data.stratified(labels, 1.0), torch.arange(len(labels)))
-    assert data.stratified(torch.arange(5), 0.01).tolist() == [0, 1, 2, 3, 4]
-    with pytest.raises(ValueError, match="share must be above 0 and at most 1, got 0"):
-        data.stratified(labels, 0)
-
-
-def test_training_sets_hide_and_drop_what_the_shares_say(digits):
-    def of(name, **changes):
-        settings = runs.with_classes(small(name, **changes), digits)
-        return runs.training_set(build(settings, SHAPE), digits)
-
-    images, labels = of("svae", label_share=0.1)
-    rows = data.stratified(digits.train_labels, 0.1)
-    assert torch.equal(images, digits.train)
-    assert torch.equal((labels >= 0).nonzero()[:, 0], rows)
-    assert torch.equal(labels[rows], digits.train_labels[rows])
-    half = digits._replace(train_labels=digits.train_labels.where(torch.arange(len(digits.train)) % 2 == 0, -1))
-    with pytest.raises(ValueError, match=r"label_share must be at most 0\.50.., the share of digits that has labels"):
-        runs.training_set(build(small("svae"), SHAPE), half)
-    _, labels = runs.training_set(build(small("svae", label_share=0.2), SHAPE), half)
-    assert float((labels >= 0).double().mean()) == pytest.approx(0.2, abs=0.005)
-    assert torch.equal(labels[labels >= 0], half.train_labels[labels >= 0])
-    images, labels = of("cvae", data_share=0.1)
-    assert torch.equal(images, digits.train[rows])
-    assert torch.equal(labels, digits.train_labels[rows])
-    images, labels = of("vae", data_share=0.1)
-    assert torch.equal(images, digits.train[rows])
-    assert labels is None
-    images, labels = of("ada")
-    assert torch.equal(images, torch.cat([digits.train, 255 - digits.train]))
-    assert torch.equal(labels, torch.cat([digits.train_labels, torch.full((len(digits.train),), -1)]))
-    with pytest.raises(ValueError, match="label_share must be 1 for cgan"):
-        of("cgan", label_share=0.1)
-    without = digits._replace(name="celeba", train_labels=None, classes=())
-    with pytest.raises(ValueError, match="cgan learns from labels, and celeba has none"):
-        runs.with_classes(small("cgan"), without)
-    assert runs.with_classes(small("gan"), without).classes == 10
-
-
-def test_fit_refuses_labels_that_the_system_cannot_read(digits, tmp_path):
-    def train(name, labels):
-        settings = small(name, steps=1)
-        fit(build(settings, SHAPE), digits.train[:60], settings, tmp_path, labels=labels, progress=False)
-
-    for name, labels, message in (
-        ("gan", torch.zeros(60).long(), "labels must be None: gan reads none"),
-        ("cgan", None, "labels must be given: cgan learns from them"),
-        ("cvae", torch.arange(60) % 10 - 1, r"labels must be 0\.\.9, got -1\.\.8, −1 for none, as cvae needs one"),
-        ("svae", torch.arange(60) % 11, r"labels must be -1\.\.9, got 0\.\.10"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            train(name, labels)
-    for changes, message in (({"data_share": 0}, "data_share"), ({"label_share": 1.1}, "label_share")):
-        with pytest.raises(ValueError, match=f"{message} must be above 0 and at most 1"):
-            small("svae", **changes)
 
 
 def test_presets_are_dcgans_settings():
@@ -536,27 +404,3 @@ def test_tables_train_every_pair_and_choose_the_temperature_on_held_out_images(d
     assert [row[1:] for row in rows] == [(0.5, 7, 1.0, 10.0), (0.5, 7, 3.0, 30.0)]
     assert [t for name, t, _ in trained_at] == [1.0, *s3.TEMPERATURES]
     assert trained_at[0][2] == {"seed": 7, "data_share": 0.5}
-
-
-@pytest.mark.parametrize(
-    ("name", "measured"),
-    [("iwcgan", ()), ("aasvae", ("bound", "accuracy")), ("ada", ("accuracy",))],
-)
-def test_command_line_hands_labels_to_what_needs_them(name, measured, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-    more = ("--label-share", 0.1) if name == "aasvae" else ()
-    fast = ("--set", "tensorboard=false", "--set", "width=32", "--device", "cpu")
-    text = command("train", name, "--steps", 3, "--out", "run", *more, *fast)
-    assert f"{2994 if name == 'ada' else 1497:,} training and" in text
-    record = json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])
-    values = record.get("metrics", {})
-    assert set(values) == set(measured)
-    if measured:
-        command("evaluate", "run", "--metrics", ",".join(measured))
-        again = json.loads(Path("run/metrics.json").read_text())
-        assert {m: again[m] for m in measured} == pytest.approx({m: values[m] for m in measured}, rel=1e-4)
-    if name == "ada":
-        assert "generates no images" in command("sample", "run", code=2)
-    else:
-        command("sample", "run", "-n", 20)

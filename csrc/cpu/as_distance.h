@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -35,14 +36,6 @@ struct AsDistanceForm {
   bool additive, prior, backward;
 };
 
-namespace avx512 {
-AsDistanceStages as_distance_stages(Storage, AsDistanceForm);
-}
-namespace avx2 {
-AsDistanceStages as_distance_stages(Storage, AsDistanceForm);
-}
-namespace generic {
-AsDistanceStages as_distance_stages(Storage, AsDistanceForm);
-}
+IVFAST_IN_EACH_ISA(AsDistanceStages as_distance_stages(Storage, AsDistanceForm))
 
 }  // namespace ivfast

@@ -232,12 +232,7 @@ AsDistanceStages stages_of(const AsDistanceForm& form) {
 }  // namespace
 
 AsDistanceStages as_distance_stages(Storage storage, AsDistanceForm form) {
-  switch (storage) {
-    case Storage::float64: return stages_of<double, double>(form);
-    case Storage::bfloat16: return stages_of<BFloat16, float>(form);
-    case Storage::float16: return stages_of<Float16, float>(form);
-    default: return stages_of<float, float>(form);
-  }
+  return IVFAST_BY_STORAGE(storage, stages_of, form);
 }
 
 }  // namespace IVFAST_ISA

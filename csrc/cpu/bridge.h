@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -24,14 +25,6 @@ struct SubstitutionStages {
   void (*radial_backward)(const SubstitutionRows&);
 };
 
-namespace avx512 {
-SubstitutionStages substitution_stages(Storage);
-}
-namespace avx2 {
-SubstitutionStages substitution_stages(Storage);
-}
-namespace generic {
-SubstitutionStages substitution_stages(Storage);
-}
+IVFAST_IN_EACH_ISA(SubstitutionStages substitution_stages(Storage))
 
 }  // namespace ivfast

@@ -108,12 +108,7 @@ SubstitutionStages substitution_stages_of() {
 }  // namespace
 
 SubstitutionStages substitution_stages(Storage storage) {
-  switch (storage) {
-    case Storage::float64: return substitution_stages_of<double, double>();
-    case Storage::bfloat16: return substitution_stages_of<BFloat16, float>();
-    case Storage::float16: return substitution_stages_of<Float16, float>();
-    default: return substitution_stages_of<float, float>();
-  }
+  return IVFAST_BY_STORAGE(storage, substitution_stages_of);
 }
 
 }  // namespace IVFAST_ISA

@@ -54,3 +54,10 @@ IVFAST_MATH void store_vector(Float16* to, Floats x) {
 }  // namespace
 }  // namespace IVFAST_ISA
 }  // namespace ivfast
+
+// function<S, T>(…) of a storage: tensors hold S, arithmetic is in T
+#define IVFAST_BY_STORAGE(storage, function, ...)                          \
+  (storage == Storage::float64    ? function<double, double>(__VA_ARGS__)  \
+   : storage == Storage::bfloat16 ? function<BFloat16, float>(__VA_ARGS__) \
+   : storage == Storage::float16  ? function<Float16, float>(__VA_ARGS__)  \
+                                  : function<float, float>(__VA_ARGS__))

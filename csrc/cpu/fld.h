@@ -32,14 +32,6 @@ struct CodesStages {
   bool (*root)(Codes&);
   void (*gradients)(const Codes&, int64_t part);
 };
-namespace avx512 {
-CodesStages codes_stages(Storage);
-}
-namespace avx2 {
-CodesStages codes_stages(Storage);
-}
-namespace generic {
-CodesStages codes_stages(Storage);
-}
+IVFAST_IN_EACH_ISA(CodesStages codes_stages(Storage))
 
 }  // namespace ivfast

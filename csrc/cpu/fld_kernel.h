@@ -212,12 +212,7 @@ CodesStages codes_stages_of() {
 }  // namespace
 
 CodesStages codes_stages(Storage storage) {
-  switch (storage) {
-    case Storage::float64: return codes_stages_of<double, double>();
-    case Storage::bfloat16: return codes_stages_of<BFloat16, float>();
-    case Storage::float16: return codes_stages_of<Float16, float>();
-    default: return codes_stages_of<float, float>();
-  }
+  return IVFAST_BY_STORAGE(storage, codes_stages_of);
 }
 
 }  // namespace IVFAST_ISA

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -22,14 +23,6 @@ struct GaussianStages {
   void (*backward)(const GaussianRows&);
 };
 
-namespace avx512 {
-GaussianStages gaussian_stages(Storage);
-}
-namespace avx2 {
-GaussianStages gaussian_stages(Storage);
-}
-namespace generic {
-GaussianStages gaussian_stages(Storage);
-}
+IVFAST_IN_EACH_ISA(GaussianStages gaussian_stages(Storage))
 
 }  // namespace ivfast

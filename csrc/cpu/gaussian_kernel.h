@@ -75,12 +75,7 @@ GaussianStages gaussian_stages_of() {
 }  // namespace
 
 GaussianStages gaussian_stages(Storage storage) {
-  switch (storage) {
-    case Storage::float64: return gaussian_stages_of<double, double>();
-    case Storage::bfloat16: return gaussian_stages_of<BFloat16, float>();
-    case Storage::float16: return gaussian_stages_of<Float16, float>();
-    default: return gaussian_stages_of<float, float>();
-  }
+  return IVFAST_BY_STORAGE(storage, gaussian_stages_of);
 }
 
 }  // namespace IVFAST_ISA

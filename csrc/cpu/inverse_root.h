@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -23,14 +24,6 @@ struct MatrixStages {
   void (*run)(SymmetricMatrix&);
 };
 
-namespace avx512 {
-MatrixStages matrix_stages(Storage);
-}
-namespace avx2 {
-MatrixStages matrix_stages(Storage);
-}
-namespace generic {
-MatrixStages matrix_stages(Storage);
-}
+IVFAST_IN_EACH_ISA(MatrixStages matrix_stages(Storage))
 
 }  // namespace ivfast

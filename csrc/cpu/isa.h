@@ -12,6 +12,12 @@ Isa isa();
 
 }  // namespace ivfast
 
+// Declares a function in the namespace of each instruction set
+#define IVFAST_IN_EACH_ISA(...)     \
+  namespace avx512 { __VA_ARGS__; } \
+  namespace avx2 { __VA_ARGS__; }   \
+  namespace generic { __VA_ARGS__; }
+
 // function(…) of the namespace that serves
 #if defined(__x86_64__)
 #define IVFAST_BY_ISA(function, ...)                                    \

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace ivfast {
 
 // A linear layer's weights [outputs, inputs], and Adam's averages m and v of them.
@@ -28,14 +30,6 @@ struct LinearAdamStages {
   void (*step)(const LinearAdam&, int64_t first, int64_t last);   // a range of grad's panels
 };
 
-namespace avx512 {
-LinearAdamStages linear_adam_stages();
-}
-namespace avx2 {
-LinearAdamStages linear_adam_stages();
-}
-namespace generic {
-LinearAdamStages linear_adam_stages();
-}
+IVFAST_IN_EACH_ISA(LinearAdamStages linear_adam_stages())
 
 }  // namespace ivfast

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -58,15 +59,7 @@ struct MedianStages {
   double (*spread)(const MedianSet&);                           // Σ_i ‖x_i − x_0‖²/n
 };
 
-namespace avx512 {
-MedianStages median_stages(Storage);
-}
-namespace avx2 {
-MedianStages median_stages(Storage);
-}
-namespace generic {
-MedianStages median_stages(Storage);
-}
+IVFAST_IN_EACH_ISA(MedianStages median_stages(Storage))
 
 // What the median is of, and what divides med².
 struct Heuristic {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -38,14 +39,6 @@ struct MmdStages {
   double (*value)(const TwoSamples&);
 };
 
-namespace avx512 {
-MmdStages mmd_stages(Storage);
-}
-namespace avx2 {
-MmdStages mmd_stages(Storage);
-}
-namespace generic {
-MmdStages mmd_stages(Storage);
-}
+IVFAST_IN_EACH_ISA(MmdStages mmd_stages(Storage))
 
 }  // namespace ivfast

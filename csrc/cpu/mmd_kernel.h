@@ -285,17 +285,14 @@ double value(const TwoSamples& s) {
 }
 
 template <class S, class T>
-constexpr MmdStages stages_of{bytes<T>, prepare<S, T>, begin<S, T>, pair<T>, finish<T>, value<T>};
+MmdStages stages_of() {
+  return {bytes<T>, prepare<S, T>, begin<S, T>, pair<T>, finish<T>, value<T>};
+}
 
 }  // namespace
 
 MmdStages mmd_stages(Storage storage) {
-  switch (storage) {
-    case Storage::float64: return stages_of<double, double>;
-    case Storage::bfloat16: return stages_of<BFloat16, float>;
-    case Storage::float16: return stages_of<Float16, float>;
-    default: return stages_of<float, float>;
-  }
+  return IVFAST_BY_STORAGE(storage, stages_of);
 }
 
 }  // namespace IVFAST_ISA

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -27,14 +28,6 @@ struct MultiJsStages {
   double (*both)(const MultiJsRows&);
 };
 
-namespace avx512 {
-MultiJsStages multi_js_stages(Storage);
-}
-namespace avx2 {
-MultiJsStages multi_js_stages(Storage);
-}
-namespace generic {
-MultiJsStages multi_js_stages(Storage);
-}
+IVFAST_IN_EACH_ISA(MultiJsStages multi_js_stages(Storage))
 
 }  // namespace ivfast

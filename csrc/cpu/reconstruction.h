@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -23,14 +24,6 @@ struct ReconstructionStages {
   void (*backward)(const ReconstructionRows&);
 };
 
-namespace avx512 {
-ReconstructionStages reconstruction_stages(Storage, Reconstruction);
-}
-namespace avx2 {
-ReconstructionStages reconstruction_stages(Storage, Reconstruction);
-}
-namespace generic {
-ReconstructionStages reconstruction_stages(Storage, Reconstruction);
-}
+IVFAST_IN_EACH_ISA(ReconstructionStages reconstruction_stages(Storage, Reconstruction))
 
 }  // namespace ivfast

@@ -108,12 +108,7 @@ ReconstructionStages reconstruction_stages_of(Reconstruction kind) {
 }  // namespace
 
 ReconstructionStages reconstruction_stages(Storage storage, Reconstruction kind) {
-  switch (storage) {
-    case Storage::float64: return reconstruction_stages_of<double, double>(kind);
-    case Storage::bfloat16: return reconstruction_stages_of<BFloat16, float>(kind);
-    case Storage::float16: return reconstruction_stages_of<Float16, float>(kind);
-    default: return reconstruction_stages_of<float, float>(kind);
-  }
+  return IVFAST_BY_STORAGE(storage, reconstruction_stages_of, kind);
 }
 
 }  // namespace IVFAST_ISA

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -30,15 +31,7 @@ struct SvgdStages {
   double (*bandwidth_gradient)(const SvgdSet&);  // null in the forward pass
 };
 
-namespace avx512 {
-SvgdStages svgd_stages(Storage, bool backward);
-}
-namespace avx2 {
-SvgdStages svgd_stages(Storage, bool backward);
-}
-namespace generic {
-SvgdStages svgd_stages(Storage, bool backward);
-}
+IVFAST_IN_EACH_ISA(SvgdStages svgd_stages(Storage, bool backward))
 
 // φ and the row sums, or the gradients, of one particle set; returns ∂h in the backward pass. `set.workspace` is
 // provided here.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../math.h"
+#include "isa.h"
 
 namespace ivfast {
 
@@ -34,14 +35,6 @@ struct BridgeStages {
   void (*widen)(const void* from, void* to, int64_t count);  // S to T
 };
 
-namespace avx512 {
-BridgeStages bridge_stages(Storage);
-}
-namespace avx2 {
-BridgeStages bridge_stages(Storage);
-}
-namespace generic {
-BridgeStages bridge_stages(Storage);
-}
+IVFAST_IN_EACH_ISA(BridgeStages bridge_stages(Storage))
 
 }  // namespace ivfast

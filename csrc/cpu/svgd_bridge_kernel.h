@@ -366,12 +366,7 @@ BridgeStages stages_of() {
 }  // namespace
 
 BridgeStages bridge_stages(Storage storage) {
-  switch (storage) {
-    case Storage::float64: return stages_of<double, double>();
-    case Storage::bfloat16: return stages_of<BFloat16, float>();
-    case Storage::float16: return stages_of<Float16, float>();
-    default: return stages_of<float, float>();
-  }
+  return IVFAST_BY_STORAGE(storage, stages_of);
 }
 
 }  // namespace IVFAST_ISA

@@ -257,12 +257,7 @@ SvgdStages stages_of(bool backward) {
 }  // namespace
 
 SvgdStages svgd_stages(Storage storage, bool backward) {
-  switch (storage) {
-    case Storage::float64: return stages_of<double, double>(backward);
-    case Storage::bfloat16: return stages_of<BFloat16, float>(backward);
-    case Storage::float16: return stages_of<Float16, float>(backward);
-    default: return stages_of<float, float>(backward);
-  }
+  return IVFAST_BY_STORAGE(storage, stages_of, backward);
 }
 
 }  // namespace IVFAST_ISA

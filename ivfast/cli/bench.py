@@ -11,9 +11,11 @@ BENCH_HELP = """
 Measure the ops against the best other ways to compute them, on this machine.
 
 \b[bold]Ops[/bold]
-  as_distance, as_distance_additive, bridge, bridge_blockwise, frechet, frechet_fld,
-  frechet_samples, gaussian, gaussian_statistics, linear_multi_js, median, mmd, multi_js, svgd,
-  svgd_bridge
+  as_distance, as_distance_additive, as_distance_sums, bridge, bridge_blockwise,
+  bridge_substitute, exp_elbo, fld, frechet, frechet_samples, gaussian, gaussian_kl,
+  gaussian_statistics, importance, linear_multi_js, median, mmd, multi_js, multi_js_blocks,
+  multi_js_divergence, polar, reconstruction, reconstruction_bce, sqrtm_spd, svgd,
+  svgd_bridge, svgd_sampling
 
 \b[bold]Providers[/bold]
   ivfast as it comes and each of its implementations, eager PyTorch,
@@ -56,7 +58,7 @@ def bench(
     out: Annotated[Path | None, option(metavar="DIR", help="Folder of the results.")] = None,
     debug: Debug = False,
 ) -> None:
-    from ..bench import command
+    from ..bench.harness import command
 
     given = {"ops": ops, "shapes": shapes, "providers": providers, "quick": quick, "device": device, "out": out}
     right = command.bench(console, **given, threads=threads, minutes=minutes, memory=memory, resume=resume)
@@ -69,6 +71,6 @@ def bench(
 @friendly
 def info(debug: Debug = False) -> None:
     """Versions, and which implementation serves each operator on this machine and why the others do not."""
-    from ..__main__ import main as report
+    from .info import report
 
     report(console)

@@ -31,7 +31,8 @@ def sample(
       [green]ivfast sample runs/ivaae-rad-digits-1 -n 64 --out grid.png[/green]
       [green]ivfast sample runs/ivaae-rad-digits-1 -n 5000 --out samples/[/green]
     """
-    from .. import metrics, pictures, runs
+    from .. import metrics, runs
+    from ..runs import pictures
 
     system, settings = runs.trained(run, device)
     if not hasattr(system, "sample"):
@@ -80,21 +81,22 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     from .. import data as datasets
-    from .. import report, runs
+    from .. import runs
+    from ..runs import evaluation, report
 
     names = [name.strip() for name in metrics.split(",") if name.strip()] if metrics else None
     for name in names or []:
-        if name not in report.METRICS:
-            raise runs.unknown("metric", name, report.METRICS)
+        if name not in evaluation.METRICS:
+            raise runs.unknown("metric", name, evaluation.METRICS)
     system, settings = runs.trained(run, device)
     dataset = datasets.load(settings.data, root or settings.root, settings.image_size, download=download)
-    evaluation = report.Evaluation(
+    evaluated = evaluation.Evaluation(
         system, dataset, n=samples, seed=seed, inception_weights=inception_weights, download=download
     )
     values = []
-    for name in names or evaluation.default():
+    for name in names or evaluated.default():
         with console.status(f"{name} ..."):
-            values += evaluation.run(name)
+            values += evaluated.run(name)
     record = {value.name: value.value for value in values} | {"samples": samples, "seed": seed}
     (run / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
     console.print(report.values_table(f"{settings.system} on {settings.data}, {run}", values))

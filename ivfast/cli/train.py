@@ -188,12 +188,27 @@ def train(
         "flip": flip, "data_memory": data_memory, "beta_rec": beta_rec, "beta_kl": beta_kl, "beta_neg": beta_neg,
         "margin": margin, "vae_steps": vae_steps, "anneal_steps": anneal_steps, "as_kernel": as_kernel,
     }  # fmt: skip
+    given = {name: value for name, value in given.items() if value is not None}
+    _train(given, assigned=set_ or [], out=out, resume=resume, threads=threads, download=download)
+
+
+def _train(
+    given: dict[str, object],
+    *,
+    assigned: list[str],
+    out: Path | None,
+    resume: bool,
+    threads: int | None,
+    download: bool,
+) -> None:
+    """Trains with the settings `given`, NAME=VALUE of `assigned`, and the paper's for all others."""
     from .. import data as datasets
-    from .. import models, report, runs
+    from .. import models, runs
+    from ..runs import report
     from ..train import ranks as processes
     from ..train.loop import fit
 
-    given = {**{name: value for name, value in given.items() if value is not None}, **runs.assignments(set_ or [])}
+    given = {**given, **runs.assignments(assigned)}
     settings, out = runs.resumed(given, out) if resume else runs.fresh(given, out)
     ranks = processes.join(settings.device)
     out = ranks.same(out)

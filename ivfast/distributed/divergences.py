@@ -7,9 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _check
-from ..ops import _collectives
+from ..ops import _collectives, frechet
 from ..ops import as_distance as one_as
-from ..ops import frechet
+from ..ops import fld as one_fld
 from ..ops import mmd as one_mmd
 from ..ops import multi_js as one_js
 from ..ops._once import once_differentiable
@@ -112,7 +112,7 @@ def fld(z: Tensor, group=None, *, exchange: str = "auto", even: bool = False) ->
     """
     (rows,) = rows_of(group, even, 2, z=z)
     if gathers(exchange, rows, choices=("auto", "gather", "reduce")):
-        return frechet.fld(gather_rows(z, rows))
+        return one_fld.fld(gather_rows(z, rows))
     x, n, d = z.double(), rows.total, z.shape[-1]
     mu = total(x.sum(-2), group) / n
     x = x - mu.unsqueeze(-2)

@@ -61,9 +61,9 @@ def __getattr__(name: str):
     if name not in ("FrechetInceptionDistance", "FrechetLatentDistance"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from .. import _torchmetrics
+        from . import torchmetrics
     except ModuleNotFoundError as error:
         if error.name != "torchmetrics":
             raise
         raise ImportError(f"{__name__}.{name} needs torchmetrics: pip install torchmetrics", name=error.name) from error
-    return getattr(_torchmetrics, name)
+    return getattr(torchmetrics, name)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..classifier import Classifier
-from ..points import Mixture
+from ..data.points import Mixture
+from .classifier import Classifier
 from .systems import BATCH, evaluating, to_float
 
 
@@ -39,7 +39,7 @@ def classifier_score(classifier: Callable[[Tensor], Tensor], images: Tensor, dev
 
     Args:
         classifier: any network from images in [-1, 1] to logits `[n, classes]`; under Inception it is the Inception
-            score, under `ivfast.classifier.classifier_of(dataset)` the score of the data set's own classifier.
+            score, under `ivfast.metrics.classifier.classifier_of(dataset)` the score of the data set's own classifier.
 
     Source: Salimans et al. 2016; S3 (On Unifying) scores MNIST so.
     """

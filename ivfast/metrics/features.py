@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..classifier import Classifier
-from ..statistics import GaussianStatistics
+from ..ops.gaussian_statistics import GaussianStatistics
+from .classifier import Classifier
 from .systems import BATCH, to_float
 
 
@@ -54,7 +54,7 @@ def frechet_inception_distance(
 ) -> float:
     """FID of two sets of uint8 images; one-channel images are repeated to three.
 
-    Arguments and errors as `ivfast.inception.inception`'s. Below 2,048 images a side the covariances are rank
+    Arguments and errors as `ivfast.metrics.inception.inception`'s. Below 2,048 images a side the covariances are rank
     deficient: exact, but biased upwards.
     """
     extract = InceptionFeatures(weights, download=download, features=features).to(device)
@@ -64,11 +64,11 @@ def frechet_inception_distance(
 class InceptionFeatures(nn.Module):
     """Inception's features `[n, d]` of uint8 images `[n, C, H, W]` of 1 or 3 channels, never in training mode.
 
-    Arguments and errors as `ivfast.inception.inception`'s.
+    Arguments and errors as `ivfast.metrics.inception.inception`'s.
     """
 
     def __init__(self, weights: str | Path | None = None, *, download: bool = False, features: int = 2048):
-        from ..inception import inception
+        from .inception import inception
 
         super().__init__()
         self.network = inception(weights, download=download, features=features)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from ..statistics import GaussianStatistics
+from ..ops.gaussian_statistics import GaussianStatistics
 from .features import distance_between
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import nets_s4
-from ..points import POINTS
+from ..data.points import POINTS
+from ..nets import noisy
 from ..train.phase import Phase
 from ..train.settings import Settings
 from .unified import FOUR_POINTS, Bernoulli
@@ -53,17 +53,17 @@ class Avb(Bernoulli):
         super().__init__(settings, image_shape)
         s, shape, d = settings, self.image_shape, self.latent_dim
         if s.net == "mlp":
-            encoder = nets_s4.NoisyPerceptron(shape, s.noise_dim, d, s.width, s.depth)
+            encoder = noisy.NoisyPerceptron(shape, s.noise_dim, d, s.width, s.depth)
             generator = self.writer()
-            pairs = nets_s4.mlp_pairs(shape, d, s.discriminator_width, s.discriminator_depth)
+            pairs = noisy.mlp_pairs(shape, d, s.discriminator_width, s.discriminator_depth)
         elif s.net == "residual":
-            encoder = nets_s4.NoisyResidualUnits(shape, s.noise_dim, d, s.width)
-            generator = nets_s4.residual_generator(d, shape, s.width)
-            pairs = nets_s4.Joined(shape, d, s.width)
+            encoder = noisy.NoisyResidualUnits(shape, s.noise_dim, d, s.width)
+            generator = noisy.residual_generator(d, shape, s.width)
+            pairs = noisy.Joined(shape, d, s.width)
         else:
-            encoder = nets_s4.NoisyConvolutions(shape, s.noise_dim, d, s.width)
-            generator = nets_s4.conv_generator(d, shape, s.width)
-            pairs = nets_s4.conv_pairs(shape, d, s.width, s.discriminator_width)
+            encoder = noisy.NoisyConvolutions(shape, s.noise_dim, d, s.width)
+            generator = noisy.conv_generator(d, shape, s.width)
+            pairs = noisy.conv_pairs(shape, d, s.width, s.discriminator_width)
         self.modules = {"encoder": encoder, "generator": generator, "discriminator": pairs}
         self.to_device()
         self.adaptive = s.contrast == "adaptive"

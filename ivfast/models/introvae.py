@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import ivfast
 
 from .. import nets
-from ..points import POINTS
+from ..data.points import POINTS
 from ..train.phase import Phase, System
 from ..train.settings import Settings
 

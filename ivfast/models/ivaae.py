@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import ivfast
 
 from .. import nets
-from ..points import POINTS
+from ..data.points import POINTS
 from ..train.phase import Phase, System
 from ..train.settings import Settings
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import ivfast
 
 from .. import nets
-from ..points import POINTS
+from ..data.points import POINTS
 from ..train.phase import System
 from ..train.settings import Settings
 

@@ -7,15 +7,12 @@ A value without its gradient takes symmetric eigenvalues instead, a fifth of the
 estimate of their rounding allows it.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from .. import _check
 from .._registry import register
 from ._once import once_differentiable
-from .inverse_root import CONVERGED, MOST, fld_gram
 
 
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
@@ -49,7 +46,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     else:
         trace = _covariance_trace(sigma1, sigma2, False)[0]
     totals = sum(sigma.diagonal(dim1=-2, dim2=-1).sum(-1) for sigma in (sigma1, sigma2))
-    distance = _square(mu1.double() - mu2.double()) + totals - 2 * trace
+    distance = squared_norm(mu1.double() - mu2.double()) + totals - 2 * trace
     return distance.to(torch.promote_types(mu1.dtype, torch.float32))
 
 
@@ -64,63 +61,11 @@ def frechet_distance_from_samples(x: Tensor, y: Tensor) -> Tensor:
     Source: as `frechet_distance`; Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_* with C the centred samples over √(n − 1).
     """
     _check.two_samples("x", x, "y", y, at_least=2)
-    mu1, c1 = _factor(x)
-    mu2, c2 = _factor(y)
+    mu1, c1 = factor(x)
+    mu2, c2 = factor(y)
     trace = _nuclear_norm(c1, c2)
-    distance = _square(mu1 - mu2) + c1.square().sum((-2, -1)) + c2.square().sum((-2, -1)) - 2 * trace
+    distance = squared_norm(mu1 - mu2) + c1.square().sum((-2, -1)) + c2.square().sum((-2, -1)) - 2 * trace
     return distance.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def fld(z: Tensor) -> Tensor:
-    """Fréchet latent distance of the codes z to the prior N(0, I): ‖μ‖² + Tr(Σ + I) − 2 Tr √Σ.
-
-    Args:
-        z: codes `[..., n, d]`, n >= 2; the covariance is over n − 1.
-
-    Returns, errors and derivative order as `frechet_distance`'s.
-
-    Source: S1 (IVAAE) section 4.
-    """
-    _check.samples("z", z, at_least=2)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _Fld.apply(z)
-    return _fld(z, False)[0]
-
-
-def fld_reference(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """The distance and, where asked for (else empty), its gradient 2μ/n + 2 (C − P)/√(n − 1), P = ∂‖C‖_*/∂C.
-
-    P's columns sum to 0 as C's do, so that the mean has no part in the second term.
-    """
-    return _fld_by_factor(z, gradient, frechet_factor_trace_reference)
-
-
-def fld_op(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """As the reference, by the cheapest route that is as exact."""
-    if min(z.shape[-2:]) > MOST:
-        return _fld_by_factor(z, gradient, frechet_factor_trace)
-    distance, grad, error = fld_gram(z, gradient)
-    if z.is_cuda:  # a look at the error would wait for the device
-        return distance, grad
-    failed = error > CONVERGED  # not where codes are NaN
-    if bool(failed if error.dim() == 0 else failed.any()):
-        exact, exact_grad = fld_reference(z[failed], gradient)
-        distance = distance.masked_scatter(failed, exact)
-        if gradient:
-            grad = grad.masked_scatter(failed[..., None, None], exact_grad)
-    return distance, grad
-
-
-def _fld_by_factor(z: Tensor, gradient: bool, factor_trace: Callable) -> tuple[Tensor, Tensor]:
-    mu, c = _factor(z)
-    trace, P, _ = factor_trace(c, None, gradient)
-    distance = _square(mu) + c.square().sum((-2, -1)) + z.shape[-1] - 2 * trace
-    distance = distance.to(torch.promote_types(z.dtype, torch.float32))
-    if not gradient:
-        return distance, z.new_empty(0)
-    n = z.shape[-2]
-    grad = torch.add((2 / n) * mu.unsqueeze(-2), c - P, alpha=2 / (n - 1) ** 0.5)
-    return distance, grad.to(z.dtype)
 
 
 def _nuclear_norm(c1: Tensor, c2: Tensor | None) -> Tensor:
@@ -129,11 +74,11 @@ def _nuclear_norm(c1: Tensor, c2: Tensor | None) -> Tensor:
     return _factor_trace(c1, c2, False)[0]
 
 
-def _square(x: Tensor) -> Tensor:
+def squared_norm(x: Tensor) -> Tensor:
     return x.square().sum(-1)
 
 
-def _factor(x: Tensor) -> tuple[Tensor, Tensor]:
+def factor(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean `[..., d]` and C `[..., n, d]` with CᵀC the covariance, in float64."""
     x = x.double()
     mu = x.mean(-2)
@@ -276,20 +221,6 @@ def _root(sigma: Tensor) -> tuple[Tensor, Tensor]:
     return roots.unsqueeze(-1) * V.mT, V * inverse.unsqueeze(-2)
 
 
-class _Fld(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        distance, gradient = _fld(z, True)
-        ctx.save_for_backward(gradient)
-        return distance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * (grad[..., None, None] if grad.dim() else grad)).to(gradient.dtype)
-
-
 class _FactorTrace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, c1, c2):
@@ -322,12 +253,6 @@ class _CovarianceTrace(torch.autograd.Function):
         return tuple(g * d for d in ctx.saved_tensors)
 
 
-_fld = register(
-    "fld(Tensor z, bool gradient) -> (Tensor distance, Tensor gradient)",
-    reference=fld_reference,
-    composition=fld_op,
-    parts=(fld_gram,),
-)
 _factor_trace = register(
     "frechet_factor_trace(Tensor c1, Tensor? c2, bool gradients) -> (Tensor trace, Tensor d1, Tensor d2)",
     reference=frechet_factor_trace_reference,

@@ -1,4 +1,4 @@
-"""Inverse square roots of small symmetric matrices by matrix products, and the latent distance through them.
+"""Inverse square roots of small symmetric matrices by matrix products.
 
 Newton–Schulz of order 3 on A = X a X, which it takes to I: with E = I − A,
 
@@ -32,7 +32,7 @@ def inverse_root_reference(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     g = a.double()
     eye = torch.eye(g.shape[-1], dtype=g.dtype, device=g.device)
     bound = torch.minimum(g.abs().sum(-1).amax(-1), g.square().sum((-2, -1)).sqrt())
-    scale = torch.maximum(_trace(g) / g.shape[-1], bound / 2.2)
+    scale = torch.maximum(trace_of(g) / g.shape[-1], bound / 2.2)
     scale = torch.where(scale == 0, 1, scale)
     A = g / scale[..., None, None]
     X = torch.where(A.isfinite(), eye, A)  # NaN and infinity stay
@@ -48,39 +48,13 @@ def inverse_root_reference(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     X = X / scale.sqrt()[..., None, None]
     # errors of X count in the second order: Tr √a = Tr(aX) ½ (3 − …) as one more step of order 2 has it
     M = g @ X
-    trace = 1.5 * _trace(M) - 0.5 * ((M.mT @ M) * X).sum((-2, -1))
-    trace = torch.where(error <= LAST, trace, _trace(M))
+    trace = 1.5 * trace_of(M) - 0.5 * ((M.mT @ M) * X).sum((-2, -1))
+    trace = torch.where(error <= LAST, trace, trace_of(M))
     error = torch.where(error <= LAST, 35 / 128 * error**4, error)
     return X.to(a.dtype), trace.to(a.dtype), error.float()
 
 
-def fld_gram_reference(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """‖μ‖² + Tr(Σ + I) − 2 Tr √Σ of z `[..., n, d]`, its gradient where asked for (else empty), `inverse_root`'s error.
-
-    With C the centred samples over √(n − 1) the gradient is 2μ/n + 2 (C − P)/√(n − 1), P = C (CᵀC)^−½; for n <= d
-    P = (CCᵀ)^−½ C, where 11ᵀ takes the place of the eigenvalue 0 that centring leaves.
-    """
-    n, d = z.shape[-2:]
-    x = z.double()
-    mu = x.mean(-2, keepdim=True)
-    c = (x - mu) / (n - 1) ** 0.5
-    size = c.square().sum((-2, -1))
-    if n > d:
-        inverse, trace, error = inverse_root_reference(c.mT @ c)
-    else:
-        filled = size / (n - 1)
-        gram = c @ c.mT + (filled / n)[..., None, None]
-        inverse, trace, error = inverse_root_reference(gram)
-        trace = trace - filled.sqrt()
-    distance = mu.square().sum((-2, -1)) + size + d - 2 * trace
-    distance = distance.to(torch.promote_types(z.dtype, torch.float32))
-    if not gradient:
-        return distance, z.new_empty(0), error
-    P = c @ inverse if n > d else inverse @ c
-    return distance, ((2 / n) * mu + (2 / (n - 1) ** 0.5) * (c - P)).to(z.dtype), error
-
-
-def _trace(a: Tensor) -> Tensor:
+def trace_of(a: Tensor) -> Tensor:
     return a.diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
@@ -88,7 +62,7 @@ def _symmetric(a: Tensor) -> Tensor:
     return (a + a.mT) / 2
 
 
-def _small_in_cuda(rows: int) -> tuple[str, ...]:
+def few_rows_in_cuda(rows: int) -> tuple[str, ...]:
     """Which kernels take matrices of so many rows; the order by count of operations, not by a clock."""
     return ("cuda", "triton") if 1 <= rows <= MOST else ()
 
@@ -98,12 +72,5 @@ inverse_root = register(
     reference=inverse_root_reference,
     triton="inverse_root.forward",
     cuda=True,
-    prefer=lambda a: _small_in_cuda(a.shape[-1]),
-)
-fld_gram = register(
-    "fld_gram(Tensor z, bool gradient) -> (Tensor distance, Tensor gradient, Tensor error)",
-    reference=fld_gram_reference,
-    triton="fld.forward",
-    cuda=True,
-    prefer=lambda z, _: _small_in_cuda(min(z.shape[-2:])),
+    prefer=lambda a: few_rows_in_cuda(a.shape[-1]),
 )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..pictures import GRID, tile
+from ..runs.pictures import GRID, tile
 
 
 @contextlib.contextmanager

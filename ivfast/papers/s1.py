@@ -7,10 +7,10 @@ import tempfile
 import torch
 
 from .. import metrics
-from ..classifier import classifier_of
 from ..data import Dataset
-from ..inception import WeightsNotFound, inception
-from ..probe import last_hidden_layer, probe
+from ..metrics.classifier import classifier_of
+from ..metrics.inception import WeightsNotFound, inception
+from ..metrics.probe import last_hidden_layer, probe
 from ..train.loop import fit
 from ..train.phase import System
 from . import draw

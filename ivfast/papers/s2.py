@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from .. import metrics
-from ..classifier import classifier_of
 from ..data import load
-from ..points import POINTS, Mixture
-from ..truths import modes_after_training, square_fitting
+from ..data.points import POINTS, Mixture
+from ..metrics.classifier import classifier_of
 from . import draw
 from .s1 import called, choose_distance, distance_of
 from .session import Findings, Job, Session, Spread, Table, dataset_of, spread, trained
+from .truths import modes_after_training, square_fitting
 
 # Table 2: modes of 1,000 and KL; the first four are Lin et al. 2018's and Srivastava et al. 2017's
 TABLE2 = {

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import metrics, models
-from ..classifier import classifier_of
 from ..data import Dataset, stratified
+from ..metrics.classifier import classifier_of
 from ..train.phase import System
 from . import draw, session
 from .session import Findings, Job, Session, Table, dataset_of, spread

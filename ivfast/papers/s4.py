@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from .. import metrics, pictures, points, report
-from ..data import Dataset
+from .. import metrics
+from ..data import Dataset, points
 from ..models import build, preset
 from ..models.avb import Avb
+from ..runs import pictures, report
 from ..train.phase import System
 from ..train.run import Run
 from . import draw

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import metrics, points
+from .. import metrics
+from ..data import points
 from ..models import build, preset
 from ..models.introvae import Vae
 from ..train.loop import fit

@@ -1,4 +1,19 @@
-"""What would keep a step of training from being a CUDA graph, found on any device."""
+"""What would keep a step of training from being a CUDA graph, found on any device.
+
+A CUDA graph repeats the kernels of one step with the addresses and the numbers that it was recorded with, and without
+Python. Recording a step that breaks this rule fails late and says little, or gives wrong results in silence: a value
+that was read on the host stays what it was, a tensor that moved is read where it used to be. So two steps first run as
+they are, under `Watch`, which PyTorch tells of every operator:
+
+1. each call is refused that no graph can hold (`_unfit`, and `_Host` for reads that reach no operator);
+2. each call is compared with its counterpart in the step before (`_changed`): the same operator, the same shapes and
+   numbers, every tensor at the same address, or made at the same place of the step;
+3. after a step, no tensor that the step before made may still be alive: the next replay would overwrite it.
+
+The first fault becomes a `CannotCapture`, which names the phase, the operator and the reason; `capture.py` then trains
+without a graph. Most of this needs no GPU. Only whether an operator itself waits for the device is told by CUDA alone
+(`_heard`).
+"""
 
 import contextlib
 import gc

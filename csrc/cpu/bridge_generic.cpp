@@ -1,0 +1,3 @@
+#include "isa/generic.h"
+#include "bridge_kernel.h"
+#include "isa/end.h"

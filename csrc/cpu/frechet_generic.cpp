@@ -1,4 +1,0 @@
-// The kernels of the Fréchet ops.
-#include "isa/generic.h"
-#include "fld_kernel.h"
-#include "isa/end.h"

@@ -1,0 +1,3 @@
+#include "isa/generic.h"
+#include "gaussian_kernel.h"
+#include "isa/end.h"

@@ -1,0 +1,5 @@
+#if defined(__x86_64__)
+#include "isa/avx2.h"
+#include "reconstruction_kernel.h"
+#include "isa/end.h"
+#endif

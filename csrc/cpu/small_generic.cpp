@@ -1,7 +1,0 @@
-#include "isa/generic.h"
-#include "bridge_kernel.h"
-#include "gaussian_kernel.h"
-#include "linear_adam_kernel.h"
-#include "multi_js_kernel.h"
-#include "reconstruction_kernel.h"
-#include "isa/end.h"

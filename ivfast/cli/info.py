@@ -1,0 +1,107 @@
+"""`ivfast info`: versions, which implementation serves each op here, and why the others do not."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+import ivfast
+
+from .._registry import EXTENSION_ERRORS, OPS, Op
+
+COLUMNS = (("cpu", "cpu", "C++"), ("triton", "cuda", "Triton"), ("cuda", "cuda", "CUDA C++"))
+
+
+def missing(op: Op) -> tuple[str | None, ...]:
+    """Per column of the table: why the implementation cannot serve, without the op's name; None where it can."""
+    reasons = (op.missing(implementation, device) for implementation, device, _ in COLUMNS)
+    return tuple(reason and reason.replace(op.name, "it") for reason in reasons)
+
+
+def served(reasons: tuple[str | None, ...]) -> tuple[str, str]:
+    """What serves CPU tensors and CUDA tensors."""
+    cpu, triton, cuda = (reason is None for reason in reasons)
+    on_cuda = " or ".join(name for name, present in (("Triton", triton), ("CUDA C++", cuda)) if present)
+    return "C++" if cpu else "reference", on_cuda or "reference"
+
+
+def rows() -> list[tuple[str, tuple[str | None, ...]]]:
+    """`(name, reasons)` per op; an op and its backward share a row where they are served alike."""
+    found = {name: missing(op) for name, op in OPS.items()}
+    out = []
+    for name in sorted(found):
+        forward = name.removesuffix("_backward")
+        if name == forward or found.get(forward) != found[name]:
+            out.append((name, found[name]))
+    return out
+
+
+def ops_table() -> Group:
+    table = Table(title="Operators", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("op", no_wrap=True)
+    table.add_column("CPU tensors")
+    table.add_column("CUDA tensors")
+    for *_, label in COLUMNS:
+        table.add_column(label, justify="center")
+    notes: list[str] = []
+    for name, reasons in rows():
+        marks = []
+        for reason in reasons:
+            if reason is not None and reason not in notes:
+                notes.append(reason)
+            marks.append(Text("✓", "green") if reason is None else Text(str(notes.index(reason) + 1), "dim"))
+        table.add_row(name, *served(reasons), *marks)
+    lines = [Text(f"{i}  {reason}", "dim") for i, reason in enumerate(notes, 1)]
+    lines.append(
+        Text(
+            "The reference is plain PyTorch and serves any device. Where two are named, the shape decides. "
+            "A backward pass has a row only where it is served in another way than its op.",
+            "dim",
+        )
+    )
+    if not torch.cuda.is_available():
+        lines.append(Text("torch sees no GPU here: the CUDA columns tell what would serve one.", "dim"))
+    return Group(table, *lines)
+
+
+def version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions_table() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("ivfast", f"{ivfast.__version__} from {Path(ivfast.__file__).parent}")
+    table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    table.add_row(
+        "torch", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build")
+    )
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("GPU", ", ".join(gpus) or "none")
+    table.add_row(
+        "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
+    for package in ("triton", "torchvision", "scikit-learn", "pytorch-fid"):
+        table.add_row(package, version(package))
+    for module, language in (("_C", "C++"), ("_cuda", "CUDA C++")):
+        error = EXTENSION_ERRORS.get(module)
+        absent = f"not built ({error}); reinstall with a compiler: see the output of pip install -v"
+        table.add_row(f"ivfast.{module}", f"{language} kernels, loaded" if error is None else absent)
+    return table
+
+
+def report(console: Console | None = None) -> None:
+    console = console or Console()
+    console.print(versions_table())
+    console.print()
+    console.print(ops_table())

@@ -1,0 +1,328 @@
+"""Streaming Gaussian statistics of features, as Fréchet distances need them.
+
+State is in float64 and means are taken off before any product: no Σxxᵀ − nμμᵀ. Products of float32 and half precision
+samples are float32, over chunks whose sums go to float64: Σ_ij is then right to some 1e-8 σ_i σ_j, a variance to 1e-6.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import math
+import os
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _check
+from .frechet import frechet_distance
+
+# A float32 sum of k squares strays by about ε√k/4 of its size, ε = 6e-8, if it is one chain: 1e-6 at k = 4096; at most
+# by kε/2, where an outlier is so large that all else is rounded beside it. Longer chunks save no time.
+CHUNK = 4096  # rows of a product
+BLOCK = 256  # rows of the scatter per product; only columns from its first on are taken: 9/16 of the work at d = 2048
+FEW = 256  # with fewer rows than this the d x d sum is the cost, and float64 products save one
+LEAST, MOST = 1e-30, 1e36  # sums of squares beyond are near the ends of float32's range
+NARROW = 256  # dimensions up to which a GPU makes one pass over a batch; more are products worth cuBLAS
+
+
+@contextlib.contextmanager
+def _state() -> Iterator[None]:
+    """What is made here can be changed anywhere: no graph, and no inference tensors under `inference_mode`."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+class GaussianStatistics:
+    """Mean and covariance of samples that come in batches, on several devices or in several processes.
+
+    Batches and parts are merged as Chan's, S = Σ_i S_i + Σ_i n_i (m_i − m)(m_i − m)ᵀ, in float64. `a + b` and
+    `sum([...])` are merged copies.
+
+    Args:
+        d: dimension of a sample.
+        device: where the statistics live; batches are brought there.
+
+    Attributes:
+        count: samples seen; None where a file of pytorch-fid's did not say.
+        mean: `[d]`, float64.
+
+    Source: Chan, Golub & LeVeque 1983.
+    """
+
+    def __init__(self, d: int, *, device: torch.device | str = "cpu"):
+        _check.count("d", d)
+        with _state():
+            self.count: int | None = 0
+            self.mean = torch.zeros(d, dtype=torch.float64, device=device)
+            # Σ (x − μ)(x − μ)ᵀ, [d, d], the covariance if count is None; below the diagonal it is never read
+            self._upper = torch.zeros(d, d, dtype=torch.float64, device=device)
+
+    def update(self, x: Tensor) -> "GaussianStatistics":
+        """Take in a batch of samples `[n, d]` of any floating dtype; raises ValueError for another shape.
+
+        float64 samples give float64 results. So do all others on a GPU above d = 256, and on a CPU where products of
+        float32 are set to less than float32 (`torch.set_float32_matmul_precision`).
+        """
+        self._growing("self")
+        _check.floating("x", x)
+        if x.dim() != 2 or x.shape[1] != len(self.mean):
+            raise ValueError(f"x must have shape [n, {len(self.mean)}], got {tuple(x.shape)}")
+        if len(x):
+            with _state():
+                self._add_between(len(x), *self._add_within(x.to(self.mean.device)))
+        return self
+
+    def _add_within(self, x: Tensor) -> tuple[int, Tensor]:
+        """Add the scatter of each chunk of x about its own mean; rows of a chunk but the last, means `[k, d]`."""
+        if _one_pass(x):
+            from ..kernels import gaussian_statistics
+
+            rows, means, scatter = gaussian_statistics.forward(x)
+            self._upper += scatter
+            return rows, means
+        single = x.is_cpu and x.dtype != torch.float64 and len(x) >= FEW and _exact_products()
+        rows = math.ceil(len(x) / math.ceil(len(x) / CHUNK))
+        whole = len(x) // rows
+        together = torch.get_num_threads() if x.shape[1] <= BLOCK else 1  # small products are worth a thread each
+        groups = [*x[: whole * rows].unflatten(0, (whole, rows)).split(together), x[whole * rows :].unsqueeze(0)]
+        means = []
+        for group in filter(Tensor.numel, groups):
+            found = self._add_single(group) if single else None
+            if found is None:
+                found = torch.stack([self._add_double(chunk) for chunk in group])
+            means.append(found)
+        return rows, torch.cat(means)
+
+    def _add_single(self, x: Tensor) -> Tensor | None:
+        """Add the scatter of each x[k] in float32; means. None, and nothing added, where float32 has not the range."""
+        x, means = _centred(x.float())
+        products = [torch.bmm(x[..., i : i + BLOCK].mT, x[..., i:]) for i in range(0, x.shape[-1], BLOCK)]
+        squares = torch.cat([product.diagonal(dim1=-2, dim2=-1) for product in products], -1)
+        if not (squares.min() >= LEAST and squares.max() <= MOST):
+            outside = ~((squares >= LEAST) & (squares <= MOST))
+            if (outside.unsqueeze(1) & (x != 0)).any():  # those of a constant dimension are 0 and right
+                return None
+        for i, product in enumerate(products):
+            for part in product:
+                self._upper[i * BLOCK : (i + 1) * BLOCK, i * BLOCK :] += part
+        return means
+
+    def _add_double(self, x: Tensor) -> Tensor:
+        """Add the scatter of x in float64; its mean."""
+        x, mean = _centred(x.double())
+        self._add_products(x)
+        return mean
+
+    def _add_products(self, x: Tensor) -> None:
+        """Add xᵀx in float64."""
+        for i in range(0, x.shape[1], BLOCK):
+            self._upper[i : i + BLOCK, i:].addmm_(x[:, i : i + BLOCK].mT, x[:, i:])
+
+    def _add_between(self, n: int, rows: int, means: Tensor) -> None:
+        """Add Σ_i n_i (m_i − m)(m_i − m)ᵀ over `self` and the chunks of n samples, whose own scatters are there."""
+        counts = means.new_full((len(means) + 1,), rows)  # made on the device: nothing waits for it
+        counts[0], counts[-1] = self.count, n - rows * (len(means) - 1)
+        base = self.mean if self.count else means[0]
+        deltas = F.pad(
+            means - base, (0, 0, 1, 0)
+        )  # small, where means are large; that of `self` is 0, or has no weight
+        self.count += n
+        shift = (counts / self.count) @ deltas
+        self._add_products((deltas - shift) * counts.sqrt().unsqueeze(1))
+        self.mean = base + shift
+
+    def merge(self, other: "GaussianStatistics") -> "GaussianStatistics":
+        """Take in what `other` has seen."""
+        self._same("other", other)
+        self._growing("self")
+        other._growing("other")
+        if other.count:
+            with _state():
+                count, mean = other.count, other.mean.to(self.mean.device)  # `other` may be `self`
+                self._upper += other._upper.to(self.mean.device)
+                self._add_between(count, count, mean.unsqueeze(0))
+        return self
+
+    def __add__(self, other: "GaussianStatistics") -> "GaussianStatistics":
+        if not isinstance(other, GaussianStatistics):
+            return NotImplemented
+        return copy.deepcopy(self).merge(other)
+
+    def __radd__(self, other: int) -> "GaussianStatistics":
+        return copy.deepcopy(self) if isinstance(other, int) and other == 0 else NotImplemented  # sum() begins with 0
+
+    def all_reduce(self, group=None) -> "GaussianStatistics":
+        """Merge the statistics of every rank of a `torch.distributed` group into each of them, in O(d²) memory.
+
+        For the end of a stream: a second call would count every sample once more per rank.
+
+        Raises:
+            ValueError: on every rank, where ranks differ in d or one has no count.
+        """
+        import torch.distributed as dist
+
+        from . import _collectives
+
+        d, device = self.mean.shape[0], self.mean.device
+        ranks = dist.get_world_size(group)
+        with _state():
+            own = torch.tensor([d, -1 if self.count is None else self.count], device=device)
+            table = own.new_empty(ranks, 2)
+            _collectives.all_gather(table.view(-1), own, group)
+            table = table.tolist()
+            for rank, (other_d, count) in enumerate(table):
+                if other_d != table[0][0]:
+                    raise ValueError(f"d must match that of rank 0: {table[0][0]}, got {other_d} on rank {rank}")
+                if count < 0:
+                    raise ValueError(f"rank {rank} has statistics without a count of samples, which cannot be merged")
+            means = self.mean.new_empty(ranks, d)
+            _collectives.all_gather(means.view(-1), self.mean.contiguous(), group)
+            counts = [count for _, count in table]
+            total = sum(counts)
+            if not total:
+                return self
+            base = means[counts.index(max(counts))]
+            # a rank that has seen nothing has a mean of 0, and no weight
+            shift = sum((mean - base) * (count / total) for count, mean in zip(counts, means, strict=True))
+            merged = copy.deepcopy(self)  # what fails leaves `self` as it was
+            merged._add_products(((self.mean - base - shift) * math.sqrt(self.count)).unsqueeze(0))
+            _collectives.all_reduce(merged._upper, group=group)
+            self._upper, self.mean, self.count = merged._upper, base + shift, total
+        return self
+
+    @property
+    def scatter(self) -> Tensor:
+        """Σ (x − μ)(x − μ)ᵀ `[d, d]` in float64."""
+        self._growing("self")
+        return _symmetric(self._upper)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance `[d, d]` in float64; raises ValueError before the second sample."""
+        if self.count is None:
+            return _symmetric(self._upper)
+        if self.count < 2:
+            raise ValueError(f"covariance needs at least 2 samples, got {self.count}")
+        return _symmetric(self._upper) / (self.count - 1)
+
+    def frechet_distance(self, other: "GaussianStatistics") -> Tensor:
+        """Fréchet distance to `other`, a float64 scalar on the device of `self`: `ivfast.frechet_distance`."""
+        self._same("other", other)
+        theirs = (x.to(self.mean.device) for x in (other.mean, other.covariance))
+        return frechet_distance(self.mean, self.covariance, *theirs)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`mean`, with `count` and `scatter`, or with `covariance` where the count is not known; copies."""
+        if self.count is None:
+            return {"mean": self.mean.clone(), "covariance": self.covariance}
+        return {"count": torch.tensor(self.count), "mean": self.mean.clone(), "scatter": self.scatter}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state_dict` gave; what does not fit raises KeyError or ValueError, and changes nothing."""
+        matrix = "scatter" if "count" in state else "covariance"
+        for name, own in (("mean", self.mean), (matrix, self._upper)):
+            if name not in state:
+                raise KeyError(f"state must hold count, mean and scatter, or mean and covariance, got {list(state)}")
+            if state[name].shape != own.shape:
+                raise ValueError(f"state[{name!r}] must have shape {tuple(own.shape)}, got {tuple(state[name].shape)}")
+        count = int(state["count"]) if "count" in state else None
+        if count is not None:
+            _check.count("state['count']", count, at_least=0)
+        with _state():
+            self.count = count
+            self.mean = state["mean"].to(self.mean, copy=True)
+            self._upper = state[matrix].to(self._upper, copy=True)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write `mu` and `sigma` as pytorch-fid reads them, and `count`; a write that fails leaves the old file.
+
+        Raises:
+            ValueError: fewer than 2 samples (`state_dict` keeps those), or a path that does not end in .npz.
+            OSError: the file cannot be written.
+        """
+        path = Path(path)
+        if path.suffix != ".npz":
+            raise ValueError(f"path must end in .npz, by which pytorch-fid tells statistics, got {path}")
+        arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
+        if self.count is not None:
+            arrays["count"] = np.int64(self.count)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # gone already where the rename succeeded
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, *, device: torch.device | str = "cpu") -> "GaussianStatistics":
+        """Read an .npz file of `save` or of pytorch-fid; the latter gives distances, but cannot be updated.
+
+        Raises:
+            ValueError: a file that is no .npz, or without `mu [d]` and `sigma [d, d]`.
+            OSError: the file cannot be read.
+        """
+        try:
+            with open(path, "rb") as file, np.load(file) as found:
+                arrays = {name: found[name] for name in ("mu", "sigma", "count") if name in found}
+        except (zipfile.BadZipFile, ValueError, TypeError, EOFError) as error:  # TypeError: an .npy file
+            raise ValueError(f"{path} is not an .npz file of arrays: {error}") from error
+        if not {"mu", "sigma"} <= arrays.keys():
+            raise ValueError(f"{path} must hold mu and sigma, got {sorted(arrays)}")
+        mean, sigma = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
+        sigma = sigma.view(1, 1) if sigma.dim() == 0 else sigma  # numpy.cov of one feature
+        d = mean.numel()
+        if mean.shape != (d,) or d == 0 or sigma.shape != (d, d):
+            raise ValueError(
+                f"{path}: mu and sigma must be [d] and [d, d], got {list(mean.shape)}, {list(sigma.shape)}"
+            )
+        state = {"mean": mean, "covariance": (sigma + sigma.mT) / 2}
+        if "count" in arrays:
+            count = int(arrays["count"])
+            if count < 2:
+                raise ValueError(f"{path}: count must be at least 2, got {count}")
+            state = {"mean": mean, "count": torch.tensor(count), "scatter": state["covariance"] * (count - 1)}
+        stats = cls(d, device=device)
+        stats.load_state_dict(state)
+        return stats
+
+    def _same(self, name: str, other: "GaussianStatistics") -> None:
+        if not isinstance(other, GaussianStatistics):
+            raise TypeError(f"{name} must be GaussianStatistics, got {type(other).__name__}")
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(f"{name} must have d = {self.mean.shape[0]}, got d = {other.mean.shape[0]}")
+
+    def _growing(self, name: str) -> None:
+        if self.count is None:
+            raise ValueError(
+                f"{name} must know its count of samples, got statistics of mu and sigma alone, for distances"
+            )
+
+
+def _centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x about its mean, exact to ε max|x − x₀| however far from 0 the mean, x₀ + mean(x − x₀); and that, in float64."""
+    first = x[..., :1, :]
+    rows = x - first
+    shift = rows.mean(-2, keepdim=True)
+    return rows.sub_(shift), (first.double() + shift).squeeze(-2)
+
+
+def _symmetric(upper: Tensor) -> Tensor:
+    return upper.triu() + upper.triu(1).mT
+
+
+def _one_pass(x: Tensor) -> bool:
+    """Whether x takes the Triton kernel."""
+    return x.is_cuda and x.dtype != torch.float64 and x.shape[1] <= NARROW and bool(importlib.util.find_spec("triton"))
+
+
+def _exact_products() -> bool:
+    """Whether PyTorch multiplies float32 on the CPU as float32, and not as bfloat16 or TF32."""
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")

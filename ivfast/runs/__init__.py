@@ -1,0 +1,214 @@
+"""The settings and the folder that a command works with."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import models
+from ..data import Dataset, stratified, target_of
+from ..data.sources import DATASETS
+from ..train import checkpoint
+from ..train.phase import System
+from ..train.run import RESUMABLE
+from ..train.settings import Settings
+from .pictures import read_log
+
+RUNS = Path("runs")
+_DEFAULTS = Settings().to_dict()
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
+    """An error that names the nearest of the known names."""
+    known = list(known)
+    near = difflib.get_close_matches(given, known, 1, 0.4)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    return ValueError(f"there is no {what} {given!r}{hint} Known: {', '.join(known)}")
+
+
+def assignments(pairs: Iterable[str]) -> dict[str, object]:
+    """`name=value` with JSON values (plain words are strings)."""
+    values = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
+        if name not in _DEFAULTS:
+            raise unknown("setting", name, _DEFAULTS)
+        values[name] = _value(text)
+        if isinstance(values[name], str) and not isinstance(_DEFAULTS[name], str):
+            raise ValueError(f"--set {name} takes a JSON value like {json.dumps(_DEFAULTS[name])}, got {text!r}")
+    return values
+
+
+def _value(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def system_name(name: str) -> str:
+    """The name that an alias stands for; ValueError for a system that does not exist."""
+    if name not in models.SYSTEMS and name not in models.ALIASES:
+        raise unknown("system", name, [*models.SYSTEMS, *models.ALIASES])
+    return models.find(name)[0]
+
+
+def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
+    """Settings and folder of a new run: the paper's, where `given` does not say otherwise."""
+    name, data = system_name(str(given.get("system", "ivaae-rad"))), str(given.get("data", "digits"))
+    known_data(data)
+    models.check_read(name, given)
+    defaults = models.preset(name, data)
+    settings = Settings.from_dict({**defaults.to_dict(), **given, "system": name})
+    check_device(settings.device)
+    out = out or _next_folder(RUNS, f"{settings.system}-{data.replace(':', '-')}")
+    if (out / "config.json").exists():
+        raise FileExistsError(f"{out} holds a run already; add --resume to go on with it, or name another --out")
+    return settings, out
+
+
+def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
+    """Settings and folder of a run to go on with."""
+    if out is None:
+        newest = max(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
+        hint = f"; the newest is --out {newest.parent}" if newest else ""
+        raise ValueError(f"--resume needs the run's folder by --out{hint}")
+    settings = config(out)
+    saved = settings.to_dict()
+    if "system" in given:
+        given = {**given, "system": system_name(str(given["system"]))}
+    for name, value in given.items():
+        if name in saved and saved[name] != value and name not in RESUMABLE:
+            raise ValueError(
+                f"--{name.replace('_', '-')}: the run in {out} has {saved[name]}, and --resume cannot change it to "
+                f"{value}; leave the option out, or start a new run"
+            )
+    settings = Settings.from_dict({**saved, **given})
+    check_device(settings.device)
+    return settings, out
+
+
+def with_classes(settings: Settings, dataset: Dataset) -> Settings:
+    """The settings with the data set's classes, for a system that reads labels; ValueError where it has none."""
+    if models.find(settings.system)[1].labels == "none":
+        return settings
+    if dataset.train_labels is None or not dataset.classes:
+        raise ValueError(
+            f"{settings.system} learns from labels, and {dataset.name} has none; sort an image folder into one "
+            "subfolder per class, or take another data set"
+        )
+    return dataclasses.replace(settings, classes=len(dataset.classes))
+
+
+def training_set(system: System, dataset: Dataset, *, download: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Images and labels that `fit` takes: the share of them that the settings name, hidden labels as −1."""
+    settings, images, labels = system.settings, dataset.train, dataset.train_labels
+    if settings.label_share < 1 and system.labels != "some":
+        raise ValueError(f"label_share must be 1 for {settings.system}, which is not semi-supervised")
+    if settings.data_share < 1:
+        rows = stratified(torch.zeros(len(images)) if labels is None else labels, settings.data_share)
+        images, labels = images[rows], None if labels is None else labels[rows]
+    if system.labels == "none":
+        return images, None
+    if system.labels == "some":
+        labelled = (labels >= 0).nonzero()[:, 0]
+        share = settings.label_share * (len(labels) / len(labelled))
+        if share > 1:
+            most = len(labelled) / len(labels)
+            raise ValueError(f"label_share must be at most {most:.4f}, the share of {dataset.name} that has labels")
+        known = labelled[stratified(labels[labelled], share)]
+        labels = torch.full_like(labels, -1).index_copy(0, known, labels[known])
+    if system.labels == "source":
+        images, labels = images[labels >= 0], labels[labels >= 0]
+        target = target_of(dataset, settings.target, settings.root, download=download).train
+        images, labels = torch.cat([images, target]), torch.cat([labels, labels.new_full((len(target),), -1)])
+    return images, labels
+
+
+def config(run: Path) -> Settings:
+    """The settings of a run; FileNotFoundError names the runs there are."""
+    if not (run / "config.json").is_file():
+        runs = sorted(str(path.parent) for path in RUNS.glob("*/config.json"))
+        hint = f" Runs here: {', '.join(runs[-5:])}." if runs else " ivfast train makes one."
+        raise FileNotFoundError(f"{run} is not the folder of a run: it has no config.json.{hint}")
+    return Settings.load(run / "config.json")
+
+
+def known_data(data: str) -> None:
+    if data.partition(":")[0] not in DATASETS:
+        raise unknown("data set", data, DATASETS)
+
+
+def check_device(device: str) -> None:
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
+    if kind == "cuda" and (index or 0) >= torch.cuda.device_count():
+        found = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        raise ValueError(f"--device {device} is not there: {found}; use --device cpu, or look at ivfast info")
+
+
+def use_threads(threads: int | None, settings: Settings) -> None:
+    """CPU threads of the run. By default one for networks that are too small to share.
+
+    Layers of 64 x 256 x 256 are over before a second thread has woken, and on a busy machine its spinning costs the
+    first one its core: 230 steps on digits took 14.1 s with two threads and 2.9 s with one (two cores, load 3.7).
+    """
+    small = settings.net == "mlp" and settings.batch_size * settings.width**2 <= 1 << 24
+    if threads or small:
+        torch.set_num_threads(threads or 1)
+
+
+def _next_folder(parent: Path, stem: str) -> Path:
+    numbers = [path.name.removeprefix(f"{stem}-") for path in parent.glob(f"{stem}-*")]
+    return parent / f"{stem}-{max((int(n) for n in numbers if n.isdigit()), default=0) + 1}"
+
+
+def trained(run: Path, device: str | None):
+    """The system of a run on `device` (default: the GPU where there is one), in evaluation mode, and its settings."""
+    config(run)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    return load_system(run, device)
+
+
+def last_step(run: Path) -> int:
+    """The last step in the log of a run; 0 without one."""
+    log = run / "log.jsonl"
+    return max((record["step"] for record in read_log(log)), default=0) if log.is_file() else 0
+
+
+def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = True) -> tuple[System, Settings]:
+    """The trained system of a run, in evaluation mode on `device`, and its settings.
+
+    Args:
+        run_folder: what `fit` wrote to, or a checkpoint file itself.
+        device: replaces the device that it was trained on.
+        average: use the moving average of the weights where the run kept one.
+
+    Raises:
+        CheckpointError: no checkpoint, or one that is truncated, foreign or does not fit; it names file and reason.
+    """
+    path = Path(run_folder)
+    path = path if path.suffix == ".safetensors" else path / checkpoint.LAST
+    saved = checkpoint.read(path)
+    settings = dataclasses.replace(checkpoint.settings_of(saved, path), device=str(device))
+    try:
+        system = models.build(settings, tuple(saved.about["image_shape"]))
+    except ValueError as error:
+        raise checkpoint.CheckpointError(path, f"its system cannot be built: {error}") from error
+    weights = saved.part("weights")
+    if average:
+        weights = {**weights, **saved.part("average")}
+    checkpoint.load_weights(system, weights, path)
+    system.train(False)
+    return system, settings

@@ -1,0 +1,143 @@
+"""What a run shows: metrics while it trains, pictures, tables of results."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from .. import metrics
+from ..data import Dataset
+from ..data.points import POINTS
+from ..train.settings import Settings
+from . import pictures
+from .evaluation import CODES, Value, accuracy_of, bound_of, has_encoder, mixture_of
+
+RECONSTRUCTED = 1_000  # test images at each look while training; `ivfast evaluate` takes all
+LOOK = 2_500  # points drawn to count modes while training (Srivastava et al. 2017)
+
+
+def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
+    """The `evaluate` of `ivfast.train.loop.fit`, as far as the system goes: FLD of the training codes; reconstruction
+    of 1,000 test images; on all of them the variational bound, the accuracy of the system's own classifier; modes of
+    points."""
+
+    def evaluate(system):
+        values = {}
+        if has_encoder(system):
+            values["fld"] = metrics.latent_frechet_distance(metrics.codes(system, dataset.train[:CODES]))
+            if dataset.name not in POINTS:
+                values |= metrics.reconstruction(system, dataset.test[:RECONSTRUCTED])._asdict()
+        if mixture_of(dataset):
+            modes = metrics.point_modes(metrics.generate(system, LOOK), mixture_of(dataset))
+            values |= {"modes": modes.covered, "modes_confident": modes.confident}
+        if hasattr(system, "bound"):
+            values["bound"] = bound_of(system, dataset)
+        if hasattr(system, "classify"):
+            values["accuracy"] = accuracy_of(system, dataset)
+        return values
+
+    return evaluate
+
+
+def draw_samples(system, folder: Path, epoch: int) -> None:
+    """The `draw` of `ivfast.train.loop.fit`: the same points of the prior every time, decoded."""
+    if not hasattr(system, "sample"):
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    n = 64 if system.image_shape[1:] else LOOK
+    pictures.samples(metrics.generate(system, n), Path(folder) / f"samples-{epoch:04d}.png")
+
+
+def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
+    """Every picture of a finished run, by what it shows."""
+    folder, settings = Path(out) / "pictures", system.settings
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{settings.system} on {settings.data}, d = {settings.latent_dim}"
+    points, drawn = dataset.name in POINTS, {}
+    if hasattr(system, "sample"):
+        samples = metrics.generate(system, LOOK if points else 64)
+        drawn["samples"] = pictures.samples(samples, folder / "samples.png")
+    if has_encoder(system) and not points:
+        x = dataset.test[:36]
+        z = metrics.codes(system, x)
+        drawn["reconstructions"] = pictures.reconstructions(
+            x, metrics.decoded(system, z), folder / "reconstructions.png"
+        )
+        drawn["interpolations"] = pictures.interpolations(interpolated(system, z), folder / "interpolations.png")
+    if has_encoder(system):
+        codes = metrics.codes(system, dataset.train[:CODES])
+        drawn["covariance of the codes"] = pictures.covariance(codes, folder / "covariance.png", title)
+    series = _series(Path(out) / "log.jsonl")
+    if series:
+        drawn["losses and metrics"] = pictures.curves(series, folder / "curves.png", title)
+    return drawn
+
+
+def interpolated(system, z: Tensor, rows: int = 6, columns: int = 12) -> Tensor:
+    """Decoded z_i + a (z_j − z_i), a = 0..1, for the first pairs of codes: `[rows, columns, C, H, W]`."""
+    rows = min(rows, len(z) // 2)
+    first, second = z[:rows, None], z[rows : 2 * rows, None]
+    points = torch.lerp(first, second, torch.linspace(0, 1, columns)[:, None])  # [rows, columns, d]
+    return metrics.decoded(system, points.flatten(0, 1)).unflatten(0, (rows, columns))
+
+
+def _series(log: Path) -> dict[str, list[tuple[int, float]]]:
+    series: dict[str, list[tuple[int, float]]] = {}
+    for kind in ("losses", "metrics"):
+        for record in pictures.read_log(log):
+            for name, value in record.get(kind, {}).items():
+                series.setdefault(name, []).append((record["step"], value))
+    return series
+
+
+def values_table(title: str, values: list[Value]) -> Table:
+    table = Table(title=escape(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("value", justify="right", no_wrap=True)
+    table.add_column("", style="dim")
+    for name, value, meaning in values:
+        table.add_row(name, f"{value:.4g}", meaning)
+    return table
+
+
+def print_end(
+    console: Console, settings: Settings, out: Path, history: list[dict], seconds: float, drawn: dict[str, Path]
+) -> None:
+    """What the command line says at the end of a run: results, files to look at, commands to type next."""
+    looks = [record for record in history if record["kind"] == "metrics"]
+    steps = max((record["step"] for record in history), default=0)
+    console.print(
+        f"\n[bold]{settings.system}[/bold] on {settings.data}: {steps:,} steps, {seconds:.1f} s in this session"
+    )
+    if looks:
+        console.print(_metrics_by_epoch(looks))
+    files = {**drawn, "log, one JSON record per line": out / "log.jsonl", "settings": out / "config.json"}
+    wide = max(len(str(path)) for path in files.values())
+    more = f"--steps {2 * settings.steps}" if settings.steps else f"--epochs {2 * settings.epochs}"
+    commands = f"evaluate {out}", f"train --resume --out {out} {more}"
+    if "samples" in drawn:
+        commands = f"sample {out} -n 64", *commands
+    lines = ["[bold]Look at[/bold]"]
+    lines += [f"  {escape(f'{path!s:{wide}}')}  [dim]{what}[/dim]" for what, path in files.items()]
+    lines += ["", "[bold]Next[/bold]", *(f"  [green]ivfast {escape(command)}[/green]" for command in commands)]
+    console.print("\n".join(lines), soft_wrap=True)
+
+
+def _metrics_by_epoch(looks: list[dict]) -> Table:
+    """The last values, and those at the lowest FLD where that was earlier."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "epoch", "step", *looks[-1]["metrics"]):
+        table.add_column(column, justify="right")
+    best = min(looks, key=lambda look: look["metrics"].get("fld", 0.0))
+    shown = {"at the end": looks[-1]}
+    if "fld" in best["metrics"] and best is not looks[-1]:
+        shown = {"lowest fld": best, **shown}
+    for label, look in shown.items():
+        cells = (f"{value:.4g}" for value in look["metrics"].values())
+        table.add_row(label, str(look["epoch"]), f"{look['step']:,}", *cells)
+    return table

@@ -1,0 +1,54 @@
+"""The median bandwidth by NumPy, and what ties and gradients make of it, on fresh random inputs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import ivfast
+from ivfast.testing import error
+
+DOUBLE = torch.float64
+
+
+def normal(*shape, dtype=DOUBLE):
+    return torch.randn(*shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 20, 31])
+def test_median_bandwidth_follows_numpy_in_every_convention(n):
+    x = normal(n, 4)
+    distance = torch.cdist(x, x).numpy()
+    below = distance[np.tril_indices(n, -1)]
+    expected = {
+        "liu-wang": np.median(distance**2) / math.log(n + 1),
+        "numpyro": np.median(distance) ** 2 / math.log(max(n, 2)),
+        "blackjax": np.median(below) ** 2 / math.log(max(n, 2)) if n > 1 else 0,
+        "paper": np.median(below) ** 2 / math.log(max(n, 2)) if n > 1 else 0,
+    }
+    for convention, h in expected.items():
+        actual = float(ivfast.median_bandwidth(x, convention=convention))
+        if h > 0:
+            assert actual == pytest.approx(h, rel=1e-6)
+        else:  # no distance to take: mean squared distance from the first particle, or 1
+            assert 0 < actual < math.inf
+
+
+def test_median_bandwidth_of_ties_and_duplicates():
+    assert float(ivfast.median_bandwidth(torch.ones(5, 3) * 1e4)) == 1.0
+    grid = torch.tensor([[0.0], [1.0], [2.0], [3.0]])  # distances 1, 1, 1, 2, 2, 3
+    assert float(ivfast.median_bandwidth(grid, convention="paper")) == pytest.approx(1.5**2 / math.log(4))
+    assert error(ivfast.median_bandwidth(7 * grid), 49 * ivfast.median_bandwidth(grid)) < 1e-6
+
+
+def test_no_gradient_flows_through_the_median_unless_asked():
+    x = normal(12, 3).requires_grad_()
+    h = ivfast.median_bandwidth(x)
+    direction = normal(12, 3)
+
+    def gradient(bandwidth):
+        return torch.autograd.grad((ivfast.svgd_direction(x, bandwidth=bandwidth) * direction).sum(), x)[0]
+
+    assert torch.equal(gradient("median"), gradient(h.detach()))
+    assert error(gradient(h), gradient(h.detach())) > 1e-4
