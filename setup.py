@@ -1,15 +1,22 @@
-"""Build csrc/: ivfast._C for the CPU where there is a C++ compiler, ivfast._cuda where there is a CUDA toolkit.
+"""Build csrc/: ivfast._C for the CPU, and ivfast._cuda where a GPU is in sight or IVFAST_CUDA=1 asks for it.
 
-Neither is needed to install: what cannot be built is left out, and says so here and in `python -m ivfast`.
+Neither is needed to install. What is left out, and why, is written to ivfast/_build.py, which `ivfast info` reads.
+
+IVFAST_CUDA=0|1           never | always build the CUDA kernels; by default where a GPU is in sight
+TORCH_CUDA_ARCH_LIST      the architectures, as for PyTorch's own extensions; setting it asks for the CUDA kernels
+IVFAST_REQUIRE_KERNELS=1  fail instead of leaving out kernels that were asked for
+MAX_JOBS                  compilers at a time; default: one per core
 """
 
+import ctypes
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from setuptools import setup
+from setuptools import find_packages, setup
 
 
 def cuda_toolkit() -> Path | None:
@@ -24,19 +31,71 @@ def cuda_toolkit() -> Path | None:
     return None
 
 
+def gpus() -> list[str]:
+    """Compute capabilities of the GPUs in sight, `["9.0"]`, from the driver: build isolation's torch may not fit it."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        count, major, minor = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        found = set()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+            for device in range(count.value):  # attributes 75 and 76: the compute capability
+                driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device)
+                driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device)
+                found.add((major.value, minor.value))
+        return [f"{x}.{y}" for x, y in sorted(found)]
+    except (OSError, AttributeError):
+        pass
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        said = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted({x for x in said if x.replace(".", "", 1).isdigit()}, key=float)
+
+
+def switch(name: str) -> bool | None:
+    """The environment variable `name`, 0 or 1; None where it is not set."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        sys.exit(f"ivfast: {name} must be 0 or 1, got {value!r}")
+    return None if value == "" else value == "1"
+
+
 TOOLKIT = cuda_toolkit()
+ASKED = switch("IVFAST_CUDA")
+REQUIRED = bool(switch("IVFAST_REQUIRE_KERNELS"))
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join([] if ASKED is False else gpus())
+LEFT_OUT: dict[str, str] = {}  # module: why
+
+
+def without_cuda() -> str | None:
+    """Why ivfast._cuda is not built."""
+    if ASKED is False:
+        return "IVFAST_CUDA=0"
+    if not ASKED and not ARCHITECTURES:
+        return "no GPU was in sight when ivfast was installed"
+    if not TOOLKIT:
+        return "no CUDA toolkit was found (CUDA_HOME, /usr/local/cuda, nvcc)"
+    return "torch is a CPU build" if torch.version.cuda is None else None
+
+
 if TOOLKIT:
     os.environ["CUDA_HOME"] = str(TOOLKIT)
 else:
     os.environ.pop("CUDA_HOME", None)
 # 8.0 A100, 9.0 H100/H200, 10.0 B200; PTX for what comes after
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX")
+os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES or "8.0;9.0;10.0+PTX"
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  reads CUDA_HOME
 
 # 2.10, the oldest torch the binary loads in; it also bans every header outside the stable ABI. The same for Python is
 # `py_limited_api`, which defines Py_LIMITED_API.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# As fast as -O3, which compiles for a third longer: loops that test the same thing every time are split, and scalar
+# loops get vectors. Python's own flags stand before these and would add debug information six times the code's size.
+OPTIMIZE = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-funswitch-loops", "-g0"]
+QUIET = ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option", "-Wno-ignored-optimization-argument"]
+STRIP = ["-Wl,-s"] if sys.platform == "linux" else []
 
 
 def sources(folder: str) -> list[str]:
@@ -44,36 +103,70 @@ def sources(folder: str) -> list[str]:
 
 
 class OptionalBuild(BuildExtension):
-    """Builds each extension on its own and leaves out the ones that fail."""
+    """Builds each extension on its own, leaves out the ones that fail, and writes down which and why."""
 
     def build_extensions(self):
         wanted, self.extensions, built = self.extensions, [], []
         for extension in wanted:
+            self.fuse(extension)
             self.extensions = [extension]
             try:
                 super().build_extensions()
                 built.append(extension)
             except (Exception, SystemExit) as error:
+                name = extension.name.rpartition(".")[2]
+                LEFT_OUT[name] = f"it did not compile: {(str(error) or type(error).__name__).splitlines()[0]}"
                 print(f"\nivfast: {extension.name} was left out: {error}\n", file=sys.stderr)
                 Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # one of an earlier build
         self.extensions = built
+        if "_cuda" in LEFT_OUT:
+            Path(self.get_ext_fullpath("ivfast._cuda")).unlink(missing_ok=True)
+        if REQUIRED and (missing := sorted(name for name in LEFT_OUT if name == "_C" or ASKED or ARCHITECTURES)):
+            reasons = "; ".join(f"ivfast.{name}: {LEFT_OUT[name]}" for name in missing)
+            sys.exit(f"ivfast: IVFAST_REQUIRE_KERNELS=1, but {reasons}")
+        self.write_record(built)
+
+    def fuse(self, extension) -> None:
+        """The operators of csrc/cpu as one source: most of the time of each goes into the same headers."""
+        kernels = ("_generic.cpp", "_avx2.cpp", "_avx512.cpp")
+        operators = [s for s in extension.sources if s.endswith(".cpp") and not s.endswith(kernels)]
+        if len(operators) < 2:
+            return
+        text = "".join(f'#include "{Path(source).resolve()}"\n' for source in operators)
+        fused = Path(self.build_temp, f"{extension.name.rpartition('.')[2]}_operators.cpp")
+        fused.parent.mkdir(parents=True, exist_ok=True)
+        if not fused.is_file() or fused.read_text() != text:
+            fused.write_text(text)
+        extension.sources = [str(fused), *(s for s in extension.sources if s not in operators)]
+
+    def write_record(self, built) -> None:
+        names = [extension.name.rpartition(".")[2] for extension in built]
+        made = {name: os.environ["TORCH_CUDA_ARCH_LIST"] if name == "_cuda" else None for name in names}
+        record = Path(self.get_ext_fullpath("ivfast._build")).parent / "_build.py"
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(
+            '"""Written by setup.py: the kernels that were built, for which GPUs, and why others were not."""\n\n'
+            f"TORCH = {str(torch.__version__)!r}\nBUILT = {made!r}\nLEFT_OUT = {LEFT_OUT!r}\n"
+        )
 
 
 def extensions() -> list:
     cpu = CppExtension(
         "ivfast._C",
         ["csrc/library.cpp", *sources("cpu")],
-        extra_compile_args={"cxx": ["-O3", *STABLE]},
+        extra_compile_args={"cxx": [*OPTIMIZE, *QUIET, *STABLE]},
+        extra_link_args=STRIP,
         py_limited_api=True,
     )
-    if not TOOLKIT or torch.version.cuda is None:
-        why = "torch is a CPU build" if TOOLKIT else "no CUDA toolkit was found (CUDA_HOME, /usr/local/cuda, nvcc)"
+    if why := without_cuda():
+        LEFT_OUT["_cuda"] = why
         print(f"ivfast: building for the CPU only: {why}", file=sys.stderr)
         return [cpu]
     cuda = CUDAExtension(
         "ivfast._cuda",
         ["csrc/library.cpp", *sources("cuda")],
-        extra_compile_args={"cxx": ["-O3", "-DUSE_CUDA", *STABLE], "nvcc": ["-O3", "-DUSE_CUDA", *STABLE]},
+        extra_compile_args={"cxx": ["-O2", "-g0", "-DUSE_CUDA", *STABLE], "nvcc": ["-O3", "-DUSE_CUDA", *STABLE]},
+        extra_link_args=STRIP,
         py_limited_api=True,
     )
     # a static runtime: one binary for every CUDA version that torch brings
@@ -81,18 +174,14 @@ def extensions() -> list:
     return [cpu, cuda]
 
 
+FOLDERS = {"ivfast.kernels": "kernels", "ivfast.bench": "bench"}
+packages = set(find_packages(include=["ivfast", "ivfast.*"]))
+for name, folder in FOLDERS.items():
+    packages |= {name, *(f"{name}.{package}" for package in find_packages(folder))}
+
 setup(
-    packages=[
-        "ivfast",
-        *(
-            f"ivfast.{part}"
-            for part in (
-                *("ops", "distributed", "data", "nets", "metrics", "models", "train", "runs", "papers", "cli"),
-                *("kernels", "bench", "bench.harness", "bench.studies"),
-            )
-        ),
-    ],
-    package_dir={"ivfast": "ivfast", "ivfast.kernels": "kernels", "ivfast.bench": "bench"},
+    packages=sorted(packages),
+    package_dir={"ivfast": "ivfast", **FOLDERS},
     ext_modules=extensions(),
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -16,7 +16,7 @@ AsDistanceStages stages(ScalarType dtype, bool additive, bool prior, bool backwa
   return IVFAST_BY_ISA(as_distance_stages, storage(dtype), AsDistanceForm{additive, prior, backward});
 }
 
-struct Blocks {
+struct PosteriorBlocks {
   const Posteriors& q;
   const AsDistanceStages& stages;
 
@@ -30,7 +30,7 @@ struct Blocks {
 void run(Posteriors& q, const AsDistanceStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   q.workspace = workspace.reserve(stages.bytes(q));
-  Tournament(Blocks{q, stages}, q.blocks()).run(threaded);
+  Tournament(PosteriorBlocks{q, stages}, q.blocks()).run(threaded);
   if (stages.collect) stages.collect(q);
   workspace.trim();
 }

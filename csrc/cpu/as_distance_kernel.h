@@ -173,15 +173,15 @@ IVFAST_INLINE void pair_blocks(const Posteriors& q, int64_t index, int64_t other
     }
 }
 
-template <class S, class T, bool additive, bool prior, bool backward>
-void begin(const Posteriors& q, int64_t block) {
-  pack<S, T, prior, backward>(q, View<T>(q, backward), block);
-  pair_blocks<additive, prior, backward, T>(q, block, block);
-}
-
 template <class T, bool additive, bool prior, bool backward>
 void pair(const Posteriors& q, int64_t block, int64_t other) {
   pair_blocks<additive, prior, backward, T>(q, block, other);
+}
+
+template <class S, class T, bool additive, bool prior, bool backward>
+void begin(const Posteriors& q, int64_t block) {
+  pack<S, T, prior, backward>(q, View<T>(q, backward), block);
+  pair<T, additive, prior, backward>(q, block, block);
 }
 
 // ∂L/∂ log l_i = l_i ∂L/∂l_i

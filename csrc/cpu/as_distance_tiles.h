@@ -112,7 +112,7 @@ IVFAST_INLINE void groups(const Pairs<T>& p, const F& f) {
 
 // log2 k, −∞ for pairs that do not count
 template <bool prior, class T>
-IVFAST_INLINE void log_kernel_tile(T* out, const Pairs<T>& p, int64_t merged_steps) {
+void log_kernel_tile(T* out, const Pairs<T>& p, int64_t merged_steps) {
   constexpr int R = rows_at_once;
   groups(p, [&](int64_t i, int64_t j) __attribute__((always_inline)) {
     const T *u_i = row(p.u_i, p.i + i, p.d), *l_i = row(p.l_i, p.i + i, p.d);
@@ -135,7 +135,7 @@ IVFAST_INLINE void log_kernel_tile(T* out, const Pairs<T>& p, int64_t merged_ste
 
 // Σ_d 2^(−½ log2(e) N/P − top)/√P, 0 for pairs that do not count
 template <bool prior, class T>
-IVFAST_INLINE void additive_tile(T* out, const Pairs<T>& p, T top) {
+void additive_tile(T* out, const Pairs<T>& p, T top) {
   constexpr int R = rows_at_once, L = lanes<T>;
   groups(p, [&](int64_t i, int64_t j) __attribute__((always_inline)) {
     const T *u_i = row(p.u_i, p.i + i, p.d), *l_i = row(p.l_i, p.i + i, p.d);

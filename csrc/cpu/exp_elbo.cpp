@@ -8,7 +8,7 @@ namespace ivfast {
 namespace {
 
 constexpr double most = 80;  // as in ivfast/ops/exp_elbo.py
-constexpr int64_t flop_per_element = 100;
+constexpr int64_t exp_elbo_flop = 100;
 
 // a rec_i + b KL_i; a factor of 0 drops its term even if it is infinite
 struct Exponent {
@@ -27,7 +27,7 @@ Tensor exp_elbo_loss(const Tensor& reconstruction_, const Tensor& kl_, double a,
   Tensor loss = empty(kl, rows.shape, arithmetic(kl.scalar_type()));
   const Exponent exponent{Elements(reconstruction), Elements(kl), a, b};
   const Elements out(loss);
-  each_range(rows.count, rows.d * flop_per_element, [&](int64_t first, int64_t last) {
+  each_range(rows.count, rows.d * exp_elbo_flop, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       double sum = 0;
       for (int64_t i = row * rows.d; i < (row + 1) * rows.d; ++i) sum += std::exp(clamped(exponent[i]));
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor> exp_elbo_loss_backward(const Tensor& grad_, const Ten
   Tensor dreconstruction = empty(kl, rows.full, kl.scalar_type()), dkl = empty(kl, rows.full, kl.scalar_type());
   const Exponent exponent{Elements(reconstruction), Elements(kl), a, b};
   const Elements g(grad), to_reconstruction(dreconstruction), to_kl(dkl);
-  each_range(rows.count, rows.d * flop_per_element, [&](int64_t first, int64_t last) {
+  each_range(rows.count, rows.d * exp_elbo_flop, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const double scale = g[row] / (alpha * double(rows.d));
       for (int64_t i = row * rows.d; i < (row + 1) * rows.d; ++i) {

@@ -107,28 +107,31 @@ void center(const Codes& codes) {
   for (int64_t j = codes.d; j < at.columns; ++j) at.slope[j] = 0;
 }
 
+// gram += wᵀw of a chunk [count, m], on and right of the diagonal blocks
+template <class T>
+void add_gram(double* gram, T* product, const T* w, Size s, Size wide, int64_t count) {
+  products(w, w, s, count, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+    at(product + i * s.ld + j) = sum;
+  });
+  for (int64_t i = 0; i < s.size; ++i)
+    for (int64_t j = i / lanes<T> * lanes<T>; j < s.size; ++j) gram[i * wide.ld + j] += double(product[i * s.ld + j]);
+}
+
 // Σ wᵀw over the chunks of a part, on and right of the diagonal blocks
 template <class S, class T>
 void scatter(const Codes& codes, int64_t part) {
-  const Layout<S, T> at_(codes);
-  const Size s = at_.s, wide = at_.wide;
-  double* const gram = at_.grams + part * wide.area();
-  T* const product = at_.products + part * s.area();
-  for (int64_t i = 0; i < wide.area(); ++i) gram[i] = 0;
-  at_.each_chunk(part, [&](int64_t first, int64_t count, T* w) {
-    at_.fill(w, first, count);
-    products(w, w, s, count, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
-      at(product + i * s.ld + j) = sum;
-    });
-    for (int64_t i = 0; i < s.size; ++i)
-      for (int64_t j = i / lanes<T> * lanes<T>; j < s.size; ++j)
-        gram[i * wide.ld + j] += double(product[i * s.ld + j]);
+  const Layout<S, T> at(codes);
+  double* const gram = at.grams + part * at.wide.area();
+  for (int64_t i = 0; i < at.wide.area(); ++i) gram[i] = 0;
+  at.each_chunk(part, [&](int64_t first, int64_t count, T* w) {
+    at.fill(w, first, count);
+    add_gram(gram, at.products + part * at.s.area(), w, at.s, at.wide, count);
   });
 }
 
-template <class S, class T>
+template <class T>
 bool root(Codes& codes) {
-  const Layout<S, T> at(codes);
+  const Layout<T, T> at(codes);  // the same whatever codes are stored as, which are not read here
   const int64_t m = codes.m, n = codes.n;
   Root<T> root(at.roots, m);
   for (int64_t i = 0; i < root.wide.area(); ++i) root.g[i] = 0;
@@ -204,7 +207,7 @@ void gradients(const Codes& codes, int64_t part) {
 
 template <class S, class T>
 CodesStages codes_stages_of() {
-  return {codes_bytes<S, T>, means<S, T>, center<S, T>, scatter<S, T>, root<S, T>, gradients<S, T>};
+  return {codes_bytes<S, T>, means<S, T>, center<S, T>, scatter<S, T>, root<T>, gradients<S, T>};
 }
 
 }  // namespace

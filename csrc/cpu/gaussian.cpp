@@ -10,11 +10,11 @@
 namespace ivfast {
 namespace {
 
-constexpr int64_t flop_per_element = 40;  // an exponential and a polynomial
+constexpr int64_t gaussian_flop = 40;  // an exponential and a polynomial
 
 template <class Stage>
 void run(const Rows& rows, const GaussianRows& all, Stage stage) {
-  each_range(rows.count, rows.d * flop_per_element, [&](int64_t first, int64_t last) {
+  each_range(rows.count, rows.d * gaussian_flop, [&](int64_t first, int64_t last) {
     GaussianRows part = all;
     part.first = first, part.last = last;
     stage(part);

@@ -6,7 +6,7 @@
 namespace ivfast {
 namespace {
 
-constexpr int64_t flop_per_element = 200;
+constexpr int64_t importance_flop = 200;
 
 // w = softmax(l) of the logits [first, first + n), as e^(l − largest)/sum; NaN gives NaN.
 struct Weights {
@@ -26,7 +26,7 @@ Tensor importance_weighted_loss(const Tensor& logits_) {
   const Rows rows(logits);
   Tensor loss = empty(logits, rows.shape, arithmetic(logits.scalar_type()));
   const Elements l(logits), out(loss);
-  each_range(rows.count, rows.d * flop_per_element, [&](int64_t first, int64_t last) {
+  each_range(rows.count, rows.d * importance_flop, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const Weights weights(l, row * rows.d, rows.d);
       double total = 0;
@@ -45,7 +45,7 @@ Tensor importance_weighted_loss_backward(const Tensor& grad_, const Tensor& logi
   const Rows rows(logits);
   Tensor dlogits = empty(logits, rows.full, logits.scalar_type());
   const Elements l(logits), g(grad), out(dlogits);
-  each_range(rows.count, rows.d * flop_per_element, [&](int64_t first, int64_t last) {
+  each_range(rows.count, rows.d * importance_flop, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       const Weights weights(l, row * rows.d, rows.d);
       for (int64_t i = row * rows.d; i < (row + 1) * rows.d; ++i) out.set(i, -g[row] * weights[i] / (1 + std::exp(l[i])));

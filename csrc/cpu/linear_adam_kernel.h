@@ -60,11 +60,15 @@ void step_panels(const LinearAdam& a, int64_t first, int64_t last) {
 #pragma GCC unroll 8
           for (int c = 0; c < C; ++c) g[r][c] += grad[r] * part[c];
       }
+      Vec<float> sums[R][C];  // in memory: one copy of `adam` serves the whole register tile
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-        for (int c = 0; c < C; ++c)
-          if (panel * R + r < a.outputs && column + c * L < a.inputs) adam(a, panel * R + r, column + c * L, g[r][c]);
+        for (int c = 0; c < C; ++c) sums[r][c] = g[r][c];
+#pragma GCC unroll 1
+      for (int r = 0; r < R && panel * R + r < a.outputs; ++r)
+#pragma GCC unroll 1
+        for (int c = 0; c < C && column + c * L < a.inputs; ++c) adam(a, panel * R + r, column + c * L, sums[r][c]);
     }
 }
 

@@ -13,7 +13,7 @@ namespace ivfast {
 namespace {
 
 // The pooled sample as blocks of rows, each from x or from y.
-struct Blocks {
+struct SampleBlocks {
   const TwoSamples& samples;
   const MmdStages& stages;
 
@@ -26,7 +26,7 @@ double run(TwoSamples samples, const MmdStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   samples.workspace = workspace.reserve(stages.bytes(samples));
   stages.prepare(samples);
-  const Blocks blocks{samples, stages};
+  const SampleBlocks blocks{samples, stages};
   Tournament(blocks, samples.blocks()).run(threaded);
   const double value = stages.value(samples);
   workspace.trim();

@@ -12,11 +12,11 @@ namespace ivfast {
 namespace {
 
 // Logits [..., C, n, C], or [C·n, C] for a single set.
-struct Blocks {
+struct LogitBlocks {
   std::vector<int64_t> full, rows_shape, batch;
   int64_t classes, n, rows, sets = 1;
 
-  explicit Blocks(const Tensor& logits) {
+  explicit LogitBlocks(const Tensor& logits) {
     const auto sizes = logits.sizes();
     full.assign(sizes.begin(), sizes.end()), rows_shape.assign(sizes.begin(), sizes.end() - 1);
     classes = full.back();
@@ -70,7 +70,7 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& x) {
 
 std::tuple<Tensor, Tensor> multi_js_loss(const Tensor& logits_, const std::optional<Tensor>& weights_,
                                          double smoothing) {
-  const Blocks blocks(logits_);
+  const LogitBlocks blocks(logits_);
   const ScalarType dtype = logits_.scalar_type(), wide = arithmetic(dtype);
   const Tensor logits = as_contiguous(logits_);
   const std::optional<Tensor> weights = contiguous(weights_);
@@ -91,7 +91,7 @@ std::tuple<Tensor, Tensor> multi_js_loss(const Tensor& logits_, const std::optio
 
 Tensor multi_js_loss_backward(const Tensor& grad_, const Tensor& logits_, const std::optional<Tensor>& weights_,
                               const Tensor& lse_, double smoothing) {
-  const Blocks blocks(logits_);
+  const LogitBlocks blocks(logits_);
   const ScalarType dtype = logits_.scalar_type(), wide = arithmetic(dtype);
   const Tensor grad = as_contiguous(grad_), logits = as_contiguous(logits_), lse = as_contiguous(lse_);
   const std::optional<Tensor> weights = contiguous(weights_);

@@ -1,4 +1,7 @@
 // Shared by the CPU operators: views of particle sets, scratch memory, and how much work is worth a thread.
+//
+// setup.py compiles the operators, every file here that is not of one instruction set, as one source. So what an
+// operator keeps to itself still needs a name that no other operator uses.
 #pragma once
 
 #include <cstdlib>

@@ -9,7 +9,7 @@
 namespace ivfast {
 namespace {
 
-constexpr int64_t flop_per_element = 20;
+constexpr int64_t reconstruction_flop = 20;
 
 ReconstructionRows rows_of(const Tensor& output, const Tensor& target) {
   const auto sizes = output.sizes();
@@ -22,7 +22,7 @@ ReconstructionRows rows_of(const Tensor& output, const Tensor& target) {
 
 template <class Stage>
 void run(const ReconstructionRows& all, Stage stage) {
-  each_range(all.last, all.size * flop_per_element, [&](int64_t first, int64_t last) {
+  each_range(all.last, all.size * reconstruction_flop, [&](int64_t first, int64_t last) {
     ReconstructionRows part = all;
     part.first = first, part.last = last;
     stage(part);

@@ -15,7 +15,7 @@ namespace {
 SvgdStages stages(ScalarType dtype, bool backward) { return IVFAST_BY_ISA(svgd_stages, storage(dtype), backward); }
 
 // One particle set as blocks of rows.
-struct Blocks {
+struct ParticleBlocks {
   const SvgdSet& set;
   const SvgdStages& stages;
   int64_t size;
@@ -33,7 +33,7 @@ double svgd_run(SvgdSet set, const SvgdStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
   stages.centre(set);
-  const Blocks blocks{set, stages, block_rows(set.n, set.d, svgd_tile(set.n))};
+  const ParticleBlocks blocks{set, stages, block_rows(set.n, set.d, svgd_tile(set.n))};
   Tournament(blocks, (set.n + blocks.size - 1) / blocks.size).run(threaded);
   const double gradient = stages.bandwidth_gradient ? stages.bandwidth_gradient(set) : 0;
   workspace.trim();
