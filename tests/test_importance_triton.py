@@ -1,4 +1,4 @@
-"""The importance-weighted loss in Triton, interpreted where there is no GPU."""
+"""The importance-weighted loss in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings(

@@ -1,4 +1,4 @@
-"""The C++ median where the case table cannot reach: exactness, adversarial data, both paths, threads, memory."""
+"""The C++ median beyond the case table: exactness, adversarial data, both paths, threads, memory."""
 
 import ctypes
 import subprocess

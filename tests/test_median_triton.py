@@ -1,4 +1,4 @@
-"""Median bandwidth in Triton, interpreted where there is no GPU."""
+"""Median bandwidth in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ivfast import testing
 from ivfast.ops import median
 
 HALF = (torch.bfloat16, torch.float16)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 

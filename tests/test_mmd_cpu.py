@@ -1,4 +1,4 @@
-"""The C++ MMD where the case table cannot reach: instruction sets, tiles, threads, extremes, four digits, memory."""
+"""The C++ MMD beyond the case table: instruction sets, tiles, threads, extremes, four digits, memory."""
 
 import subprocess
 import sys
@@ -74,7 +74,7 @@ def test_any_scales(isa, kernel, scales):
 
 
 def test_a_mean_far_away(isa):
-    # inputs of mean 10 leave float32 ten times less of each difference
+    # inputs with mean 10 leave float32 ten times less precision in each difference
     x, y = torch.randn(200, 8) + 10, torch.randn(150, 8) + 10
     value, dx, dy = op(x, y)
     expected = op(x.double(), y.double())

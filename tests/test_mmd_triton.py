@@ -1,4 +1,4 @@
-"""MMD in Triton, interpreted where there is no GPU."""
+"""MMD in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ivfast.ops import mmd
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # 2^-inf, in the interpreter's NumPy
@@ -52,7 +52,7 @@ class TestMmd:
     def test_wide(self, monkeypatch, n, m, d):
         from ivfast.kernels import mmd as kernels
 
-        # the interpreter pays by the loop: fewer parts than on a GPU, still several
+        # loops are slow in the interpreter: fewer parts than on a GPU, but several
         monkeypatch.setattr(kernels, "tile_of", lambda D, major, gradient: kernels.Tile(128, 128, min(D, 128), D // 2))
         check(mmd_case(n, m, d, unbiased=False))
 
@@ -65,7 +65,7 @@ class TestMmd:
 
     @pytest.mark.parametrize("shift", [(10.0, 10.0), (3.0, -3.0)])
     def test_shifted_and_apart(self, shift):
-        # inputs of mean 10 leave float32 ten times less of each difference
+        # inputs with mean 10 leave float32 ten times less precision in each difference
         check(mmd_case(20, 30, 6, shifts=shift, slack=10))
 
     @pytest.mark.parametrize("kernel", ["imq", "rbf"])
@@ -122,7 +122,7 @@ class TestMmd:
                 )
             finally:
                 torch.set_float32_matmul_precision(before)
-        assert errors[0] < 2e-5 < errors[1] < 5e-3  # operands rounded to 2^-12, seen, and no more than that
+        assert errors[0] < 2e-5 < errors[1] < 5e-3  # operands rounded to 2^-12: visible, but no more than that
 
     def test_no_sets_and_no_float64(self):
         with ivfast.use("triton"):

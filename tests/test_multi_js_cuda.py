@@ -128,7 +128,7 @@ class TestMultiJs:
         x, grad = torch.randn(classes, 3, classes).to(dtype), torch.ones(())
         ours, theirs = ((*forward.cuda(y, None, 0.1),) for y in (misaligned(x), x))
         for a, b in zip(ours, theirs, strict=True):
-            close(a, b)  # lanes share a row in another way
+            close(a, b)  # lanes share a row differently
         dx = [backward.cuda(grad, y, None, theirs[1], 0.1) for y in (misaligned(x), x)]
         assert torch.equal(*dx)
 
@@ -172,7 +172,7 @@ def rows_match(x, weights, smoothing, *, first, n):
     assert torch.equal(x, before)
     loss = rows(x, weights, smoothing, first, n, True)
     assert torch.equal(loss, value)
-    # a difference of numbers of about 1 for each row, and of probabilities in the gradient
+    # differences of numbers of about 1 per row, and of probabilities in the gradient
     unit = 1 / (x.shape[1] * n)
     close(loss, expected, unit=len(x) * unit)
     close(x, exact, unit=unit)

@@ -1,4 +1,4 @@
-"""Multi-class Jensen–Shannon loss in Triton, interpreted where there is no GPU."""
+"""Multi-class Jensen–Shannon loss in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ivfast import testing
 from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
-triton_device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+triton_device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 
 
 def assert_matches(case: Case, dtype: torch.dtype, implementation: str, device: str = "cpu"):

@@ -57,7 +57,7 @@ def train(settings, out, **keywords):
         (folder / f"{os.getpid()}-{epoch}").touch()
 
     def evaluate(system):
-        return {"noise": float(torch.randn(()))}  # must leave no trace in the run's own random numbers
+        return {"noise": float(torch.randn(()))}  # must not affect the run's own random numbers
 
     system = build(settings, SHAPE)
     return fit(system, images(), settings, out, progress=False, draw=draw, evaluate=evaluate, **keywords)
@@ -98,7 +98,7 @@ def rank_main(rank, world, folder):
 
 
 def start(world, folder):
-    root = str(Path(ivfast.__file__).parent.parent)  # the same sources, installed or not
+    root = str(Path(ivfast.__file__).parent.parent)  # the same sources, whether installed or not
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, __file__, str(world), str(folder)]
     started = [subprocess.Popen([*command, str(rank)], cwd="/", env=environment) for rank in range(world)]

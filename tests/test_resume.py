@@ -46,7 +46,7 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(system, ema, stop, ima
     _, straight = train(settings, images, tmp_path / "straight")
 
     def evaluate(system):
-        return {"noise": float(torch.randn(()))}  # must leave no trace in the run's own random numbers
+        return {"noise": float(torch.randn(()))}  # must not affect the run's own random numbers
 
     _, first = train(dataclasses.replace(settings, steps=stop), images, tmp_path / "parts", evaluate=evaluate)
     assert first[-1]["kind"] == "metrics"

@@ -1,4 +1,4 @@
-"""The C++ SVGD bridge where the case table cannot reach: an independent loop, both paths, instruction sets, threads."""
+"""The C++ SVGD bridge beyond the case table: an independent loop, both paths, instruction sets, threads."""
 
 import math
 

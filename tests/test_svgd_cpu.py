@@ -1,4 +1,4 @@
-"""The C++ SVGD kernel where the case table cannot reach: instruction sets, edges of tiles, threads, extremes, memory."""
+"""The C++ SVGD kernel beyond the case table: instruction sets, edges of tiles, threads, extremes, memory."""
 
 import math
 import subprocess
