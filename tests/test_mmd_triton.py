@@ -61,7 +61,7 @@ class TestMmd:
         bandwidth = torch.tensor([3.0, 20.0], device=device)
         for kernel in ("imq", "rbf"):
             case = mmd_case(7, 9, 3, batch=(2,), kernel=kernel, scales=scales, bandwidth=bandwidth.double())
-            check(case._replace(unit=1.0))  # as many kernels
+            check(case._replace(unit=1.0))  # a sum of as many kernels
 
     @pytest.mark.parametrize("shift", [(10.0, 10.0), (3.0, -3.0)])
     def test_shifted_and_apart(self, shift):
@@ -82,7 +82,7 @@ class TestMmd:
         x = torch.arange(30.0, device=device)[:, None].repeat(2, 3)
         with ivfast.use("triton"):
             value = ivfast.mmd(x, x + 0.5, kernel=kernel, scales=(1e-12,), bandwidth=1.0)
-        assert abs(float(value.detach()) - 2 * 60 / (60 * 59)) < 1e-7  # each point of either sample meets its double
+        assert abs(float(value.detach()) - 2 * 60 / (60 * 59)) < 1e-7  # each point of either sample meets its copy
 
     def test_only_the_gradients_asked_for(self):
         x, y = torch.randn(20, 5, device=device), torch.randn(7, 5, device=device)

@@ -27,7 +27,7 @@ def js_case(shape, *, weighted=False, smoothing=0.0, scale=3.0, slack=1.0) -> Ca
     weights = torch.rand(shape[-1]).bfloat16() + 0.25 if weighted else None
 
     def loss(x):
-        # in every dtype the same numbers
+        # the same numbers in every dtype
         return ivfast.multi_js_loss(x, weights=None if weights is None else weights.to(x), label_smoothing=smoothing)
 
     def draw(generator):
@@ -84,7 +84,7 @@ class TestMultiJs:
     @pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
     def test_what_is_infinite_or_no_number(self, classes, smoothing):
         rows = torch.randn(8, classes, 2, classes)
-        rows[1, 0, :, 1:] = float("-inf")  # classes that cannot be
+        rows[1, 0, :, 1:] = float("-inf")  # impossible classes
         rows[2, 1, 0, 0] = float("-inf")
         rows[3] = rows[3].sign() * 1e4
         rows[4, 0, 1, 2] = float("nan")
@@ -155,7 +155,7 @@ class TestMultiJs:
 
 
 def agree(ours, theirs):
-    """Infinite and no number in the same places, and close in all others."""
+    """Infinite and NaN in the same places, and close in all others."""
     assert torch.equal(ours.isnan(), theirs.isnan())
     finite = theirs.isfinite()
     assert torch.equal(ours[~finite].nan_to_num(), theirs[~finite].to(ours.dtype).nan_to_num())
@@ -196,7 +196,7 @@ class TestMultiJsRows:
         rows_match(torch.randn(700, 40), None, 0.2, first=77, n=41)
 
     def test_rows_past_32_bits(self):
-        # blocks of 3·10⁹ rows: a class is a quotient of 64 bits
+        # blocks of 3·10⁹ rows: the class is a 64-bit quotient
         n = 3_000_000_000
         for classes in (5, 40):
             rows_match(torch.randn(9, classes), torch.rand(classes) + 0.1, 0.1, first=2 * n - 4, n=n)

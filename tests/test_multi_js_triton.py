@@ -20,7 +20,7 @@ def js_case(shape, *, weighted=False, scale=3.0, slack=1.0, dtype=torch.float32)
     weights = torch.rand(shape[-1]) + 0.1 if weighted else None
 
     def loss(x):
-        on_device = None if weights is None else weights.to(x)  # rounded as the input is, for the reference too
+        on_device = None if weights is None else weights.to(x)  # rounded like the input, also for the reference
         return ivfast.multi_js_loss(x, weights=on_device)
 
     def draw(generator):

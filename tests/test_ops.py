@@ -1,4 +1,4 @@
-"""Every op on every case: each implementation against the float64 reference, and the contract with PyTorch."""
+"""Every op on every case: each implementation against the float64 reference, and PyTorch's operator contract."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_every_operator_is_reached_by_a_case(monkeypatch):
     inner |= {"inverse_root"}  # for values alone: test_roots
     inner |= {"linear_adam_"}  # writes in place: test_optim
     assert reached >= set(OPS) - inner
-    # classes, drivers, and what has no gradient
+    # classes, drivers, and functions without a gradient
     others = {"GaussianStatistics", "distributed", "nn", "optim", "patch", "svgd", "use", "multi_js_block_losses"}
     public = set(ivfast.__all__) - others
     assert set(NAMES) == public

@@ -1,6 +1,6 @@
-"""Training on several gloo ranks: the weights and the run of one process on the same batches.
+"""Training on several gloo ranks: the same weights and log as one process on the same batches.
 
-Run as a script, this file is a rank.
+As a script, this file runs one rank.
 """
 
 import dataclasses
@@ -64,7 +64,7 @@ def train(settings, out, **keywords):
 
 
 class Failing(IvaaeRadial):
-    """The rows of the last rank give NaN at step 9."""
+    """The rows of the last rank give NaN in step 9."""
 
     steps = 0
 
@@ -112,7 +112,7 @@ def start(world, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of two ranks, one of which three ranks went on with."""
+    """Runs of two ranks, one of them resumed by three ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     start(2, folder)
     start(3, folder)
@@ -124,7 +124,7 @@ def lines(run, kind="losses"):
 
 
 def assert_same_run(run, alone):
-    """Weights and averages within 1e-5 after 20 steps, and all of the log but what measures time."""
+    """Weights and averages agree within 1e-5 after 20 steps, and the log except for timings."""
     ours, theirs = checkpoint.read(run / checkpoint.LAST), checkpoint.read(alone / checkpoint.LAST)
     assert ours.tensors.keys() == theirs.tensors.keys()
     for part in ("weights", "average", "batches", "random"):

@@ -45,7 +45,7 @@ class TestReconstruction:
     def test_random_sizes(self, kind, dtype):
         for shape in ((size(1, 40),), (1, 1), (size(2, 40), size(1, 50)), (size(1, 3), 3, size(5, 40), size(5, 40))):
             check(Case(kind, str(shape), reconstruction(kind), testing._logits_and_pixels(*shape)), dtype)
-            # the gradient of the output alone
+            # only the gradient of the output
             check(Case(kind, str(shape), reconstruction(kind), testing._logits_and_pixels(*shape), constants=1), dtype)
 
     @pixels
@@ -78,7 +78,7 @@ class TestReconstruction:
         assert loss[8].isnan().all()
         assert loss[:, 3].isnan().all()
         assert not loss[:8, :3].isnan().any()
-        if kind == "bce":  # right and certain
+        if kind == "bce":  # certain and correct
             assert loss[6, 2] == loss[7, 0] == 0
 
     @pixels

@@ -74,7 +74,7 @@ class TestDirection:
 
     @pytest.mark.parametrize("d", [7, 64])
     def test_equal_particles_are_at_distance_zero_to_the_bit(self, d):
-        # nothing else survives so narrow a kernel
+        # only equal particles interact in such a narrow kernel
         x, h = torch.randn(40, d, device=device).repeat(2, 1), torch.tensor(1e-9, device=device)
         with ivfast.use("triton"):
             row_sum = svgd._forward(x, None, h)[1]
