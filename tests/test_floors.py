@@ -1,4 +1,4 @@
-"""The layers of the package: which module imports which, read from the sources without running them."""
+"""The floors of CONTRIBUTING.md: which module imports which, read from the sources without running them."""
 
 import ast
 import re

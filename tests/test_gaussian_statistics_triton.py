@@ -12,7 +12,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CP
 
 @pytest.mark.usefixtures("poisoned")
 class TestTriton:
-    """Interpreted where there is no GPU."""
+    """Interpreted if there is no GPU."""
 
     @pytest.fixture(autouse=True)
     def _one_pass(self, monkeypatch):

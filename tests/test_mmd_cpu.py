@@ -81,7 +81,7 @@ def test_a_mean_far_away(isa):
     assert abs(float(value - expected[0])) < 4e-6
     assert testing.error(dx, expected[1]) < 2e-4
     assert testing.error(dy, expected[2]) < 2e-4
-    assert_right(100, 90, 6, shift=10.0)  # y alone
+    assert_right(100, 90, 6, shift=10.0)  # only y is shifted
 
 
 @pytest.mark.parametrize("imq", [True, False])

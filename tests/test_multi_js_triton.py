@@ -33,7 +33,7 @@ def js_case(shape, *, weighted=False, scale=3.0, slack=1.0, dtype=torch.float32)
 
 @pytest.mark.usefixtures("poisoned")
 class TestMultiJs:
-    """Interpreted where there is no GPU."""
+    """Interpreted if there is no GPU."""
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
     @pytest.mark.parametrize("case", [c for c in testing.CASES if c.op == "multi_js_loss"], ids=str)

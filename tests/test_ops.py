@@ -87,7 +87,7 @@ def test_opcheck(op, monkeypatch):
 def test_every_operator_is_reached_by_a_case(monkeypatch):
     reached = {handle.name for op in NAMES for handle, _ in calls_of(first_case(op), monkeypatch)}
     inner = {"frechet_factor_trace", "frechet_covariance_trace"}  # their gradients come with the value
-    inner |= {"inverse_root"}  # for values alone: test_roots
+    inner |= {"inverse_root"}  # only for values: test_roots
     inner |= {"linear_adam_"}  # writes in place: test_optim
     assert reached >= set(OPS) - inner
     # classes, drivers, and functions without a gradient

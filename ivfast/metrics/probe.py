@@ -28,7 +28,7 @@ def probe(
     seed: int = 0,
     device="cpu",
 ) -> Probe:
-    """Error rate of a perceptron with 2 x 1000 units on features of test images, `every` so many training steps.
+    """Error rate of a perceptron with 2 x 1000 units on features of test images, every `every` training steps.
 
     Batches of 60, Adam at 1e-4. The same seed gives the same probe; global generators are not changed.
 

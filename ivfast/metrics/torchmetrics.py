@@ -48,8 +48,8 @@ class FrechetInceptionDistance(GaussianMetric):
 
     Args:
         feature: width of a layer of pytorch-fid's Inception, 64, 192, 768 or 2048, for uint8 images `[n, C, H, W]` with
-            1 or 3 channels; or a module that turns the inputs of `update` into features `[n, d]`. `nn.Identity()`, for
-            example, takes the features themselves.
+            1 or 3 channels; or a callable that turns the inputs of `update` into features `[n, d]`. `nn.Identity()`,
+            for example, takes the features themselves.
         num_features: d; None means the attribute `feature.num_features`.
         reset_real_features: False keeps the real side through `reset`.
         normalize: inputs for Inception are floats in [0, 1]; other feature modules get images unchanged.
