@@ -114,8 +114,8 @@ def svgd(
         TypeError, ValueError: wrong arguments, or a target that returns a wrong shape or does not depend on x.
         RuntimeError: `log_prob` under torch.inference_mode(); torch.no_grad() is fine.
         NonFiniteParticles: a NaN or infinite score, or particles that left the range of their dtype; carries the
-            result of the steps before. On the CPU it is raised at once; on a GPU within the next 64 steps, because
-            checking more often would wait for the device.
+            result of the steps before. On the CPU it is raised at once; on a GPU, which is not synchronised otherwise,
+            within the next 64 steps.
 
     Source: Liu & Wang 2016, Algorithm 1.
     """

@@ -1,10 +1,10 @@
-"""Without a GPU, Triton kernels run interpreted: the variable must stand before triton is first imported."""
+"""Without a GPU, Triton kernels are interpreted: the variable must be set before triton is first imported."""
 
 import os
 import zlib
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process per core: threads beyond that wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core: more threads would wait for each other
 
 import pytest
 import torch
@@ -15,11 +15,11 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def _fresh_seed(request):
-    """Inputs differ from run to run; a failing test prints the seed it drew, and IVFAST_SEED repeats it.
+    """Inputs differ from run to run; a failing test prints its seed, and IVFAST_SEED repeats it.
 
-    IVFAST_INPUTS, a word, stands for one seed of each test: `.ci/run` gives the tree's hash, so that each commit
-    has fresh inputs and the same commit the same verdict. What claims how far a training run gets (the mark
-    `trains`) has one seed: its luck is not what is tested.
+    IVFAST_INPUTS, a word, determines one seed per test: `.ci/run` passes the tree's hash, so that each commit gets
+    fresh inputs and the same commit always gets the same verdict. Tests of how far a training run gets (the mark
+    `trains`) have a fixed seed, because luck is not what they test.
     """
     word = os.environ.get("IVFAST_INPUTS")
     fresh = zlib.crc32(f"{word} {request.node.nodeid}".encode()) % 2**31 if word else torch.seed() % 2**31
@@ -31,10 +31,10 @@ def _fresh_seed(request):
 
 @pytest.fixture(params=["float64", "float32"])
 def rounding(request, monkeypatch):
-    """A system in float64, where rounding neither cancels a sum nor turns a unit on or off, and as it is, in float32.
+    """A system in float64, where rounding neither cancels a sum nor switches a unit on or off, and in float32.
 
-    Its casts to float32, there for half precision, do nothing in float64. In float32 one unit of one image that is on
-    in one computation and off in the other moves a gradient by a hundredth, in a draw of thousands.
+    In float64 the system's casts to float32, meant for half precision, are disabled. In float32, one unit of one image
+    that is on in one computation and off in the other changes a gradient by a hundredth, in one draw of thousands.
     """
     from helpers import Rounding
 
@@ -49,7 +49,7 @@ def rounding(request, monkeypatch):
 
 @pytest.fixture
 def poisoned():
-    """Memory from torch.empty is NaN: an output or a part of it that no kernel wrote shows."""
+    """Memory from torch.empty is NaN, so any part of an output that no kernel wrote shows."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(3).isnan().all()
@@ -59,7 +59,7 @@ def poisoned():
 
 @pytest.fixture
 def simt(poisoned):
-    """The kernels of csrc/cuda serve CPU tensors, through tests/simt."""
+    """The kernels of csrc/cuda run on CPU tensors, through tests/simt."""
     from simt import build
 
     try:
@@ -86,7 +86,7 @@ def isa(request):
 
 @pytest.fixture
 def threads():
-    """Sets the number of threads, for this test."""
+    """Sets the number of threads for this test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

@@ -16,7 +16,7 @@ from ivfast.train import Settings
 
 
 def size(low: int, high: int) -> int:
-    """A random size from low to high, both included."""
+    """A random size from low to high, inclusive."""
     return int(torch.randint(low, high + 1, ()))
 
 
@@ -28,13 +28,13 @@ def settings_with(values: dict, changes: dict) -> Settings:
 
 
 def small(system: str = "ivaae-rad", **changes) -> Settings:
-    """Settings of a run of 20 small steps, 7 an epoch of 60 images; `changes` stand above them."""
+    """Settings of a run of 20 small steps, 7 per epoch of 60 images; `changes` override them."""
     values = {
         "system": system,
         "steps": 20,
         "batch_size": 8,
         "latent_dim": 8,
-        "width": 32,  # of 16 units with ReLU, all may be dead
+        "width": 32,  # with 16 ReLU units, all may be dead
         "discriminator_width": 32,
         "log_every": 6,
         "evaluate_every": 2,
@@ -45,7 +45,7 @@ def small(system: str = "ivaae-rad", **changes) -> Settings:
 
 
 class Rounding(NamedTuple):
-    """What a system's losses and gradients may be off by: shares of the largest value, or of `unit`."""
+    """Allowed errors of a system's losses and gradients, relative to the largest value or to `unit`."""
 
     loss: float
     gradient: float
@@ -53,25 +53,25 @@ class Rounding(NamedTuple):
 
 
 def doubled(system) -> dict:
-    """Copies of a system's networks in float64, by their names."""
+    """Float64 copies of a system's networks, by name."""
     return {name: copy.deepcopy(module).double() for name, module in system.modules.items()}
 
 
 def drawn_again(state, *shape) -> torch.Tensor:
-    """The float64 value of the normal noise that the generator gave in that state."""
+    """The normal noise that the generator gave in that state, in float64."""
     torch.set_rng_state(state)
     return torch.randn(shape).double()
 
 
 def terms_and_gradients(phase, shared):
-    """A phase's losses by their names, and the gradient of their sum for each of its parameters."""
+    """A phase's losses by name, and the gradient of their sum with respect to each of its parameters."""
     terms = phase.loss(shared)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     return terms, torch.autograd.grad(sum(terms.values()), phase.parameters, **options)
 
 
 def assert_equations(found, expected, networks, rounding: Rounding) -> None:
-    """The terms and gradients of `terms_and_gradients` are those of `expected`, terms of the float64 `networks`."""
+    """The results of `terms_and_gradients` equal those of `expected`, terms computed with the float64 `networks`."""
     terms, gradients = found
     assert terms.keys() == expected.keys()
     for name, value in expected.items():
@@ -83,7 +83,7 @@ def assert_equations(found, expected, networks, rounding: Rounding) -> None:
 
 
 def command(*arguments: object, code: int = 0) -> str:
-    """Output of `ivfast ARGUMENTS`, both streams, as one line per sentence; it has to exit with `code`."""
+    """Both output streams of `ivfast ARGUMENTS`, one line per sentence; it must exit with `code`."""
     result = CliRunner().invoke(cli.app, [str(a) for a in arguments], env={"COLUMNS": "200", "TERM": "dumb"})
     if result.exit_code != code and result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -92,7 +92,7 @@ def command(*arguments: object, code: int = 0) -> str:
 
 
 def join(rank: int, world: int, folder: pathlib.Path) -> None:
-    """This process becomes one of gloo's ranks, which meet in a file of `folder`."""
+    """Make this process one of the gloo ranks, which meet in a file in `folder`."""
     minute = datetime.timedelta(seconds=60)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world, timeout=minute
@@ -100,7 +100,7 @@ def join(rank: int, world: int, folder: pathlib.Path) -> None:
 
 
 def same_bits_in_every_schedule(simt, call) -> None:
-    """Of the tensors that `call` returns; a missing barrier shows in one order of threads or another."""
+    """The tensors that `call` returns do not change; a missing barrier would show in some order of threads."""
     results = []
     for seed in range(6):
         simt.schedule(seed)
@@ -110,7 +110,7 @@ def same_bits_in_every_schedule(simt, call) -> None:
 
 
 def by_cuda(case: testing.Case):
-    """A function that gives the case's value and gradients by the CUDA kernels, on one draw of its inputs."""
+    """A function that computes the case's value and gradients with the CUDA kernels, on one draw of its inputs."""
     tensors = testing.inputs(case, torch.float32)
 
     def call():
@@ -141,14 +141,14 @@ def close(ours: torch.Tensor, theirs: torch.Tensor, slack: float = 1.0, unit: fl
 
 
 def assert_close(ours, theirs, *, slack=1.0, unit=0.0):
-    """Within the tolerance of ours' dtype; shape and contiguity too."""
+    """Equal within the tolerance of ours' dtype, and in shape and contiguity."""
     assert ours.shape == theirs.shape
     assert ours.is_contiguous()
     assert testing.error(ours.cpu(), theirs.cpu(), unit) <= slack * testing.TOLERANCES[ours.dtype]
 
 
 def misaligned(x: torch.Tensor) -> torch.Tensor:
-    """x, one element off every boundary."""
+    """x, shifted by one element off every alignment boundary."""
     storage = x.new_empty(x.numel() + 1)
     return storage[1:].view(x.shape).copy_(x)
 
@@ -158,7 +158,7 @@ def same_bits(results):
 
 
 def losses_and_gradients(function, tensors, implementation, dtype=None):
-    """The losses, and the gradients of their sum weighted by an expanded number, of leaves with the strides of
+    """The losses, and the gradients of their sum weighted by an expanded number, for leaves with the strides of
     `tensors`."""
     leaves = [x.detach().to(dtype or x.dtype, copy=True).requires_grad_() for x in tensors]
     with ivfast.use(implementation):
@@ -175,7 +175,7 @@ def assert_strides_are_read(function, tensors):
 
 
 def assert_as_reference(function, *tensors, rtol=1e-5):
-    """Number by number, NaN and infinity too."""
+    """Equal to the reference number by number, including NaN and infinity."""
     ours, theirs = (losses_and_gradients(function, tensors, use) for use in ("triton", "reference"))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-30, equal_nan=True)
@@ -188,7 +188,7 @@ def assert_right_on_cpu(op, function, draw, dtype, **keywords):
 
 
 def assert_threads_change_no_bit(op, shapes, threads):
-    """Value and gradient of `op` of normal tensors, by one thread and by several."""
+    """Value and gradient of `op` on normal tensors are the same with one thread and with several."""
     tensors = [torch.randn(shape, requires_grad=i < 2) for i, shape in enumerate(shapes)]
     leaves = tensors[:1]
 

@@ -1,4 +1,4 @@
-"""The C++ AS-Distance where the case table cannot reach: instruction sets, tiles, threads, extremes, memory."""
+"""The C++ AS-Distance beyond the case table: instruction sets, tiles, threads, extremes, memory."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ def form(request):
 
 
 def draw(n, m, d, dtype=torch.float32, batch=(), logvar=(-3.0, 1.0), shift=0.0):
-    """Means of g stand `shift` away from those of r; log-variances are uniform over a range."""
+    """Means of g are `shift` away from those of r; log-variances are uniform over a range."""
     low, high = logvar
 
     def one(rows, at):
@@ -41,9 +41,9 @@ def sums_and_gradients(tensors, cotangent, **form):
 
 
 def compare(tensors, slack=1.0, cotangent=None, **form):
-    """Log-sums and gradients against the float64 reference, in TOLERANCES and the sizes of the numbers at hand.
+    """Log-sums and gradients against the float64 reference, within TOLERANCES times the size of the numbers.
 
-    Rounding log k, which is |log k| large, moves every weight by |log k| eps: the gradients' tolerance grows with it.
+    Rounding log k changes every weight by |log k| eps, so the tolerance of gradients grows with |log k|.
     """
     dtype = tensors[0].dtype
     cotangent = torch.randn(*tensors[0].shape[:-2], 3).bfloat16() if cotangent is None else cotangent
@@ -94,7 +94,7 @@ def test_blocks_of_many_tiles_are_right(form, n, m, d):
     "logvar", [(-10.0, 4.0), (-10.5, -9.5), (9.5, 10.5), (-30.0, 20.0), (-30.0, -29.0), (19.0, 20.0)]
 )
 def test_variances_far_out(isa, form, logvar):
-    # e^±30 takes products of four variances out of range; e^-30 alone makes log k some 1e14, whose eps is a lot
+    # e^±30 takes products of four variances out of range; e^-30 alone makes log k about 1e14, with a large eps
     tensors = draw(20, 9, 37, logvar=logvar)
     if logvar[0] < -20:
         for mu in tensors[::2]:
@@ -105,8 +105,8 @@ def test_variances_far_out(isa, form, logvar):
 @pytest.mark.parametrize("shift", [1e2, 1e4])
 def test_batches_far_apart(isa, form, shift):
     tensors = draw(21, 18, 5, logvar=(-1.0, 1.0), shift=shift)
-    # the logarithms of far terms are −10⁶ and more, so that their rounding leaves nothing of the terms' shares: those
-    # between the batches, and weighted by the prior those within g, which stands far from it
+    # the logarithms of far terms are −10⁶ or lower, so that rounding destroys the terms' shares: those between the
+    # batches and, if weighted by the prior, those within g, which is far from it
     near = torch.tensor([0.5, 2.0 if form["measure"] == "lebesgue" else 0.0, 0.0])
     compare(tensors, cotangent=near, **form)
     if form["kernel"] == "product":  # the one weight of a single pair is 1, however far
@@ -120,12 +120,12 @@ def test_log_kernels_keep_five_digits_at_512_dimensions(isa):
         with ivfast.use("reference"):
             exact = ivfast.log_gaussian_kernel_sums(*(t.double() for t in tensors))
         log_k = ivfast.log_gaussian_kernel_sums(*tensors)
-        # log k may cross 0: the sums of its positive and of its negative terms are some 100
+        # log k may cross 0: the sums of its positive and of its negative terms are about 100
         assert ((log_k - exact).abs() <= 1e-5 * exact.abs().clamp_min(100)).all()
 
 
 def test_additive_kernel_is_the_per_dimension_form_in_circulation():
-    # the loop of the authors' code, written out: one normal density per pair and dimension, averaged
+    # the loop of the authors' code: one normal density per pair and dimension, averaged
     q = [t.detach() for t in draw(5, 4, 3, torch.float64)]
 
     def mean(u, logvar, v, other):
@@ -177,7 +177,7 @@ def test_strides_do_not_matter(form):
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_the_distance_is_made_of_the_sums(form, log, unbiased):
-    # slack: D is a difference of means that nearly cancel here
+    # slack: D is a difference of means that nearly cancel
     case = testing.Case(
         "as_distance",
         "forms",
@@ -203,7 +203,7 @@ def test_the_distance_is_not_negative_and_nearly_0_for_equal_batches(isa, form):
     for n, d in ((2, 1), (40, 3), (70, 33)):
         q = [t.detach() for t in draw(n, n, d)]
         for log in (False, True):
-            # mean k(r, r'), in whose rounding the zero lies, is what D of r and nothing else would be
+            # D is zero up to the rounding of mean k(r, r')
             one = float(ivfast.log_gaussian_kernel_sums(*q[:2], *q[:2], **form)[0]) - 2 * math.log(n)
             unit = 1.0 if log else math.exp(one)
             assert abs(float(ivfast.as_distance(*q[:2], *q[:2], **form, log=log))) <= 1e-6 * unit
@@ -243,7 +243,7 @@ def test_empty_batches_of_problems():
 
 
 def test_memory_grows_with_n_and_not_with_its_square():
-    # log k alone would be 400 MB a kind; VmHWM is the peak of a fresh process
+    # log k alone would be 400 MB per kind; VmHWM is the peak of a fresh process
     script = """
 import re, torch, ivfast
 peak = lambda: int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])

@@ -36,19 +36,19 @@ def gaussians(n, m, d, *, batch=(), spread=1.0, logvars=(-3.0, 1.0), transform=l
 
 
 def distance_case(n, m, d, *, slack=1.0, log=True, unit=0.0, **options) -> Case:
-    """The log-sums, and D beside them with a gradient of its own."""
+    """The log-sums and D, each with its own gradient."""
     form = {key: options.pop(key) for key in ("kernel", "measure", "unbiased") if key in options}
 
     def function(*q):
         return ivfast.log_gaussian_kernel_sums(*q, **form), ivfast.as_distance(*q, log=log, **form)
 
     label = f"{(n, m, d)} {form} {options}"
-    unit = max(unit, 1.0) if log else unit  # a logarithm is as right as its argument: it may come near 0
+    unit = max(unit, 1.0) if log else unit  # a logarithm is as accurate as its argument, and may be close to 0
     return Case("as_distance", label, function, gaussians(n, m, d, **options), slack=slack, unit=unit)
 
 
 def rounding(log_k: float) -> float:
-    """Gradients are of exp(log k − log Σ), off by |log k| eps; 2e-5 allows for what |log k| below 100 does."""
+    """Gradients contain exp(log k − log Σ), off by |log k| eps; 2e-5 allows for |log k| below 100."""
     return max(1.0, log_k / 100)
 
 
@@ -71,7 +71,7 @@ class TestAsDistance:
             matches(distance_case(size(2, 9), size(2, 9), size(1, 4), unbiased=unbiased, log=False, unit=0.05, **form))
 
     def test_one_sample_more_than_a_tile(self, form):
-        # of (r, r') the last tile on the diagonal has one pair, which the unbiased form leaves out
+        # the last diagonal tile of (r, r') has one pair, which the unbiased form leaves out
         matches(distance_case(17, 33, 5, unbiased=True, **form))
 
     def test_duplicates_and_equal_batches(self, form):
@@ -91,15 +91,15 @@ class TestAsDistance:
             assert testing.error(sums, sums[:1].double().expand(3)) < 1e-6
 
     def test_extreme_variances(self, form):
-        # t² − c/P of variances e^±10 is up to e^10, beside others of e^-10
+        # t² − c/P for variances e^±10 is up to e^10, next to others of e^-10
         matches(distance_case(20, 30, 9, logvars=(-10.0, 10.0), slack=rounding(1e3), **form))
-        # D is what is left of logarithms of about 60
+        # D is a difference of logarithms of about 60
         for logvar in (-10.0, 10.0):
             equal = {"logvars": (logvar, logvar), "spread": 0.01, "unit": 10.0}
             matches(distance_case(20, 30, 9, slack=rounding(300), **equal, **form))
 
     def test_far_batches(self, form):
-        # δ²/s is 1e4 a dimension: exp of half of it is no number of float32, and log k of (r, g) is off by 1e4 eps
+        # δ²/s is 1e4 per dimension: exp of half of it is outside float32, and log k of (r, g) is off by 1e4 eps
         far = {"transform": lambda u, l, v, k: (u, l, v + 100.0, k), "logvars": (-1.0, 1.0)}
         matches(distance_case(20, 30, 7, slack=rounding(1e5), **far, **form))
 
@@ -126,7 +126,7 @@ class TestAsDistance:
 @pytest.mark.usefixtures("simt")
 class TestAsDistanceArguments:
     def test_largest_sizes(self):
-        # D itself is 1e-100 there, so in logarithms
+        # D itself is 1e-100, so compare logarithms
         for n, m, d in ((256, 200, 8), (128, 100, 128)):
             matches(distance_case(n, m, d, slack=rounding(5 * d), **FORMS[size(0, 3)]))
 

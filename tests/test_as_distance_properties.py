@@ -1,4 +1,4 @@
-"""What S5 says of the AS-Distance, by quadrature and on fresh random inputs."""
+"""What S5 says about the AS-Distance, by quadrature and on fresh random inputs."""
 
 import math
 

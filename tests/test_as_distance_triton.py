@@ -1,4 +1,4 @@
-"""AS-Distance in Triton, interpreted where there is no GPU."""
+"""AS-Distance in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ivfast import testing
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # 2^-inf, in the interpreter's NumPy
@@ -22,7 +22,7 @@ def check(case, dtype=torch.float32):
 
 @pytest.fixture
 def large_tiles(monkeypatch):
-    """The interpreter pays by the tile."""
+    """The interpreter's time grows with the number of tiles."""
     from ivfast.kernels import as_distance
 
     monkeypatch.setattr(as_distance, "TILE", as_distance.Tile(128, 128))
@@ -40,7 +40,7 @@ def as_case(n, m, d, *, batch=(), logvar=(-3.0, 1.0), shift=0.0, apart=0.0, log=
     def function(*q):
         return ivfast.as_distance(*q, log=log, **form)
 
-    unit = 1.0 if log else unit  # a logarithm is as right as its argument: it may come near 0
+    unit = 1.0 if log else unit  # a logarithm is as accurate as its argument, and may be close to 0
     return testing.Case("as_distance", f"{(*batch, n, m, d)} {form}", function, draw, slack=slack, unit=unit)
 
 
@@ -80,8 +80,8 @@ class TestAsDistance:
     @pytest.mark.parametrize(("kernel", "measure"), FORMS)
     @pytest.mark.parametrize("logvar", [(-10.0, -9.0), (9.5, 10.5), (-10.0, 10.0), (-30.0, 30.0)])
     def test_extreme_variances(self, kernel, measure, logvar):
-        # the sums apart: of wide Gaussians all are equal, and nothing is left of D. Between narrow ones |log k| is 10⁴ to
-        # 10⁵, and log Σ is rounded to that many eps before exp(log k − log Σ)
+        # only the sums: for wide Gaussians all are equal, and D cancels. Between narrow ones |log k| is 10⁴ to 10⁵, and
+        # log Σ is rounded to that many eps before exp(log k − log Σ)
         case = as_case(7, 5, 6, logvar=logvar, slack=300)
 
         def sums(*q):
@@ -91,12 +91,12 @@ class TestAsDistance:
 
     @pytest.mark.parametrize(("kernel", "measure"), FORMS)
     def test_far_batches(self, kernel, measure):
-        # log k of some −30 d
+        # log k of about −30 d
         check(as_case(7, 5, 6, apart=10.0, kernel=kernel, measure=measure, slack=10))
 
     @pytest.mark.parametrize("kernel", ["product", "additive"])
     def test_shifted_mean(self, kernel):
-        # inputs of mean 10 leave float32 ten times less of each difference
+        # inputs with mean 10 leave float32 ten times less precision in each difference
         check(as_case(7, 5, 6, shift=10.0, kernel=kernel, slack=10))
 
     @pytest.mark.parametrize(("kernel", "measure"), FORMS)

@@ -45,7 +45,7 @@ def small(**changes) -> Settings:
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
 def test_losses_are_equations_3_3_and_3_9(form, net, rounding):
-    """With adaptive contrast those of the whitened codes, and log r − log p; with "kl" Eq. 5.10."""
+    """With adaptive contrast, those of the whitened codes, and log r − log p; with "kl", Eq. 5.10."""
     system = build(small(net=net, width=4 if net == "conv" else 32, **form), SHAPE)
     encoder, G, T = (copy.deepcopy(system.modules[m]).double() for m in ("encoder", "generator", "discriminator"))
     x, state = torch.rand(N, *SHAPE) * 2 - 1, torch.get_rng_state()
@@ -117,7 +117,7 @@ DEVIATIONS = torch.tensor([[0.6, 0.9], [0.5, 0.7], [1.1, 0.4], [0.8, 0.8]], dtyp
 
 
 def known_codes(system, n):
-    """x and codes of the four Gaussians N(MEANS, DEVIATIONS²), with what adaptive contrast has to know of them."""
+    """x and codes of the four Gaussians N(MEANS, DEVIATIONS²), with the moments that adaptive contrast needs."""
     i = torch.randint(4, (n,))
     z = (MEANS[i] + DEVIATIONS[i] * torch.randn(n, 2)).float()
     moments = (MEANS[i].float(), DEVIATIONS[i].float()) if system.adaptive else ()
@@ -132,7 +132,7 @@ def log_ratio(i, z, mean=0.0, deviation=1.0):
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: "-".join(form.values()))
 def test_the_optimal_discriminator_is_the_log_ratio(form):
-    """T* is stationary: the mean gradient by a shift of T in any direction h(x, z) vanishes, and elsewhere does not."""
+    """T* is stationary: the mean gradient for a shift of T in any direction h(x, z) vanishes there and only there."""
     system = build(small(data="four-points", latent_dim=2, **form), (4,))
     n = 100_000
     i, shared = known_codes(system, n)
@@ -144,7 +144,7 @@ def test_the_optimal_discriminator_is_the_log_ratio(form):
         return log_ratio(i, z.double()) + offset
 
     def slopes(change):
-        """Of L_T by a, T = T* + change + a h, in standard errors."""
+        """∂L_T/∂a for T = T* + change + a h, in standard errors."""
         found = []
         for h in (lambda z: z[:, 0], lambda z: z.prod(1).tanh(), lambda z: (z[:, 1] > 0.3).float()):
             steps = []
@@ -166,7 +166,7 @@ def test_the_optimal_discriminator_is_the_log_ratio(form):
     assert max(slopes(0.0)) < 5
     assert max(slopes(0.3)) > 20
 
-    # L_θφ's estimate of KL(q, p) at T*, with and without the Gaussian in between
+    # L_θφ's estimate of KL(q, p) at T*, with and without the intermediate Gaussian
     system.modules["discriminator"] = lambda x, *codes: [optimal(z) for z in codes]
     terms = system.terms(shared)
     assert error(sum(terms.values()) - terms["recon"], log_ratio(i, shared.z.double())) < 2e-5
@@ -192,7 +192,7 @@ def test_a_trained_discriminator_comes_to_the_log_ratio():
 
 
 def test_whitened_gaussians_leave_the_discriminator_nothing():
-    """An encoder whose q is Gaussian: z̃ is normal, T* = 0, and log r − log p alone is KL(q, p)."""
+    """An encoder with Gaussian q: z̃ is normal, T* = 0, and log r − log p alone is KL(q, p)."""
     system = build(small(data="four-points", latent_dim=2, noise_dim=2, contrast="adaptive", contrast_draws=2000), (4,))
     system.modules["encoder"] = lambda x, noise: (x @ MEANS.float()) + (x @ DEVIATIONS.float()) * noise
     shared = system.share(torch.eye(4).repeat(200, 1))
@@ -259,7 +259,7 @@ def test_residual_units_are_section_4s_for_faces_and_learn(contrast, digits):
         gradients_of = torch.autograd.grad(network(*inputs).square().sum(), list(network.projections.parameters()))
         assert all(g.abs().max() > 0 for g in gradients_of)
     assert system.sample(2).shape == (2, 3, 64, 64)
-    near, far = T(x, z, z + 5)  # all codes of a batch moved: the network sees it through its batch norms
+    near, far = T(x, z, z + 5)  # all codes of a batch shifted: the network must see it despite its batch norms
     assert (near.mean() - far.mean()).abs() > 0.1 * near.std()
 
     run = Run(build(settings, SHAPE), digits.train, settings, None, None)
@@ -283,7 +283,7 @@ def test_kl_to_prior_is_that_of_gaussians():
         truth = float(
             distributions.kl_divergence(distributions.Normal(mean, deviation), distributions.Normal(0.0, 1.0)).sum()
         )
-        # noise of the mean of log q/p + d log r, and a bias that grows with d
+        # the noise of the mean of log q/p + d log r, and a bias that grows with d
         assert metrics.kl_to_prior(z) == pytest.approx(truth, abs=0.05 if d < 6 else 0.15)
     assert metrics.kl_to_prior(torch.zeros(10, 2)) == math.inf
     with pytest.raises(ValueError, match="codes must be more than neighbours = 5, got 5"):
@@ -293,7 +293,7 @@ def test_kl_to_prior_is_that_of_gaussians():
 
 
 def known_decoder(system):
-    """p(x|z) of four Bernoullis: σ(±4) by the quadrant of z, as a sharp but known function."""
+    """p(x|z) of four Bernoullis: σ(±4) depending on the quadrant of z, a sharp but known function."""
 
     def write(z, y=None):
         quadrant = 2 * (z[:, 0] > 0).long() + (z[:, 1] > 0).long()
@@ -308,7 +308,7 @@ def test_quadrature_and_importance_weighting_know_the_likelihood():
     for name in ("avb", "vae"):
         system = build(small(system=name, data="four-points", latent_dim=2), (4,))
         truth = known_decoder(system)
-        # an even number of points a side leaves out the edges, on which the trapezoid rule would be of two minds
+        # an even number of points per side avoids the edges, where the trapezoid rule is ambiguous
         found = metrics.quadrature_log_likelihood(system, torch.eye(4), cells=301)
         assert error(found, torch.full((4,), truth).double()) < 1e-3
         system.proposal = lambda x: (torch.zeros(len(x), 2), torch.full((len(x), 2), 0.3))
@@ -336,7 +336,7 @@ def test_importance_weighting_is_the_bound_at_one_draw_and_rises_from_there(digi
 
 @pytest.mark.trains
 def test_table_1_measures_what_it_says(tmp_path, monkeypatch):
-    """On nets of a few steps: the identities between its columns, and the VAE's ELBO by both of its estimators."""
+    """On nets trained for a few steps: the identities between its columns, and the VAE's ELBO by both estimators."""
     monkeypatch.setattr(s4, "DRAWS", 4000)
     rows = s4.table1(seeds=(1,), steps=60, width=16)
     assert rows[:2] == list(s4.PAPER)

@@ -1,4 +1,4 @@
-"""Batches: the same bits from the device and from the host, whatever was prefetched when the run stopped."""
+"""Batches: the same bits from the device and from the host, whatever had been prefetched when the run stopped."""
 
 import dataclasses
 import gc
@@ -20,7 +20,7 @@ from ivfast.train.batches import Batches, Order, as_images, fits
 from ivfast.train.loop import NonFiniteLoss, fit
 from ivfast.train.prefetch import AHEAD, Prefetch
 
-N, B, PER_EPOCH = 60, 8, 7  # four images of an epoch are dropped
+N, B, PER_EPOCH = 60, 8, 7  # four images per epoch are dropped
 CPU = torch.device("cpu")
 
 
@@ -88,7 +88,7 @@ def test_prefetched_batches_have_the_bits_of_resident_ones(kind, flip, images, t
         one, other = resident.next(), streamed.next()
         assert_same(one, other)
         kept.append((other[0], other[0].clone()))
-    assert all(torch.equal(batch, then) for batch, then in kept)  # no batch is written over by a later one
+    assert all(torch.equal(batch, then) for batch, then in kept)  # no batch is overwritten by a later one
     streamed.close()
 
 
@@ -104,7 +104,7 @@ def test_state_is_of_what_was_taken_not_of_what_was_prefetched(taken, flip, imag
         stopped, resumed = batches(first), batches(second)
         for _ in range(taken):
             stopped.next()
-        resumed.next()  # a thread that is on its way elsewhere
+        resumed.next()  # a thread that is prefetching other batches
         resumed.load(stopped.state())
         for batch in expected:
             assert_same(resumed.next(), batch)
@@ -123,7 +123,7 @@ def test_flip_mirrors_half_of_the_images_anew_in_each_epoch():
             x, rows = batches.next()
             mirrored[epoch, rows] = flipped = (x[:, 0, 0, 2] > 0.5).clone()
             assert torch.equal(x, torch.where(flipped[:, None, None, None], originals[rows].flip(-1), originals[rows]))
-    # counts of n fair coins; a false alarm at six standard deviations comes once in 5e8 runs
+    # counts of n fair coins; a false alarm at six standard deviations occurs once in 5e8 runs
     assert ((mirrored.sum(1) - n / 2).abs() < 6 * math.sqrt(n / 4)).all()
     assert ((mirrored[:-1] == mirrored[1:]).sum(1) - n / 2).abs().max() < 6 * math.sqrt(n / 4)
 
@@ -142,7 +142,7 @@ def test_the_thread_works_ahead_but_not_further():
     for taken in range(1, 6):
         assert prefetch.next() == taken
         deadline = time.monotonic() + 20
-        while len(calls) < taken + AHEAD + 1:  # those that wait, and one in the thread's hand
+        while len(calls) < taken + AHEAD + 1:  # those that wait, and one in the thread
             assert time.monotonic() < deadline
             time.sleep(0.001)
         time.sleep(0.01)
@@ -156,7 +156,7 @@ def test_an_error_of_the_thread_reaches_the_loop_after_the_batches_before_it():
     rows = iter([torch.tensor([1]), torch.tensor([2]), torch.tensor([99])])
     prefetch = Prefetch(torch.arange(10.0), lambda: next(rows), pin=False)
     assert [float(prefetch.next()) for _ in range(2)] == [1, 2]
-    for _ in range(3):  # also when asked again
+    for _ in range(3):  # also when called again
         with pytest.raises((IndexError, RuntimeError), match="out of range"):
             prefetch.next()
     prefetch.close()
@@ -230,5 +230,5 @@ def test_what_fits(images):
     assert fits(images, CPU, size)
     assert not fits(images, CPU, 0.99 * size)
     assert fits(images, CPU, None)
-    enormous = torch.empty(1, dtype=torch.uint8).expand(2**50)  # a petabyte, of one byte
+    enormous = torch.empty(1, dtype=torch.uint8).expand(2**50)  # a petabyte, backed by one byte
     assert not fits(enormous, CPU, None)

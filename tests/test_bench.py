@@ -1,4 +1,4 @@
-"""Benchmarks: right providers alone are timed, ratios and limits are what they say, nothing is lost or left unsaid."""
+"""Benchmarks: only correct providers are timed, ratios and limits are accurate, and no result or failure is lost."""
 
 import json
 import math
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def _one_thread(monkeypatch):
-    """And no test takes processors from those after it, as the command does from its own process."""
+    """Restores the processors for later tests, because the command restricts its own process."""
     monkeypatch.setattr(machine, "use_threads", lambda threads: None)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def report_of(rows, missing=()):
 
 
 def square(*peers, tolerance=1e-4):
-    """Squares of the rows of x, for which no implementation is registered."""
+    """Squares of the rows of x, an op without a registered implementation."""
     return Problem(
         op="square",
         axes="n×d",
@@ -142,7 +142,7 @@ def test_a_missing_peer_is_reported_with_its_reason(monkeypatch):
 @pytest.mark.parametrize("what", [FORWARD, BACKWARD])
 def test_a_wrong_peer_is_refused_before_it_is_timed(monkeypatch, what):
     def wrong(x):
-        """Right in value, and by 1 % wrong in its gradient where that is asked for."""
+        """Correct in value, and off by 1 % in its gradient if requested."""
         right = x.square().sum(-1)
         return right * 1.01 if what == FORWARD else right + 0.02 * (x.square() - x.detach().square()).sum(-1)
 
@@ -193,7 +193,7 @@ def test_every_public_op_has_a_benchmark():
 
 @pytest.mark.parametrize("name", bench.names())
 def test_every_peer_is_right(name):
-    """KeOps and torch.compile take a compiler's time here; `pytest bench` and the command check them as well."""
+    """KeOps and torch.compile would need time to compile; `pytest bench` and the command check them as well."""
     problem = bench.problem_of(name)
     instance = Instance(problem, problem.sizes[0], problem.dtypes[0], "cpu")
     for provider in problem.providers("cpu"):
@@ -338,7 +338,7 @@ def test_a_group_that_is_measured_again_replaces_its_rows(tmp_path):
     other.add([row("ivfast", 7.0, "ivfast", size=[5, 2])])
     report = json.loads((tmp_path / "here.json").read_text())
     assert [r["us"] for r in report["rows"]] == [3.0, 6.0, 7.0]
-    assert [s["id"] for s in report["sessions"]] == [1]  # no row is left of the first
+    assert [s["id"] for s in report["sessions"]] == [1]  # no row of the first is left
 
 
 @pytest.mark.parametrize(
@@ -381,7 +381,7 @@ def test_a_sweep_of_tiles_leaves_the_kernel_as_it_was(monkeypatch):
     rows = tune.sweep(["svgd", "svgd_bridge"], "cpu", math.inf, [(8, 3)])
     assert module.forward_tile is own
     assert {(r["pass"], r["present"]) for r in rows} >= {(FORWARD, True), (BACKWARD, True), (BACKWARD, False)}
-    assert all("us" in r for r in rows)  # a width of 64 does not divide the padded 16 dimensions, and is not tried
+    assert all("us" in r for r in rows)  # a width of 64 does not divide the padded 16 dimensions, so it is not tried
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the CUDA-on-CPU shim needs g++")

@@ -1,4 +1,5 @@
-"""The eager scripts that training is timed against compute what ivfast trains: every loss and weight, step by step."""
+"""The eager scripts that serve as the training baseline compute the same as ivfast: every loss and weight, at every
+step."""
 
 import json
 import math

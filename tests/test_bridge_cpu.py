@@ -1,4 +1,4 @@
-"""Bridges and block substitution in C++: instruction sets, odd sizes, threads, every number in half precision."""
+"""Bridges and block substitution in C++: instruction sets, odd sizes, threads, every half-precision number."""
 
 import math
 

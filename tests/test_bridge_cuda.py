@@ -63,7 +63,7 @@ class TestBridges:
     def test_many_angles(self, t):
         matches(bridge_case("radial", (3, 4), t))
         z, draws = torch.randn(3, 4), torch.randn(3, 4)
-        draws[0] = 0  # beside which whatever is left of z shows
+        draws[0] = 0  # so that any remainder of z shows
         bridges = torch.ops.ivfast.radial_bridge.cuda(z, draws, t)
         assert torch.equal(bridges[0], z)
         assert torch.equal(bridges[t], draws)

@@ -1,4 +1,4 @@
-"""What S1 and S2 say of bridges and block substitution, on fresh random inputs."""
+"""What S1 and S2 say about bridges and block substitution, on fresh random inputs."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Bridges and block substitution in Triton, interpreted where there is no GPU."""
+"""Bridges and block substitution in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings(
@@ -101,14 +101,14 @@ class TestBridges:
             assert torch.equal(out[0], z)
             assert torch.equal(out[t], draws)
             assert out[0, 1, 1].signbit()
-            # cos² + sin² = 1 of z = (1, 0), draws = (0, 1)
+            # cos² + sin² = 1 for z = (1, 0), draws = (0, 1)
             z, draws = torch.eye(2, device=device, dtype=dtype)
             points = ivfast.radial_bridge(z[None], t, draws=draws[None]).double()
         assert float((points.square().sum(-1) - 1).abs().max()) <= 2 * torch.finfo(dtype).eps
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_many_angles_within_two_roundings(self, dtype):
-        # of numbers of at most 1
+        # numbers of at most 1
         z = torch.ones(1, 1, dtype=dtype, device=device)
         with ivfast.use("triton"):
             cos = ivfast.radial_bridge(z, 777, draws=torch.zeros_like(z)).flatten().double().cpu()

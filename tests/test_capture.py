@@ -1,4 +1,5 @@
-"""Steps as CUDA graphs, as far as a CPU shows it: a tape stands in for the graph, and the watch finds what no graph can."""
+"""Steps as CUDA graphs, as far as can be tested on a CPU: a tape replaces the graph, and the watch finds what no graph
+can hold."""
 
 import contextlib
 import dataclasses
@@ -29,9 +30,9 @@ PER_EPOCH = 7  # 60 images in batches of 8, four dropped
 
 
 class Tape(TorchDispatchMode):
-    """A graph's stand-in: repeats the operators of a step on the very tensors that it was recorded with, no Python.
+    """A stand-in for a graph: repeats the operators of a step on the tensors it was recorded with, without Python.
 
-    A CPU runs the step while it is recorded, so that its first repetition is done already.
+    A CPU runs the step while recording it, so its first repetition is already done.
     """
 
     def __init__(self):
@@ -81,7 +82,7 @@ def images():
 
 @pytest.fixture
 def tapes(monkeypatch):
-    """Runs capture, on tapes: those made, in order."""
+    """Makes runs capture on tapes; returns the tapes in order."""
     made = []
 
     def tape(device):
@@ -93,7 +94,7 @@ def tapes(monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "choose", lambda settings: (settings.capture is not False, "a test"))
             patch.setattr(run_module, "CudaGraphs", tape)
-            patch.setattr(bridge, "check_range", lambda index, k: None)  # of the CPU alone: it reads values
+            patch.setattr(bridge, "check_range", lambda index, k: None)  # only on the CPU: it reads values
             yield made
 
     return on
@@ -211,13 +212,13 @@ library.define("waiting(Tensor x) -> Tensor")
 
 @torch.library.impl(library, "waiting", "CompositeExplicitAutograd")
 def _waiting(x):
-    """Waits as PyTorch's own operators say it."""
+    """Synchronisations as PyTorch's own operators report them."""
     warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
     return x.sum()
 
 
 class Faulty(WaeMmd):
-    """A term that no graph could hold, or that one would get wrong."""
+    """A term that a graph could not hold or would get wrong."""
 
     kind, number, kept, mean = "", 0, (), None
 
@@ -460,7 +461,7 @@ def test_cuda_names_what_it_could_not_capture(images, tmp_path):
 
     def waits(due):
         body(due)
-        torch.cuda.synchronize()  # of which no operator tells
+        torch.cuda.synchronize()  # not visible to any operator
 
     run.take = Captured(waits, lambda: run.place, CudaGraphs(run.device), required=True)
     for _ in range(WARM_UP):

@@ -1,4 +1,4 @@
-"""The command line as a person uses it: short real runs on digits, and every error in one line."""
+"""The command line as users run it: short real runs on digits, and every error in one line."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from ivfast.data import sources
 from ivfast.runs import evaluation, load_system
 from ivfast.train.checkpoint import LAST
 
-MAIN = "from ivfast.cli import main; main()"  # what the installed command does
+MAIN = "from ivfast.cli import main; main()"  # the same as the installed command
 SMALL = ("--set", "width=64", "--set", "discriminator_width=64", "--set", "tensorboard=false", "--device", "cpu")
 
 
@@ -43,7 +43,7 @@ def _own_cache(tmp_path_factory):
 
 
 def subprocess_of(*arguments, **keywords):
-    """With SIGINT as a terminal's programs have it: a shell's background jobs start with it ignored."""
+    """With SIGINT handled as in a terminal, because a shell starts background jobs with it ignored."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     keywords["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen(
@@ -58,7 +58,7 @@ def log(run):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One trained run, not to be changed."""
+    """One trained run; tests must not change it."""
     out = tmp_path_factory.mktemp("run") / "rad"
     result = CliRunner().invoke(cli.app, ["train", "--epochs", "4", "--out", str(out), "--seed", "5", *SMALL])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time for GPUs that are not here: no spills, and tensor cores where there are products."""
+"""Every Triton kernel compiled ahead of time for other GPUs: no spills, and tensor cores for products."""
 
 import json
 import os
@@ -13,11 +13,11 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
-REGISTERS = 160  # at most, per thread: 128 (Triton 3.9) when written, and room for other compilers
+REGISTERS = 160  # at most, per thread: 128 with Triton 3.9, plus room for other compilers
 
 
 SHARES = 2  # processes
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes available to a program
 
 
 class Variant(NamedTuple):
@@ -27,11 +27,11 @@ class Variant(NamedTuple):
     )
     options: dict
     targets: tuple[int, ...] = TARGETS
-    products: bool = False  # on the tensor cores, one program of eight warps to a processor: any number of registers
+    products: bool = False  # on the tensor cores, one program of eight warps per SM: any number of registers
 
 
 def filled(kernel: str, options: dict, **given) -> Variant:
-    """A variant whose parameters are float32 arrays and sizes where they are not given by name."""
+    """A variant whose parameters are float32 arrays and sizes unless given by name."""
     import importlib
 
     module, name = kernel.split(".")
@@ -44,7 +44,7 @@ def filled(kernel: str, options: dict, **given) -> Variant:
 
 
 def some(kernel: str, options: dict, **given) -> Variant:
-    """`filled` with those of `given` that are parameters of the kernel."""
+    """`filled`, updated with the entries of `given` that are parameters of the kernel."""
     import importlib
 
     module, name = kernel.split(".")
@@ -54,7 +54,7 @@ def some(kernel: str, options: dict, **given) -> Variant:
 
 
 def variants() -> list[Variant]:
-    """Every Triton kernel in the shapes that its launcher picks. Read in a process where Triton is not interpreted."""
+    """Every Triton kernel in the shapes that its launcher picks. Run in a process where Triton is not interpreted."""
     from ivfast.kernels import multi_js
 
     found = [Variant("multi_js._sum_kernel", f"*fp32:16 *fp32:16 i32 {multi_js.PARTS}", multi_js.OPTIONS)]
@@ -314,8 +314,8 @@ def as_distance_variants() -> list[Variant]:
 
 
 def compile_variant(variant: Variant, capability: int) -> dict[str, int]:
-    """Of a cubin: registers, bytes of stack and local memory (both hold what registers cannot) and of shared memory,
-    and how many of its instructions are matrix products."""
+    """A cubin's registers, bytes of stack and local memory (both used for spills) and of shared memory, and number of
+    matrix-product instructions."""
     import importlib
 
     import triton

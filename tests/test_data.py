@@ -1,4 +1,4 @@
-"""Every loader on small files in the data set's own format on disk, against the pixels that were written."""
+"""Every loader on small files in the data set's own format, against the pixels that were written."""
 
 import csv
 import fcntl
@@ -116,7 +116,7 @@ def write_cifar10(root, monkeypatch):
         entry = {"data": images.flatten(1).numpy(), "labels": labels.tolist()}
         (folder / name).write_bytes(pickle.dumps(entry))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class {i}" for i in range(10)]}))
-    # the product checks md5 sums: these are the ones of the files above
+    # torchvision checks MD5 sums: use those of the files above
     from torchvision.datasets import CIFAR10
 
     sums = [[name, md5(folder / name)] for name in batches]
@@ -184,7 +184,7 @@ def test_stl10_and_its_unlabelled_images(tmp_path, monkeypatch):
 
 
 def write_celeba(root, monkeypatch, n=9):
-    """Aligned pictures 178 x 218 whose red channel counts columns and whose green channel counts rows."""
+    """Aligned pictures 178 x 218 whose red channel counts columns and green channel counts rows."""
     from torchvision.datasets import CelebA
 
     folder = root / "celeba"
@@ -226,7 +226,7 @@ def test_celeba_is_cropped_to_its_central_140_pixels_and_cached(tmp_path, monkey
 
     for path in (folder / "img_align_celeba").iterdir():
         stamp = (folder / "img_align_celeba").stat()
-        path.write_bytes(b"")  # from here on only the cache can answer
+        path.write_bytes(b"")  # from here on only the cache has the data
         os.utime(folder / "img_align_celeba", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     again = load("celeba", tmp_path, image_size=140)
     assert torch.equal(again.train, dataset.train)
@@ -314,7 +314,7 @@ def test_folder_that_cannot_be_written_still_loads(problem, tmp_path):
 
 
 def test_decoded_images_are_mapped_from_a_safetensors_file(tmp_path):
-    images = random_images(11, 3, 7, 7)  # 147 bytes each: nothing is aligned by itself
+    images = random_images(11, 3, 7, 7)  # 147 bytes each, so nothing is aligned by chance
     write_images(tmp_path / "only", images)
     first = load("folder", tmp_path, image_size=7)
     (cache,) = (tmp_path / ".ivfast").iterdir()
@@ -339,7 +339,7 @@ def test_what_a_killed_decoder_left_is_removed_but_not_the_file_of_a_living_one(
             own = f"{path.stem}.{os.getpid()}.part"
             assert {file.name for file in tmp_path.iterdir()} == {living, own, of_another_set}
             out["train"].fill_(7)
-            decoded._sweep(path)  # of another process that begins now
+            decoded._sweep(path)  # as another process would that starts now
         assert {file.name for file in tmp_path.iterdir()} == {living, path.name, of_another_set}
     assert (decoded.read(path)[0]["train"] == 7).all()
 

@@ -1,6 +1,6 @@
-"""Ops over the samples of several gloo ranks: the values and gradients of one process on the concatenation.
+"""Ops over the samples of several gloo ranks: the same values and gradients as one process on the concatenation.
 
-Run as a script, this file is a rank.
+As a script, this file runs one rank.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from ivfast.testing import error
 
 N, M, D = 23, 18, 5
 RING = ("gather", "ring")
-# As ivfast.testing.TOLERANCES, but for a float64 that loses digits of a cancelled sum, and for gradients that each rank
-# rounds before they are added.
+# Like ivfast.testing.TOLERANCES, except that float64 loses digits in sums that cancel, and that each rank rounds its
+# gradients before they are added.
 ALLOWED = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1.6e-2}
-# What is a difference of means or of their logarithms is compared on the scale of those.
+# Differences of means or of their logarithms are compared on the scale of the means.
 UNITS = {"mmd": 1.0, "mmd_rbf": 0.3, "mmd_prior": 1.0, "as_log": 1.0, "as_prior": 0.05}
 
 
 def rounded(x):
-    """Points of a grid, many alike, with the gradient of x."""
+    """Points on a grid, many of them equal, with the gradient of x."""
     return x + (x.round() - x).detach()
 
 
@@ -53,7 +53,7 @@ CASES = {
         lambda ops, x, **how: ops.svgd_direction(x, bandwidth=ops.median_bandwidth(x, **how), **how),
     ),
     "median": (RING, (N,), lambda ops, x, **how: ops.median_bandwidth(x, convention="paper", **how)),
-    # of 16 the mean is exact, and so are distances that tie
+    # the mean of 16 is exact, and so are tied distances
     "median_tied": (RING, (16,), lambda ops, x, **how: ops.median_bandwidth(rounded(x), convention="numpyro", **how)),
     "median_sets": (RING, (2, 3, N), lambda ops, x, **how: ops.median_bandwidth(x, **how).sum()),
     "bridge": (
@@ -83,7 +83,7 @@ CASES = {
 
 
 def drawn(name, dtype):
-    """The inputs `[..., n, d]` of a case, leaves of one process."""
+    """The inputs `[..., n, d]` of a case, leaves in one process."""
     _, rows, _ = CASES[name]
     shapes = [(*rows, D)] if "sets" in name or name.startswith("js") else [(n, D) for n in rows]
     generator = torch.Generator().manual_seed(len(name) + sum(map(ord, name)))
@@ -91,12 +91,12 @@ def drawn(name, dtype):
 
 
 def weights(shape):
-    """Of a loss that is a sum over rows: different for each, so that rows that change places are seen."""
+    """Weights of a loss that sums over rows, different for each row, so that swapped rows show."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def shares(n, world, name):
-    """Rows of each rank: uneven, and where a rank may have none, one that has."""
+    """Rows per rank: uneven, with one rank without rows where that is allowed."""
     if name.startswith("js"):
         return (1, n - 1) if world == 2 else (1, 2, n - 3)
     return (n // 3, n - n // 3) if world == 2 else (n // 4, 0, n - n // 4)
@@ -135,7 +135,7 @@ def rows_of_rank(name, world):
 
 
 def said(rank, world):
-    """What every rank says of arguments that do not fit on one of them."""
+    """The error of every rank when the arguments of one do not fit."""
     last = rank == world - 1
     calls = (
         lambda: distributed.svgd_direction(torch.zeros(3, 4 if last else 5)),
@@ -155,9 +155,9 @@ def said(rank, world):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """What the ranks of two groups computed, by the number of ranks."""
+    """The results of the ranks of two groups, by the number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = str(Path(ivfast.__file__).parent.parent)  # the same sources, installed or not
+    root = str(Path(ivfast.__file__).parent.parent)  # the same sources, whether installed or not
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     found = {}
     for world in (2, 3):
@@ -241,6 +241,6 @@ def test_the_newest_name_of_a_collective_is_called(monkeypatch):
     for names in (_collectives._GATHER, _collectives._SCATTER):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
-            with contextlib.suppress(Exception):  # of a group that does not exist
+            with contextlib.suppress(Exception):  # the group does not exist
                 _collectives._present(names)(torch.zeros(1), torch.zeros(1))
         assert [str(w.message) for w in seen if "deprecated" in str(w.message)] == []

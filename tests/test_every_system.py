@@ -1,6 +1,6 @@
-"""What every system of the papers passes, at its own settings: training on digits, colours, one graph for a compiler.
+"""Tests for every system of the papers, with its own settings: training on digits, colours, one graph under compile.
 
-Resuming bit for bit is in test_train, capturing in test_capture, several ranks in test_ranks.
+Exact resume is in test_resume, capture in test_capture, several ranks in test_ranks.
 """
 
 import copy
@@ -39,13 +39,13 @@ def test_fifty_steps_on_digits_are_finite_and_falling(name, digits, tmp_path):
     bounds = [metrics.lower_bound(system, digits.test, known)] if name.startswith("aa") else []
     history = fit(system, images, settings, tmp_path, labels=labels, progress=False)
     lines = [line["losses"] for line in history if line["kind"] == "losses"]
-    assert len(lines) == 10  # of finite losses, or `fit` would have raised
+    assert len(lines) == 10  # with finite losses, or `fit` would have raised
     if hasattr(system, "sample"):
         samples = system.sample(7)
         assert samples.shape == (7, 1, 8, 8)
         assert samples.isfinite().all()
         assert samples.abs().max() <= 1
-    if bounds:  # their losses carry the weights of a discriminator that learns too
+    if bounds:  # their losses depend on the weights of a discriminator that also learns
         assert metrics.lower_bound(system, digits.test, known) > bounds[0] + 5
         return
     names = [n for n in lines[0] if n.endswith(("/recon", "/reconstruction", "/classification"))]
@@ -79,7 +79,7 @@ def test_three_channels_and_sides_that_differ(name, net):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo's own look
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_what_is_compiled_is_one_graph_with_the_same_numbers(name, digits):
-    """No break in the graph; that the compiled code trains is test_train's, for one system."""
+    """No graph breaks; test_train checks for one system that the compiled code trains."""
     settings = settings_of(name, batch_size=8, width=16, discriminator_width=16, latent_dim=8)
     system = build(settings, digits.train.shape[1:])
     batch = [as_images(digits.train[:8])]
@@ -126,11 +126,11 @@ VALUES = {  # two of each setting
     "divergence": ("js", "kl"),
     "as_kernel": ("product", "additive"),
 }
-OF_THE_DATA = ("label_share", "target")  # what they change is in test_unified
+OF_THE_DATA = ("label_share", "target")  # tested in test_unified
 
 
 def three_steps(name, **changes):
-    """Losses and weights of a small run whose data and seed are always the same."""
+    """Losses and weights of a small run with fixed data and seed."""
     tiny = {"batch_size": 8, "latent_dim": 4, "width": 16, "discriminator_width": 16, "discriminator_depth": 2}
     known = {"vae_steps": 0, "contrast": "adaptive", "tensorboard": False, "capture": False}
     base = preset(name, "digits")

@@ -1,4 +1,4 @@
-"""The examples run as a user runs them: by path, from another folder."""
+"""The examples run as users run them: by path, from another folder."""
 
 import os
 import re
@@ -11,7 +11,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def run(*arguments):
     command = [sys.executable, "-W", "error", *map(str, arguments)]
-    # typer paints its help where it believes itself on GitHub, which would cut option names in two
+    # typer colours its help if it detects GitHub, which would split option names
     environment = {k: v for k, v in os.environ.items() if k not in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS")}
     result = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, check=False)
     assert result.returncode == 0, result.stderr
@@ -27,7 +27,7 @@ def test_svgd_bayes(tmp_path):
     names = ["maximum likelihood", "scikit-learn, C=1", "SVGD, median bandwidth", "SVGD, scale=10"]
     assert [name for name, *_ in held_out] == names
     assert all(float(accuracy) > 0.9 for _, accuracy, _ in held_out)
-    # the data are separable, so that maximum likelihood is sure of its mistakes; a posterior is not
+    # the data are separable, so maximum likelihood is overconfident in its mistakes; a posterior is not
     likelihoods = {name: float(value) for name, _, value in held_out}
     assert likelihoods["SVGD, scale=10"] > likelihoods["maximum likelihood"]
     assert out.count("of the reference's") == 2

@@ -1,4 +1,4 @@
-"""The exponential ELBO is Soft-IntroVAE's, and finite."""
+"""The exponential ELBO equals Soft-IntroVAE's and is finite."""
 
 import math
 
@@ -12,7 +12,7 @@ DOUBLE = torch.float64
 
 
 def test_exp_elbo_is_soft_intro_vaes():
-    """¼ Σ-form of the published code: (1/2) mean exp(−2 s (β_rec rec + β_kl KL)) at α = 2."""
+    """The form in the published code: (1/2) mean exp(−2 s (β_rec rec + β_kl KL)) at α = 2."""
     rec, kl = torch.rand(64, dtype=DOUBLE) * 50, torch.rand(64, dtype=DOUBLE) * 50
     ours = ivfast.exp_elbo_loss(rec, kl, scale=1 / 64, beta_reconstruction=0.2, beta_kl=0.9)
     assert error(ours, 0.5 * torch.exp(-2 / 64 * (0.2 * rec + 0.9 * kl)).mean()) < 1e-12

@@ -1,4 +1,4 @@
-"""The exponential ELBO in Triton, interpreted where there is no GPU."""
+"""The exponential ELBO in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings(
@@ -59,7 +59,7 @@ class TestExpElbo:
             def loss(reconstruction, kl, factors=factors):
                 return ivfast.exp_elbo_loss(reconstruction, kl, **factors)
 
-            # e^80 is right to 80 eps
+            # e^80 is accurate to 80 eps
             value, _, _ = assert_as_reference(loss, reconstruction, kl, rtol=1e-4 if dtype == torch.float32 else 1e-10)
             assert value.isnan().any() == (factors.get("scale") != 0)
 

@@ -1,4 +1,5 @@
-"""The C++ kernels of the Fréchet ops against float64 singular values: instruction sets, sizes, conditions, threads."""
+"""The C++ kernels of the Fréchet ops against float64 singular values: instruction sets, sizes, condition numbers,
+threads."""
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from ivfast.ops.inverse_root import CONVERGED, MOST, inverse_root_reference
 pytest.importorskip("ivfast._C")
 
 SHAPES = [(2, 1), (3, 1), (2, 3), (7, 7), (20, 40), (40, 300), (100, 32), (513, 17), (1000, 16), (1500, 128), (3000, 5)]
-# of the gradient: rounding of the results, and in float32 products of a condition up to 100
+# for the gradient: rounding of the results, and in float32 products with a condition number up to 100
 GRADIENT = {torch.float64: 1e-9, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 dtypes = pytest.mark.parametrize("dtype", GRADIENT, ids=str)
 
@@ -46,7 +47,7 @@ def test_float32_keeps_five_digits_of_a_small_distance(isa, n):
 @pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e6, 1e8, 1e10, 1e12, 1e16])
 @pytest.mark.parametrize(("n", "d"), [(200, 30), (31, 30), (30, 30), (12, 30)])
 def test_every_condition(condition, n, d):
-    """Beyond 10⁸ by singular values."""
+    """Condition numbers beyond 10⁸ use singular values."""
     z = torch.randn(3, n, d, dtype=torch.float64) * torch.logspace(0, -0.5, d, base=condition, dtype=torch.float64)
     z[1] = torch.randn(n, d)
     z.requires_grad_()
@@ -54,7 +55,7 @@ def test_every_condition(condition, n, d):
     (gradient,) = torch.autograd.grad(distance.sum(), z)
     expected, slope = fld_reference(z.detach(), True)
     assert error(distance, expected) < 1e-12
-    # rounding of a Gram matrix is a share of 1e-16 of its largest eigenvalue; a direction of P has the size 1
+    # a Gram matrix is rounded by 1e-16 of its largest eigenvalue; P has size 1 in every direction
     assert (gradient - slope).abs().max() < 1e-7 / n
     assert error(gradient[1], slope[1]) < 1e-9
 
@@ -145,7 +146,7 @@ def test_inverse_root_says_where_it_does_not_serve():
 
 @pytest.mark.parametrize("condition", [1, 1e4, 1e8, 1e10])
 def test_references(condition):
-    """The same by the products that kernels take."""
+    """The same by the products that kernels use."""
     z = torch.randn(2, 60, 9, dtype=torch.float64) * torch.logspace(0, -0.5, 9, base=condition, dtype=torch.float64)
     expected, slope = fld_reference(z, True)
     distance, gradient, left = fld_gram_reference(z, True)

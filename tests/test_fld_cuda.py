@@ -9,13 +9,13 @@ from ivfast.ops.fld import fld_gram_reference, fld_reference
 from ivfast.ops.inverse_root import CONVERGED, inverse_root_reference
 
 pytestmark = pytest.mark.usefixtures("simt")
-# float64 but for the results' rounding, and that of numbers of the size of the largest in a difference
+# float64, except the rounding of results and of the largest numbers in a difference
 ROUNDING = {torch.float64: 2e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-# Rounding by a share eps of the largest eigenvalue is by eps · condition of the smallest, so of a^−½ and of the polar
-# factor; it moves the sum of roots by ½ eps · √condition.
+# Rounding by eps relative to the largest eigenvalue is eps · condition relative to the smallest, and so for a^−½ and
+# the polar factor; it changes the sum of roots by ½ eps · √condition.
 EPS = torch.finfo(torch.float64).eps
 dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-# one tile, tiles in part, 64 rows and more; chunks and panels in part and several
+# one tile, partial tiles, 64 rows and more; partial and several chunks and panels
 TALL = [(2, 1), (4, 3), (9, 4), (70, 64), (65, 31), (129, 128), (700, 5), (1500, 17), (300, 100), (9000, 1)]
 FLAT = [(2, 2), (2, 3), (3, 700), (31, 31), (33, 128), (64, 65), (2, 9000), (128, 128), (100, 130)]
 
@@ -45,7 +45,7 @@ def matrix(d: int, condition: float, *batch: int) -> torch.Tensor:
 
 
 def condition_of(z: torch.Tensor) -> float:
-    """Of the Gram matrix of the centred codes, where they are not dependent."""
+    """Condition of the Gram matrix of the centred codes, if they are not dependent."""
     values = torch.linalg.svdvals(z.double() - z.double().mean(-2, keepdim=True))
     rank = min(z.shape[-2] - 1, z.shape[-1])
     return float((values[0] / values[rank - 1]) ** 2)
@@ -81,7 +81,7 @@ class TestInverseRoot:
             for a in (torch.zeros(d, d, dtype=torch.float64), v @ v.mT):
                 inverse, trace, _ = inverse_root(a)
                 assert inverse.isfinite().all()
-                # eigenvalues of eps λ_max that rounding leaves have roots of 1e-8
+                # rounding leaves eigenvalues of eps λ_max, whose roots are 1e-8
                 close(trace, a.trace().sqrt(), 1e-6)
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -147,14 +147,14 @@ class TestFld:
         close(distance, expected, 1e-12 + 4 * EPS * condition**0.5)
         if left <= CONVERGED:
             close(distance, fld_reference(z, False)[0], 1e-12 + 4 * EPS * condition**0.5)
-            # numbers of the polar factor are at most 1
+            # entries of the polar factor are at most 1
             assert (gradient - slope).abs().max() < 2 / (n - 1) ** 0.5 * (1e-13 + 4 * EPS * condition)
 
     def test_far_mean(self):
         z = torch.randn(700, 6) + 1e4
         expected, slope = fld_reference(z.double(), True)
         close(fld_gram(z)[0], expected, 1e-7)
-        # float32 would round the rest of the gradient away beside that of ‖μ‖²
+        # in float32 the gradient of ‖μ‖² would swamp the rest
         exact = fld_gram(z.double())[1]
         close(exact - exact.mean(0), slope - slope.mean(0), 1e-6)
 
@@ -193,7 +193,7 @@ class TestFld:
         assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(other, results[0], strict=True))
 
     def test_a_set_does_not_move_with_its_batch(self):
-        # sets of a large batch have fewer chunks each: other sums, but no other set's
+        # in a large batch each set has fewer chunks: sums differ, but sets stay separate
         z = torch.randn(300, 200, 3)
         distance, gradient, _ = fld_gram(z)
         expected, slope, _ = fld_gram_reference(z.double(), True)

@@ -1,4 +1,4 @@
-"""Inverse roots and the latent distance of small codes in Triton, interpreted where there is no GPU."""
+"""Inverse roots and the latent distance of small codes in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -8,15 +8,15 @@ from ivfast import testing
 from ivfast.ops.fld import fld_gram, fld_gram_reference, fld_reference
 from ivfast.ops.inverse_root import CONVERGED, inverse_root, inverse_root_reference
 
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),
 ]
-# float64 but for the results' rounding
+# float64, except the rounding of results
 ROUNDING = {torch.float64: 2e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-# Rounding by a share eps of the largest eigenvalue is by eps · condition of the smallest, so of a^−½ and of the polar
-# factor; it moves the sum of roots by ½ eps · √condition.
+# Rounding by eps relative to the largest eigenvalue is eps · condition relative to the smallest, and so for a^−½ and
+# the polar factor; it changes the sum of roots by ½ eps · √condition.
 EPS = torch.finfo(torch.float64).eps
 dtypes = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 
@@ -44,7 +44,7 @@ def matrix(d: int, condition: float, *batch: int) -> torch.Tensor:
 
 
 def condition_of(z: torch.Tensor) -> float:
-    """Of the Gram matrix of the centred codes, where they are not dependent."""
+    """Condition of the Gram matrix of the centred codes, if they are not dependent."""
     values = torch.linalg.svdvals(z.double() - z.double().mean(-2, keepdim=True))
     return float((values[0] / values[min(z.shape[-2] - 1, z.shape[-1]) - 1]) ** 2)
 
@@ -76,7 +76,7 @@ class TestInverseRoot:
             for a in (torch.zeros_like(v @ v.mT), v @ v.mT):
                 inverse, trace, _ = root(a)
                 assert inverse.isfinite().all()
-                # eigenvalues of eps λ_max that rounding leaves have roots of 1e-8
+                # rounding leaves eigenvalues of eps λ_max, whose roots are 1e-8
                 close(trace, a.trace().sqrt(), 1e-6)
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -142,14 +142,14 @@ class TestFld:
         condition = condition_of(z)
         close(distance, expected, 1e-12 + 4 * EPS * condition**0.5)
         if left <= CONVERGED:
-            # numbers of the polar factor are at most 1
+            # entries of the polar factor are at most 1
             assert (gradient - slope).abs().max() < 2 / (n - 1) ** 0.5 * (1e-13 + 4 * EPS * condition)
 
     def test_far_mean(self):
         z = torch.randn(700, 6, device=device) + 1e4
         expected, slope = fld_reference(z.double(), True)
         close(gram(z)[0], expected, 1e-7)
-        # float32 would round the rest of the gradient away beside that of ‖μ‖²
+        # in float32 the gradient of ‖μ‖² would swamp the rest
         exact = gram(z.double())[1]
         close(exact - exact.mean(0), slope - slope.mean(0), 1e-6)
 
@@ -197,7 +197,7 @@ class TestFld:
 
 
 class Counted:
-    """A kernel that says when it is launched."""
+    """A kernel that records its launches."""
 
     def __init__(self, kernel, name, launches):
         self.kernel, self.name, self.launches = kernel, name, launches

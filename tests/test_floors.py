@@ -1,4 +1,4 @@
-"""The floors of the house: what imports what, read from the sources without running them."""
+"""The floors of CONTRIBUTING.md: which module imports which, read from the sources without running them."""
 
 import ast
 import re
@@ -13,7 +13,7 @@ FOLDERS = {"ivfast": ROOT / "ivfast", "ivfast.bench": ROOT / "bench", "ivfast.ke
 
 
 def floors(text: str) -> dict[str, int]:
-    """Path -> floor, 0 the lowest, from the table of CONTRIBUTING.md."""
+    """Path -> floor (0 is the lowest), from the table in CONTRIBUTING.md."""
     table = text.split("| floor | files |")[1].split("\n\n")[0]
     rows = [re.findall(r"`([^`]+)`", line) for line in table.splitlines() if "`" in line]
     return {path: floor for floor, paths in enumerate(reversed(rows)) for path in paths}
@@ -23,7 +23,7 @@ FLOORS = floors((ROOT / "CONTRIBUTING.md").read_text())
 
 
 def sources() -> dict[str, Path]:
-    """Module name -> file. `ivfast/bench` and `ivfast/kernels` may be links to the folders of the root."""
+    """Module name -> file. `ivfast/bench` and `ivfast/kernels` may be links to folders of the root."""
     found = {}
     for package, folder in FOLDERS.items():
         for path in folder.rglob("*.py"):
@@ -37,7 +37,7 @@ MODULES = sources()
 
 
 def imports(module: str, path: Path, source: str, known: set[str]) -> Iterator[tuple[int, str]]:
-    """Line and name of each of our modules that a file imports, at its top or inside a function."""
+    """Line and name of each of our modules that a file imports, at the top or inside a function."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -45,7 +45,7 @@ def imports(module: str, path: Path, source: str, known: set[str]) -> Iterator[t
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            # `from package import x` imports the module x where there is one, else the package
+            # `from package import x` imports the module x if there is one, otherwise the package
             names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base for alias in node.names]
         else:
             continue
@@ -57,7 +57,7 @@ def graph() -> dict[str, list[tuple[int, str]]]:
 
 
 def floor_of(path: Path) -> int | None:
-    """The floor of the longest entry of the table that holds the file."""
+    """The floor of the longest table entry that contains the file."""
     name = path.relative_to(ROOT).as_posix()
     holding = [entry for entry in FLOORS if name == entry or (entry.endswith("/") and name.startswith(entry))]
     return FLOORS[max(holding, key=len)] if holding else None

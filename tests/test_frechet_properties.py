@@ -49,14 +49,14 @@ def test_frechet_distance_is_zero_at_equality_and_symmetric():
 
 @pytest.mark.parametrize(("n", "m", "d"), [(6, 6, 12), (2, 9, 4), (3, 40, 20), (2, 2, 1)])
 def test_frechet_distance_of_rank_deficient_samples(n, m, d):
-    """Tr √(Σ₁Σ₂) = Σ singular values of C₁C₂ᵀ, taken directly from the n × m matrix."""
+    """Tr √(Σ₁Σ₂) = Σ singular values of C₁C₂ᵀ, computed directly from the n × m matrix."""
     x, y = normal(n, d), normal(m, d)
     c1, c2 = ((z - z.mean(0)) / math.sqrt(len(z) - 1) for z in (x, y))
     expected = (x.mean(0) - y.mean(0)).square().sum() + c1.square().sum() + c2.square().sum()
     expected = expected - 2 * torch.linalg.svdvals(c1 @ c2.mT).sum()
     assert error(ivfast.frechet_distance_from_samples(x, y), expected) < 1e-10
     moments = [(z.mean(0), torch.cov(z.mT).view(d, d)) for z in (x, y)]
-    # from covariances half of the digits go: √ of a rounding error of 1e-16
+    # covariances lose half of the digits: √ of a rounding error of 1e-16
     assert error(ivfast.frechet_distance(*moments[0], *moments[1]), expected) < 1e-6
 
 

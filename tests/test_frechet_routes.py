@@ -1,4 +1,4 @@
-"""The cheap routes to a Fréchet distance's value: right where they are taken, left where their rounding would show."""
+"""The cheap methods for a Fréchet distance's value: accurate where used, and not used where rounding would show."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_singular_covariances_take_singular_values(kept):
     values[kept:] = 0
     (sigma1, C1), (sigma2, C2) = covariance(values), covariance(spectrum(150, 0.5))
     exact = torch.linalg.svdvals(C1 @ C2.mT).sum()
-    # the covariance itself holds √eps of each singular value that is 0
+    # the covariance itself has √eps for each singular value that is 0
     for pair in ((sigma1, sigma2), (sigma2, sigma1)):
         assert float(frechet._covariance_trace(*pair, False)[0] - exact) == pytest.approx(0, abs=2e-5)
     assert error(frechet._factor_trace(C1, C2, False)[0], exact, unit=1.0) < 1e-12
@@ -94,7 +94,7 @@ def test_gradient_of_fld_is_that_of_the_singular_values(n, d, fall):
     z = (normal(3, n, d) * spectrum(d, fall) + 0.3).requires_grad_()
     mu = z.mean(-2)
     c = (z - mu.unsqueeze(-2)) / (n - 1) ** 0.5
-    # of n < d samples one singular value is 0, by the mean: the subgradient of least norm leaves it out
+    # with n < d samples one singular value is 0, because of the mean: the subgradient of least norm leaves it out
     singular = torch.linalg.svdvals(c)[..., : min(n - 1, d)]
     expected = mu.square().sum(-1) + c.square().sum((-2, -1)) + d - 2 * singular.sum(-1)
     value = ivfast.fld(z)

@@ -18,7 +18,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def normal(n, d, dtype=torch.float64):
-    """Correlated samples of unlike scales and means."""
+    """Correlated samples with different scales and means."""
     x = torch.randn(n, d, dtype=torch.float64) @ (torch.eye(d, dtype=torch.float64) + 0.3 * torch.randn(d, d).double())
     return (x * torch.linspace(0.5, 2, d, dtype=torch.float64) + torch.randn(d).double()).to(dtype)
 
@@ -28,7 +28,7 @@ def of(x):
 
 
 def deviation(stats, x):
-    """Largest error of a mean in σ_i, and of a covariance in σ_i σ_j."""
+    """Largest error of a mean in units of σ_i, and of a covariance in units of σ_i σ_j."""
     x = x.double().cpu().numpy()
     mean = x[0] + (x - x[0]).mean(0)  # NumPy's own sum is rounded by n ε μ
     covariance = np.atleast_2d(np.cov(x, rowvar=False))
@@ -42,8 +42,8 @@ def deviation(stats, x):
 
 
 def assert_right(stats, x, dtype=torch.float32):
-    """In float32 variances of some hundred samples are off by up to 1e-6, and by 1.6e-6 where bfloat16's few values
-    round alike."""
+    """In float32, variances of a few hundred samples are off by up to 1e-6, and by 1.6e-6 where the few values of
+    bfloat16 round in the same direction."""
     allowed = 1e-12 if dtype == torch.float64 else 3e-6
     assert max(deviation(stats, x)) < allowed, deviation(stats, x)
 
@@ -77,13 +77,13 @@ class TestUpdate:
     @pytest.mark.parametrize("batch", [64, 5000])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_a_mean_of_ten_thousand_deviations(self, dtype, batch):
-        """What Σxxᵀ − nμμᵀ loses 1e8 times its rounding by; x itself is rounded before it gets here."""
+        """Here Σxxᵀ − nμμᵀ would amplify its rounding 1e8 times; x itself is already rounded."""
         x = (normal(5000, 6) + 1e4).to(dtype)
         stats = GaussianStatistics(6)
         for part in x.split(batch):
             stats.update(part)
         mean, covariance = deviation(stats, x)
-        # σ is 0.3 at least; each of 79 merges rounds μ = 1e4 by up to 9e-13, a walk of 8e-12
+        # σ is at least 0.3; each of 79 merges rounds μ = 1e4 by up to 9e-13, a random walk of 8e-12
         assert mean < (3e-11 if dtype == torch.float64 else 3e-6)
         assert covariance < (1e-11 if dtype == torch.float64 else 3e-6)
 
@@ -97,7 +97,7 @@ class TestUpdate:
         assert_right(of(x), x)
 
     def test_a_constant_dimension(self, monkeypatch):
-        """No variance at all, and no reason to leave float32."""
+        """Zero variance is no reason to leave float32."""
         x = normal(600, 4, torch.float32)
         x[:, 2] = 0.1
         monkeypatch.setattr(GaussianStatistics, "_add_products", lambda self, x: self._upper.add_(x.mT @ x))
@@ -108,17 +108,17 @@ class TestUpdate:
     @pytest.mark.parametrize("at", [0, 2000, -1])
     @pytest.mark.parametrize("size", [100.0, 4e3, 1e5, 1e9])
     def test_an_outlier(self, size, at):
-        """Beside its square the others are rounded, most of them in the same direction: up to 2.4e-4 of the variance
-        in one float32 chain, which the sum in blocks finds."""
+        """Next to the outlier's square the others are rounded, mostly in the same direction: up to 2.4e-4 of the
+        variance in one float32 chain, which the sum in blocks detects."""
         x = normal(4000, 3, torch.float32)
         x[at] = size
         mean, covariance = deviation(of(x), x)
-        # the mean is c, within 4 σ of it, and a float32 sum in blocks of what is up to 63 σ: 63 σ · 4 ε
+        # the mean is c, within 4 σ of it, plus a float32 sum in blocks of values up to 63 σ: 63 σ · 4 ε
         assert mean < 1.5e-5
         assert covariance < 4e-6
 
     def test_a_few_large_samples_hold_the_variance(self):
-        """No outlier, but a chain that is full after 64 samples: 4,000 squares of half a unit in its last place each."""
+        """No outlier, but a chain that is full after 64 samples: then 4,000 squares of half a last digit each."""
         x = torch.cat([normal(64, 3, torch.float32), 1e-3 * normal(4000, 3, torch.float32)])
         assert_right(of(x), x)
 

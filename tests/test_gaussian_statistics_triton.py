@@ -1,4 +1,4 @@
-"""Streaming statistics in Triton, interpreted where there is no GPU."""
+"""Streaming statistics in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -7,12 +7,12 @@ from test_gaussian_statistics import assert_right, equal, normal, of
 from ivfast.ops import gaussian_statistics as module
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernel, interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 
 
 @pytest.mark.usefixtures("poisoned")
 class TestTriton:
-    """Interpreted where there is no GPU."""
+    """Interpreted if there is no GPU."""
 
     @pytest.fixture(autouse=True)
     def _one_pass(self, monkeypatch):

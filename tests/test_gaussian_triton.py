@@ -1,4 +1,4 @@
-"""Gaussian posteriors in Triton, interpreted where there is no GPU."""
+"""Gaussian posteriors in Triton, interpreted if there is no GPU."""
 
 import math
 
@@ -13,7 +13,7 @@ from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings(
@@ -66,7 +66,7 @@ class TestGaussian:
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
     def test_near_the_prior(self, dtype):
-        # logvar alone, over the seam of the series and down to where its square is all there is
+        # logvar only, across the boundary of the series and down to where only its square matters
         powers = [0.5**k for k in range(40 if dtype == torch.float64 else 20)]
         logvar = torch.tensor([[s * x] for x in (*powers, 0.499, 0.501, 0.03) for s in (-1, 1)], dtype=dtype)
         logvar = logvar.to(device).requires_grad_()
@@ -77,7 +77,7 @@ class TestGaussian:
         x = logvar.detach().double().cpu()
         expected = x.new_tensor([sum(v**k / math.factorial(k) for k in range(30, 1, -1)) / 2 for v in x[:, 0].tolist()])
         relative = (kl.detach().double().cpu() - expected).abs() / expected
-        # e^x − 1 − x at the seam, x = −½, loses a digit
+        # e^x − 1 − x loses a digit at the boundary x = −½
         assert float(relative.max()) < 16 * torch.finfo(dtype).eps
         relative = (gradient.double().cpu() - 0.5 * x.expm1())[:, 0] / (0.5 * x.expm1())[:, 0]
         assert float(relative.abs().max()) < 16 * torch.finfo(dtype).eps

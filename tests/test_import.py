@@ -1,4 +1,4 @@
-"""Importing and installing, each in a fresh process: what is missing is left out and named, never hidden."""
+"""Importing and installing, each in a fresh process: missing parts are left out and reported, never hidden."""
 
 import os
 import shutil
@@ -43,7 +43,7 @@ importlib.util.find_spec = lambda name, package=None: None if name in {modules!r
 
 
 def test_import_is_light():
-    """Neither Triton kernels nor the libraries of training, metrics or the command line come with the ops."""
+    """Importing the ops loads neither Triton kernels nor the libraries for training, metrics or the command line."""
     heavy = "torchvision", "sklearn", "matplotlib", "tensorboard", "typer", "rich"
     heavy += "torchmetrics", "torch_fidelity", "pytorch_fid", "scipy"
     code = f"import sys, ivfast; print([m for m in {(*heavy, 'ivfast.kernels.multi_js')!r} if m in sys.modules])"
@@ -113,10 +113,10 @@ def test_every_public_name_is_exported_and_documented():
     ids=["broken-cuda-home", "no-compiler"],
 )
 def test_builds_what_can_be_built(tmp_path, environment, said):
-    """A broken CUDA_HOME or no compiler leaves parts out and says so; the build itself succeeds."""
+    """With a broken CUDA_HOME or without a compiler, parts are left out and reported; the build itself succeeds."""
     for name in ("setup.py", "pyproject.toml", "README.md", "kernels", "ivfast"):
         (tmp_path / name).symlink_to(ROOT / name)
-    # one operator of each kind: the installed package is the proof that all compile
+    # one operator of each kind: the installed package shows that all compile
     for path in (ROOT / "csrc").rglob("*"):
         if path.is_file() and (path.suffix == ".h" or path.name in ("library.cpp", "importance.cpp", "gaussian.cu")):
             link = tmp_path / path.relative_to(ROOT)

@@ -1,4 +1,4 @@
-"""What S3 says of importance weights, on fresh random inputs."""
+"""What S3 says about importance weights, on fresh random inputs."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The importance-weighted loss in Triton, interpreted where there is no GPU."""
+"""The importance-weighted loss in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings(
@@ -44,10 +44,10 @@ class TestImportance:
 
     @wide
     def test_equal_logits_keep_their_digits(self, dtype):
-        # log σ(20) is −2e-9, beside 1 nothing
+        # log σ(20) is −2e-9, negligible next to 1
         for logit in (-1e4, -50.0, -1.0, 0.0, 1.0, 20.0, 80.0):
             logits = torch.full((5,), logit, dtype=dtype, device=device)
-            # e^−80 is right to 80 eps
+            # e^−80 is accurate to 80 eps
             assert_as_reference(ivfast.importance_weighted_loss, logits, rtol=200 * torch.finfo(dtype).eps)
 
     @wide

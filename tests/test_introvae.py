@@ -1,4 +1,4 @@
-"""S5's systems: losses against the equations, reductions, extremes, resumed runs; the estimators of its tables."""
+"""S5's systems: losses against the equations, special cases, extremes, resumed runs; the estimators of its tables."""
 
 import copy
 import dataclasses
@@ -50,7 +50,7 @@ def batch(shape):
 
 
 class Reference:
-    """S5's equations in float64 PyTorch, on copies of a system's networks, with the noise that it drew."""
+    """S5's equations in float64, on copies of a system's networks, with the noise that it drew."""
 
     def __init__(self, system):
         self.s, self.shape = system.settings, system.image_shape
@@ -68,7 +68,7 @@ class Reference:
         return (unit(a) - unit(b)).square().flatten(1).sum(1)
 
     def distance(self, r, g):
-        """Eq. 7 with Eq. 8's kernel, its exponential put back; by numbers of torch.distributions."""
+        """Eq. 7 with Eq. 8's kernel and its missing exponential, from torch.distributions."""
 
         def k(a, b):
             spread = (a.variance[:, None] + b.variance[None]).sqrt()
@@ -170,7 +170,7 @@ def test_as_introvae_at_c_1_is_soft_introvae(anneal, step, kernel):
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_a_system_starts_as_a_vae(name):
-    """Its loss and gradients are those of a VAE, but for the factor s, until `vae_steps` are over."""
+    """Up to `vae_steps`, its loss and gradients are those of a VAE, except for the factor s."""
     system = build(small(name, vae_steps=4), (2,))
     vae = introvae.Vae(system.settings, (2,))
     for module in vae.modules:
@@ -199,7 +199,7 @@ def test_encoder_raises_the_as_distance_and_generator_lowers_it(kernel):
     state = torch.get_rng_state()
 
     def slope(loss, parameters):
-        """Of D against a step of descent on `loss`."""
+        """The change of D against a descent step on `loss`."""
         torch.set_rng_state(state)
         fakes = system.run("decoder", torch.cat([shared.q.z.detach(), shared.noise]), 2)
         distance = system.energies(shared, system.judge(fakes, again=False).q)[0]
@@ -306,7 +306,7 @@ def test_resumed_run_goes_on_with_c_and_has_the_same_bits(name, tmp_path):
 
 
 def published(real, fake, reach, bins=100):
-    """The estimator by NumPy's histogram and PyTorch's kl_div, "batchmean", which divides by the rows."""
+    """The estimator by NumPy's histogram and PyTorch's kl_div with "batchmean", which divides by the number of rows."""
     edges = [[-reach, reach]] * 2
     p, q = (
         torch.from_numpy(np.histogram2d(*x.double().numpy().T, bins=bins, density=True, range=edges)[0])
@@ -341,7 +341,7 @@ def test_known_values_of_the_histogram_estimator():
     assert 0 < itself.js < 0.01
     assert metrics.histogram_divergence(real, real) == pytest.approx((0, 0, 0), abs=1e-9)
     mode = metrics.histogram_divergence(real, real[(real - real[0]).norm(dim=1) < 0.5])
-    # one of eight equal modes: KL(p ‖ m)/2 + KL(q ‖ m)/2 of two levels
+    # one of eight equal modes: KL(p ‖ m)/2 + KL(q ‖ m)/2 with two levels
     p, q = torch.tensor([1 / 8, 7 / 8]).double(), torch.tensor([1.0, 0.0]).double()
     m = (p + q) / 2
     expected = float((torch.xlogy(p, p / m) + torch.xlogy(q, q / m)).sum() / 2)

@@ -1,4 +1,4 @@
-"""S2's systems: losses and gradients against the equations in float64, reductions bit for bit, known values."""
+"""S2's systems: losses and gradients against the equations in float64, bitwise special cases, known values."""
 
 import copy
 import dataclasses
@@ -41,7 +41,7 @@ def digits(channels=1):
 
 
 def advanced(settings, images, steps) -> Run:
-    """A run after some steps; the caller's generator is left alone."""
+    """A run after a few steps; the caller's generator is not changed."""
     with torch.random.fork_rng():
         run = Run(build(settings, tuple(images.shape[1:])), images, settings, None, None)
         for _ in range(steps):
@@ -127,7 +127,7 @@ def test_systems_reduce_to_their_base_bit_for_bit(system, changes, base):
     ],
 )
 def test_regularizers_of_weight_zero_leave_the_base_gan(system, changes, base, net):
-    """One step: after it the two have drawn other numbers of random numbers."""
+    """One step: after it the two have drawn different amounts of random numbers."""
     images, seed = digits(), int(torch.randint(1000, ()))
     settings = [small(name, seed=seed, net=net, width=8, **changes) for name in (system, base)]
     one, other = (advanced(s, images, 1) for s in settings)
@@ -147,7 +147,7 @@ def test_wgan_gp_without_its_penalty_is_wgan():
 
 
 def test_equilibria():
-    """A discriminator that knows nothing: GAN 2 log 2 and log 2, LSGAN 2 and 0, Wasserstein 0 and 0."""
+    """An ignorant discriminator: GAN 2 log 2 and log 2, LSGAN 2 and 0, Wasserstein 0 and 0."""
     known = {"dcgan": (2 * math.log(2), math.log(2)), "lsgan": (2, 0), "wgan-gp": (0, 0)}
     for name, (of_discriminator, of_generator) in known.items():
         system = build(small(name), SHAPE)
@@ -168,7 +168,7 @@ def adversarial(name, D, real, fake):
 
 
 def drawn(system, x):
-    """The shared forward, and the same in float64 with the noise that it drew."""
+    """The shared forward pass, and the same in float64 with the noise that it drew."""
     state = torch.get_rng_state()
     shared = system.share(x)
     return shared, drawn_again(state, *shared.z.shape)
@@ -186,7 +186,7 @@ def test_ivgan_is_algorithm_1(name, code_reconstruction, encoder_loss, rounding)
     G, E, D, f = (reference[part] for part in ("generator", "encoder", "discriminator", "classifier"))
     x = torch.rand(16, *SHAPE) * 2 - 1
     shared, z = drawn(system, x)
-    noise = torch.randint(k, (16,))  # as `share` draws on: i, then the noise of O_i
+    noise = torch.randint(k, (16,))  # in the order that `share` draws: i, then the noise of O_i
     assert torch.equal(noise, shared.block)
     epsilon = torch.randn(16, 8).double()
     code = E(x.double())
@@ -265,7 +265,7 @@ def test_veegan_is_its_algorithm_1(rounding):
 
 @pytest.mark.parametrize("packing", [1, 2])
 def test_the_gradient_penalty_is_that_of_each_sample(packing, rounding):
-    """Against float64, one sample after the other; and by hand for a linear D: (‖w‖ − 1)², 2 (1 − 1/‖w‖) w."""
+    """Against float64, sample by sample; and by hand for a linear D: (‖w‖ − 1)², 2 (1 − 1/‖w‖) w."""
     system = build(small("wgan-gp", packing=packing), SHAPE)
     x, fake = (system.pack(torch.rand(8, *SHAPE) * 2 - 1) for _ in range(2))
     D = copy.deepcopy(system.modules["discriminator"]).double()
@@ -325,7 +325,7 @@ def test_unrolling_differentiates_through_the_discriminators_steps(net, rounding
     h = 1e-9  # a step over the kink of one of D's units would make the difference quotient a jump's
     expected = (value(h) - value(-h)) / (2 * h)
     assert float(slope) == pytest.approx(float(expected), rel=max(rounding.gradient, 1e-3), abs=1e-5)
-    # the term that unrolling adds is not small: without it the test would be of a plain GAN at other weights
+    # the term that unrolling adds must not be small: without it this would test a plain GAN with other weights
     theta = system.modules["discriminator"]
     plain = torch.autograd.grad(F.softplus(-theta(shared.fake)).mean(), list(system.modules["generator"].parameters()))
     assert abs(

@@ -1,6 +1,6 @@
-"""Runs that are interrupted, killed or out of disk, as processes of the command line: each goes on to the same bits.
+"""Command-line runs that are interrupted, killed or out of disk space: each resumes to the same bits.
 
-The processes are forked off a server that has imported everything, so that one costs no more than its steps.
+The processes are forked from a server that has imported everything, so that each costs only its steps.
 """
 
 import json
@@ -35,13 +35,13 @@ SMALL = [
 
 
 def command(arguments: list[str], output: Path, die: tuple[str, int] | None) -> None:
-    """`ivfast …`, with what it prints in the file `output`, in a process that dies as `die` says."""
+    """`ivfast …` in a process that dies as `die` says, with its output in the file `output`."""
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     torch.set_num_threads(1)
-    report.draw, report.draw_samples = (lambda *_: {}), None  # pictures take longer than the steps here
+    report.draw, report.draw_samples = (lambda *_: {}), None  # pictures would take longer than the steps
     if die is not None:
         _die(*die)
     sys.argv = ["ivfast", *arguments]
@@ -49,7 +49,7 @@ def command(arguments: list[str], output: Path, die: tuple[str, int] | None) -> 
 
 
 def _die(when: str, write: int) -> None:
-    """SIGKILL at the `write`-th checkpoint: with half of it written, all of it, or under its name already."""
+    """SIGKILL at the `write`-th checkpoint: half written, fully written, or already renamed."""
     replace, writes = os.replace, []
 
     def dying(source, target):
@@ -102,7 +102,7 @@ def server():
 
 @pytest.fixture(scope="module")
 def undisturbed(server, tmp_path_factory):
-    """The checkpoint of an undisturbed run of so many epochs."""
+    """The checkpoint of an undisturbed run with this many epochs."""
     found = {}
 
     def run(epochs: int) -> checkpoint.Checkpoint:
@@ -116,7 +116,7 @@ def undisturbed(server, tmp_path_factory):
 
 
 def assert_goes_on(server, undisturbed, out: Path) -> None:
-    """Resumed for at least an epoch more than it has seen, the run has the bits of an undisturbed one, and its log."""
+    """Resumed for at least one more epoch, the run has the bits and the log of an undisturbed one."""
     last = out / checkpoint.LAST
     epochs = max(10, (checkpoint.read(last).about["step"] if last.exists() else 0) // PER_EPOCH + 2)
     Started(server, out, "--resume", "--epochs", epochs).end(0)

@@ -1,4 +1,4 @@
-"""Labels and their shares, from the data set to the systems that read them."""
+"""Labels and label shares, from the data set to the systems that read them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The Jensen–Shannon loss of a linear layer is the loss of its logits, on fresh random inputs."""
+"""The Jensen–Shannon loss of a linear layer equals the loss of its logits, on fresh random inputs."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def normal(*shape, dtype=DOUBLE):
 
 @pytest.fixture
 def chunks(monkeypatch):
-    """A few rows at a time, as if the classes were many."""
+    """Only a few rows at a time, as with many classes."""
     monkeypatch.setitem(linear_multi_js.CHUNK, "cpu", 50)
 
 
@@ -49,7 +49,7 @@ def test_linear_multi_js_backward_twice_and_in_part(chunks):
 
 
 def test_linear_multi_js_keeps_small_gradients_in_half_precision(monkeypatch):
-    """Over 20,000 rows each gradient is below float16's smallest number until the loss is scaled."""
+    """With 20,000 rows each gradient is below float16's smallest number unless the loss is scaled."""
     monkeypatch.setitem(linear_multi_js.CHUNK, "cpu", 5000)
     features, weight, bias = layer(5, 4000, 8, torch.float16)
     loss = ivfast.linear_multi_js_loss(features, weight, bias)

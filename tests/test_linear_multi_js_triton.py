@@ -1,4 +1,4 @@
-"""Rows of the multi-class Jensen–Shannon loss in Triton, as the linear layer takes them, interpreted where there is no GPU."""
+"""Rows of the multi-class Jensen–Shannon loss in Triton, for the linear layer, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings(
@@ -39,7 +39,7 @@ class TestMultiJsRows:
         with ivfast.use("triton"):
             loss = linear_multi_js._rows(x, weights, smoothing, first, n, gradient)
         assert loss.dtype == wide
-        # a difference of numbers of about 1 for each row, and of probabilities in the gradient
+        # differences of numbers of about 1 per row, and of probabilities in the gradient
         unit = 1 / (classes * n)
         assert_close(loss, expected, unit=rows * unit)
         if gradient:
@@ -108,7 +108,7 @@ class TestMultiJsRows:
     @cases("linear_multi_js_loss")
     def test_linear_layer(self, monkeypatch, case, dtype):
         monkeypatch.setitem(linear_multi_js.CHUNK, device, 300)
-        # half precision rounds the logits and their gradient, and a product of those adds their errors
+        # half precision rounds the logits and their gradient, and products add up their errors
         check(case._replace(slack=2 * case.slack if dtype in HALF else case.slack), dtype)
 
 

@@ -1,4 +1,4 @@
-"""What a run says as it goes, on terminals of any width and where there is none."""
+"""The output of a run in progress, on terminals of any width and without a terminal."""
 
 import io
 
@@ -22,7 +22,7 @@ def shown(console, steps=(50, 100)):
 def test_a_narrow_terminal_cuts_the_losses_short_and_not_the_steps(width):
     text = shown(Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None))
     last = text.replace("\x1b[?25h", "").split("\x1b[2K")[-1].strip()
-    assert last.startswith("step   50/3000")  # ten updates a second at the most
+    assert last.startswith("step   50/3000")  # at most ten updates per second
     assert "e/recon 0.123" in last
     assert ("g/exp_re 0.123" in last) == (width == 200)
     assert len(last) <= width

@@ -1,4 +1,4 @@
-"""The C++ median where the case table cannot reach: exactness, adversarial data, both paths, threads, memory."""
+"""The C++ median beyond the case table: exactness, adversarial data, both paths, threads, memory."""
 
 import ctypes
 import subprocess
@@ -14,9 +14,9 @@ from ivfast.testing import Case
 _C = pytest.importorskip("ivfast._C")
 
 LIBRARY = ctypes.CDLL(_C.__file__)
-HISTOGRAMS = LIBRARY.ivfast_median_histograms  # passes of the slow way so far
+HISTOGRAMS = LIBRARY.ivfast_median_histograms  # passes of the slow path so far
 HISTOGRAMS.restype = ctypes.c_int64
-REACH = LIBRARY.ivfast_median_reach  # of the bracket, in √sample ranks
+REACH = LIBRARY.ivfast_median_reach  # half width of the bracket, in √sample ranks
 REACH.argtypes, REACH.restype = [ctypes.c_double], None
 KEPT = 362  # the most particles whose distances are all kept
 
@@ -61,7 +61,7 @@ def exact_middles(x, full=False):
 @pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
 @pytest.mark.parametrize("convention", ["liu-wang", "paper"])
 def test_each_instruction_set_is_right_at_the_edges_of_tiles(isa, dtype, convention):
-    # of many pairs two may lie so near to the middle that rounding chooses: then the gradient is another pair's
+    # among many pairs, two may lie so close to the middle that rounding decides which pair gets the gradient
     for n in [1, 2, 3, 15, 16, 17, *torch.randint(4, 40, (6,)).tolist()]:
         d = int(torch.randint(1 if dtype == torch.float64 else 5, 70, ()))
 
@@ -143,7 +143,7 @@ def test_a_bracket_that_misses_is_noticed(isa, reach, data):
     x = torch.randn(500, 5) if data == "normal" else ADVERSARIAL[data](500)
     expected = middles(x), middles(x, full=True)
     taken = 0
-    for wrong in (0.0, -10.0, 30.0, 1e9):  # a point; an empty bracket; too much to keep; everything
+    for wrong in (0.0, -10.0, 30.0, 1e9):  # a point; an empty bracket; too many to keep; everything
         reach(wrong)
         before = HISTOGRAMS()
         assert torch.equal(middles(x), expected[0])
@@ -168,7 +168,7 @@ def test_many_particles_against_a_sort():
     ranks = (len(p) - 1) // 2, len(p) // 2
     torch.testing.assert_close(found[0], p.kthvalue(ranks[0] + 1).values, rtol=1e-6, atol=0)
     for m, rank in zip(found, ranks, strict=True):
-        # by rank: u is a sum of 64 products and two norms, rounded by at most 1e-6 of them
+        # by rank: u is a sum of 64 products and two norms, rounded by at most 1e-6 of those
         assert (p < m * (1 - 2e-6)).sum() <= rank < (p <= m * (1 + 2e-6)).sum()
 
 
@@ -177,7 +177,7 @@ def test_gradient_moves_the_middle_pair_alone(isa, shape):
     x = torch.randn(shape)
     dx = gradient(x, torch.tensor(1.0)).double()
     moved = dx.abs().sum(1).nonzero().flatten()
-    assert 2 <= len(moved) <= 20  # of 600,000 distances a few pairs tie in float32
+    assert 2 <= len(moved) <= 20  # among 600,000 distances a few pairs tie in float32
     found = middles(x).double()
     torch.testing.assert_close(dx.sum(0), torch.zeros(shape[1], dtype=torch.float64), rtol=0, atol=1e-6)
     # h is a square: ⟨x, ∂h/∂x⟩ = 2h

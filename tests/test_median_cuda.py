@@ -18,8 +18,8 @@ def matches(case: Case, dtype: torch.dtype = torch.float32):
 
 
 def median_case(n, d, convention="liu-wang", *, batch=(), whole=None) -> Case:
-    """Normal particles, or whole numbers below `whole` and their opposites: centred as they are, at distances that are
-    exact, so that ties are ties in every arithmetic."""
+    """Normal particles, or integers below `whole` and their negatives: these are already centred and have exact
+    distances, so that ties are ties in any arithmetic."""
 
     def draw(generator):
         if whole is None:
@@ -38,7 +38,7 @@ def middles(x: torch.Tensor, full: bool) -> torch.Tensor:
 
 
 def expected_middles(x: torch.Tensor, full: bool) -> torch.Tensor:
-    """Of one-dimensional particles `[n, 1]`, whose distances in float32 are what every order of operations gives."""
+    """For one-dimensional particles `[n, 1]`, whose float32 distances do not depend on the order of operations."""
     d2 = (x - x.mT).square()
     values = d2.flatten() if full else d2[tuple(torch.triu_indices(*d2.shape, 1))]
     values = values.sort().values
@@ -56,7 +56,7 @@ class TestMedian:
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
     @pytest.mark.parametrize("convention", ["liu-wang", "blackjax", "numpyro"])
     def test_random_sizes(self, convention, dtype):
-        # of more pairs two may be so close that float32 puts them in another order, and the gradient in another place
+        # with more pairs, two may be so close that float32 swaps them, and the gradient goes to another pair
         batch = [size(1, 3) for _ in range(size(1, 2))]
         matches(median_case(size(1, 20), size(1, 200), convention, batch=batch), dtype)
 

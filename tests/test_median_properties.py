@@ -1,4 +1,4 @@
-"""The median bandwidth by NumPy, and what ties and gradients make of it, on fresh random inputs."""
+"""The median bandwidth against NumPy, with ties and gradients, on fresh random inputs."""
 
 import math
 
@@ -31,7 +31,7 @@ def test_median_bandwidth_follows_numpy_in_every_convention(n):
         actual = float(ivfast.median_bandwidth(x, convention=convention))
         if h > 0:
             assert actual == pytest.approx(h, rel=1e-6)
-        else:  # no distance to take: mean squared distance from the first particle, or 1
+        else:  # no positive median: mean squared distance from the first particle, or 1
             assert 0 < actual < math.inf
 
 

@@ -1,4 +1,4 @@
-"""Median bandwidth in Triton, interpreted where there is no GPU."""
+"""Median bandwidth in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ivfast import testing
 from ivfast.ops import median
 
 HALF = (torch.bfloat16, torch.float16)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -20,8 +20,8 @@ def check(case, dtype=torch.float32):
 
 @pytest.fixture(params=["sampled", "all", "below", "above"])
 def streamed(request, monkeypatch):
-    """Passes over tiles at any n. The first window is around a sample's quantile, or everything, or wide of the rank:
-    it is below the window, or above it."""
+    """Passes over tiles at any n. The first window is around a sample's quantile, or covers everything, or misses the
+    rank, which is below or above it."""
     from ivfast.kernels import median, selection
 
     monkeypatch.setattr(median, "SMALL", 0)
@@ -45,7 +45,7 @@ def expected_middles(x, full):
 
 
 def whole_numbers(n, d, below=50):
-    """Centred as they are and at distances that float32 holds, so that the median is right to the bit or wrong."""
+    """Already centred and at distances that are exact in float32, so that the median must be bitwise correct."""
     half = torch.randint(below, (n // 2, d), device=device).float()
     return torch.cat([half, torch.zeros(n % 2, d, device=device), -half])
 

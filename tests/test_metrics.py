@@ -1,4 +1,4 @@
-"""Metrics against the formulas written out in NumPy and SciPy, and against cases whose value is known."""
+"""Metrics against their formulas in NumPy and SciPy, and against cases with known values."""
 
 import math
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def classifier(digits, tmp_path_factory):
 
 
 class Halving:
-    """Codes are the pixels; decoding halves them. Training mode is recorded."""
+    """Codes are the pixels, and decoding halves them. Records training mode."""
 
     def __init__(self, d):
         self.settings = SimpleNamespace(device="cpu")
@@ -137,7 +137,7 @@ def test_classifier_of_digits_is_accurate_deterministic_and_cached(digits, class
 
 @pytest.mark.parametrize("shape", [(3, 40, 40), (1, 5, 5), (3, 64, 64)])
 def test_classifier_takes_any_size(shape, tmp_path):
-    """Classes that brightness tells apart."""
+    """Classes that differ in brightness."""
     labels = torch.arange(64) % 2
     images = (torch.randint(0, 100, (64, *shape)) + 150 * labels[:, None, None, None]).to(torch.uint8)
     dataset = Dataset("bright", images, labels, images, labels, ("dark", "bright"))
@@ -159,7 +159,7 @@ def test_classifier_distance_is_frechets_and_orders_images(digits, classifier):
 
 
 class ReadsPixel(nn.Module):
-    """Class is the first pixel's value, with a probability of 1, or of 1/10 for each where the second pixel is set."""
+    """The class is the first pixel's value, with probability 1; if the second pixel is set, each class has 1/10."""
 
     def forward(self, x):
         value = ((x.flatten(1) + 1) * 127.5).round().long()
@@ -197,7 +197,7 @@ def test_classifier_score_is_the_number_of_sure_classes():
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A file of random Inception weights, in the layout of pytorch-fid's."""
+    """A file of random Inception weights in pytorch-fid's layout."""
     from unittest import mock
 
     from pytorch_fid import inception as network
@@ -239,7 +239,7 @@ def test_the_metric_of_torchmetrics_is_the_same_fid(weights):
     real = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8)
     fake = torch.randint(0, 120, (7, 1, 16, 16), dtype=torch.uint8)
     expected = metrics.frechet_inception_distance(real, fake, weights=weights, features=64)
-    metric = metrics.FrechetInceptionDistance(64, weights=weights).train()  # batch normalisation must not notice
+    metric = metrics.FrechetInceptionDistance(64, weights=weights).train()  # must not affect batch normalisation
     for part in real.split(5):
         metric.update(part, real=True)
     metric.update(fake, real=False)
@@ -248,7 +248,7 @@ def test_the_metric_of_torchmetrics_is_the_same_fid(weights):
     with pytest.raises(ValueError, match="images must have 1 or 3 channels, got 2"):
         metric.update(real[:, :2], real=True)
     scaled = metrics.FrechetInceptionDistance(64, weights=weights, normalize=True)
-    scaled.update((real + 0.5) / 255, real=True)  # as torchmetrics: whole 255ths, rounded down
+    scaled.update((real + 0.5) / 255, real=True)  # as in torchmetrics: whole 255ths, rounded down
     scaled.update((fake + 0.5) / 255, real=False)
     assert scaled.compute().item() == pytest.approx(expected, rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""The C++ MMD where the case table cannot reach: instruction sets, tiles, threads, extremes, four digits, memory."""
+"""The C++ MMD beyond the case table: instruction sets, tiles, threads, extremes, four digits, memory."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ WAE = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 
 
 def op(x, y, bandwidth=None, imq=True, scales=None, unbiased=True, x_gradient=True, y_gradient=True):
-    """Value and gradients; the scales in units of r² where there is no bandwidth."""
+    """Value and gradients; without a bandwidth the scales are in units of r²."""
     scales = [s * 2 * x.shape[-1] for s in WAE] if scales is None else scales
     return torch.ops.ivfast.mmd(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient)
 
@@ -74,14 +74,14 @@ def test_any_scales(isa, kernel, scales):
 
 
 def test_a_mean_far_away(isa):
-    # inputs of mean 10 leave float32 ten times less of each difference
+    # inputs with mean 10 leave float32 ten times less precision in each difference
     x, y = torch.randn(200, 8) + 10, torch.randn(150, 8) + 10
     value, dx, dy = op(x, y)
     expected = op(x.double(), y.double())
     assert abs(float(value - expected[0])) < 4e-6
     assert testing.error(dx, expected[1]) < 2e-4
     assert testing.error(dy, expected[2]) < 2e-4
-    assert_right(100, 90, 6, shift=10.0)  # y alone
+    assert_right(100, 90, 6, shift=10.0)  # only y is shifted
 
 
 @pytest.mark.parametrize("imq", [True, False])
@@ -179,7 +179,7 @@ def test_equal_samples(isa, imq):
 
 @pytest.mark.parametrize("imq", [True, False])
 def test_distances_lost_in_rounding_are_not_negative(isa, imq):
-    # y is x to a rounding of its squares, far wider than the kernel: MMD² = 1 − (k(x₁, y₁) + k(x₂, y₂))/2
+    # y equals x up to a rounding of the squares that is far wider than the kernel: MMD² = 1 − (k(x₁, y₁) + k(x₂, y₂))/2
     x = torch.randn(1000, 1, 9)
     x = torch.cat((x, -x), 1)
     value = op(x, x * (1 + 2e-7), imq=imq, scales=[1e-9], unbiased=False)[0]
@@ -200,7 +200,7 @@ def test_moving_both_samples_changes_nothing():
 
 @pytest.mark.parametrize("imq", [True, False])
 def test_four_digits_of_a_small_value(imq):
-    """The kernels' means, of up to 7, agree with float64 to 1e-9: four digits of an MMD² of 1e-5, and two of 1e-7."""
+    """The kernels' means, up to 7, agree with float64 to 1e-9: four digits of an MMD² of 1e-5, and two of 1e-7."""
     x, y = torch.randn(4096, 64), torch.randn(4096, 64) * 1.003
     value = op(x, y, imq=imq, x_gradient=False, y_gradient=False)[0]
     exact = op(x.double(), y.double(), imq=imq, x_gradient=False, y_gradient=False)[0]
@@ -215,7 +215,7 @@ def test_extremes_stay_finite(isa, imq, scale, spread):
     value, dx, dy = op(x, y, imq=imq, scales=[scale, 3 * scale])
     assert value.isfinite()
     assert abs(float(value)) <= 4
-    if scale >= 1e-10:  # below, the slope at the distances left by rounding passes what float32 holds
+    if scale >= 1e-10:  # below, the slope at distances of the size of rounding overflows float32
         assert dx.isfinite().all()
         assert dy.isfinite().all()
 

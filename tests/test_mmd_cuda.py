@@ -16,7 +16,7 @@ def matches(case: Case, dtype: torch.dtype = torch.float32):
 
 
 def mmd_case(n, m, d, *, batch=(), transform=lambda x, y: (x, y), unit=0.1, **form) -> Case:
-    """Each kernel is 1 at distance 0, and their sum over scales a few times that; so `unit`."""
+    """Each kernel is 1 at distance 0, and the sum over scales is a few times that, hence `unit`."""
 
     def draw(generator):
         x, y = (torch.randn(*batch, rows, d, generator=generator, dtype=torch.float64) for rows in (n, m))
@@ -77,7 +77,7 @@ class TestMmd:
             assert torch.equal(torch.autograd.grad(value, equal)[0], torch.zeros_like(equal))
 
     def test_far_apart_and_far_from_the_origin(self):
-        # gradients are of differences, which are as exact as the inputs in whatever place
+        # gradients depend on differences, which are as exact as the inputs anywhere
         matches(mmd_case(30, 20, 7, transform=lambda x, y: (x, y + 1e3)))
         matches(mmd_case(30, 20, 7, transform=lambda x, y: ((x + 1e3).float().double(), (y + 1e3).float().double())))
 

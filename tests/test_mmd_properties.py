@@ -27,7 +27,7 @@ def test_mmd_agrees_with_waes_formula():
 
 
 def test_mmd_agrees_with_waes_rbf_form():
-    """exp(−r²/(2σ²)) with a σ² of the batch's own distances, as its code takes it: a bandwidth of one number."""
+    """exp(−r²/(2σ²)) with σ² from the batch's own distances, as in its code: a single bandwidth."""
     n, d = 24, 6
     x, y = normal(n, d), normal(n, d) + 0.5
     half = (n * n - n) // 2
@@ -41,7 +41,7 @@ def test_mmd_agrees_with_waes_rbf_form():
 
 @pytest.mark.parametrize("kernel", ["imq", "rbf"])
 def test_mmd_agrees_with_pythaes_formula(kernel):
-    """pythae's WAE_MMD: C = 2 d h² of its kernel_bandwidth h, scales for its IMQ alone, diagonals taken off."""
+    """pythae's WAE_MMD: C = 2 d h² with its kernel_bandwidth h, scales only for its IMQ, diagonals removed."""
     n, d, h, scales = 20, 5, 0.7, (0.1, 0.3, 2.0, 4.0)
     x, y = normal(n, d), normal(n, d)
     c = 2 * d * h**2

@@ -1,4 +1,4 @@
-"""MMD in Triton, interpreted where there is no GPU."""
+"""MMD in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ivfast.ops import mmd
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),  # 2^-inf, in the interpreter's NumPy
@@ -52,7 +52,7 @@ class TestMmd:
     def test_wide(self, monkeypatch, n, m, d):
         from ivfast.kernels import mmd as kernels
 
-        # the interpreter pays by the loop: fewer parts than on a GPU, still several
+        # loops are slow in the interpreter: fewer parts than on a GPU, but several
         monkeypatch.setattr(kernels, "tile_of", lambda D, major, gradient: kernels.Tile(128, 128, min(D, 128), D // 2))
         check(mmd_case(n, m, d, unbiased=False))
 
@@ -61,11 +61,11 @@ class TestMmd:
         bandwidth = torch.tensor([3.0, 20.0], device=device)
         for kernel in ("imq", "rbf"):
             case = mmd_case(7, 9, 3, batch=(2,), kernel=kernel, scales=scales, bandwidth=bandwidth.double())
-            check(case._replace(unit=1.0))  # as many kernels
+            check(case._replace(unit=1.0))  # a sum of as many kernels
 
     @pytest.mark.parametrize("shift", [(10.0, 10.0), (3.0, -3.0)])
     def test_shifted_and_apart(self, shift):
-        # inputs of mean 10 leave float32 ten times less of each difference
+        # inputs with mean 10 leave float32 ten times less precision in each difference
         check(mmd_case(20, 30, 6, shifts=shift, slack=10))
 
     @pytest.mark.parametrize("kernel", ["imq", "rbf"])
@@ -82,7 +82,7 @@ class TestMmd:
         x = torch.arange(30.0, device=device)[:, None].repeat(2, 3)
         with ivfast.use("triton"):
             value = ivfast.mmd(x, x + 0.5, kernel=kernel, scales=(1e-12,), bandwidth=1.0)
-        assert abs(float(value.detach()) - 2 * 60 / (60 * 59)) < 1e-7  # each point of either sample meets its double
+        assert abs(float(value.detach()) - 2 * 60 / (60 * 59)) < 1e-7  # each point of either sample meets its copy
 
     @pytest.mark.parametrize("d", [5, 64])
     def test_equal_rows_are_at_distance_zero_to_the_bit(self, d):
@@ -130,7 +130,7 @@ class TestMmd:
                 )
             finally:
                 torch.set_float32_matmul_precision(before)
-        assert errors[0] < 2e-5 < errors[1] < 5e-3  # operands rounded to 2^-12, seen, and no more than that
+        assert errors[0] < 2e-5 < errors[1] < 5e-3  # operands rounded to 2^-12: visible, but no more than that
 
     def test_no_sets_and_no_float64(self):
         with ivfast.use("triton"):

@@ -27,7 +27,7 @@ def js_case(shape, *, weighted=False, smoothing=0.0, scale=3.0, slack=1.0) -> Ca
     weights = torch.rand(shape[-1]).bfloat16() + 0.25 if weighted else None
 
     def loss(x):
-        # in every dtype the same numbers
+        # the same numbers in every dtype
         return ivfast.multi_js_loss(x, weights=None if weights is None else weights.to(x), label_smoothing=smoothing)
 
     def draw(generator):
@@ -84,7 +84,7 @@ class TestMultiJs:
     @pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
     def test_what_is_infinite_or_no_number(self, classes, smoothing):
         rows = torch.randn(8, classes, 2, classes)
-        rows[1, 0, :, 1:] = float("-inf")  # classes that cannot be
+        rows[1, 0, :, 1:] = float("-inf")  # impossible classes
         rows[2, 1, 0, 0] = float("-inf")
         rows[3] = rows[3].sign() * 1e4
         rows[4, 0, 1, 2] = float("nan")
@@ -128,7 +128,7 @@ class TestMultiJs:
         x, grad = torch.randn(classes, 3, classes).to(dtype), torch.ones(())
         ours, theirs = ((*forward.cuda(y, None, 0.1),) for y in (misaligned(x), x))
         for a, b in zip(ours, theirs, strict=True):
-            close(a, b)  # lanes share a row in another way
+            close(a, b)  # lanes share a row differently
         dx = [backward.cuda(grad, y, None, theirs[1], 0.1) for y in (misaligned(x), x)]
         assert torch.equal(*dx)
 
@@ -155,7 +155,7 @@ class TestMultiJs:
 
 
 def agree(ours, theirs):
-    """Infinite and no number in the same places, and close in all others."""
+    """Infinite and NaN in the same places, and close in all others."""
     assert torch.equal(ours.isnan(), theirs.isnan())
     finite = theirs.isfinite()
     assert torch.equal(ours[~finite].nan_to_num(), theirs[~finite].to(ours.dtype).nan_to_num())
@@ -172,7 +172,7 @@ def rows_match(x, weights, smoothing, *, first, n):
     assert torch.equal(x, before)
     loss = rows(x, weights, smoothing, first, n, True)
     assert torch.equal(loss, value)
-    # a difference of numbers of about 1 for each row, and of probabilities in the gradient
+    # differences of numbers of about 1 per row, and of probabilities in the gradient
     unit = 1 / (x.shape[1] * n)
     close(loss, expected, unit=len(x) * unit)
     close(x, exact, unit=unit)
@@ -196,7 +196,7 @@ class TestMultiJsRows:
         rows_match(torch.randn(700, 40), None, 0.2, first=77, n=41)
 
     def test_rows_past_32_bits(self):
-        # blocks of 3·10⁹ rows: a class is a quotient of 64 bits
+        # blocks of 3·10⁹ rows: the class is a 64-bit quotient
         n = 3_000_000_000
         for classes in (5, 40):
             rows_match(torch.randn(9, classes), torch.rand(classes) + 0.1, 0.1, first=2 * n - 4, n=n)

@@ -23,7 +23,7 @@ def optimal_logits(samples, log_densities):
 
 @pytest.mark.parametrize("a", [0.0, 0.25, 0.5, 0.75, 1.0])
 def test_square_fitting(a):
-    """S2 Example 1: JS of the two squares is log 2 for every a, with their interventions (1 + a) log 2."""
+    """S2 Example 1: JS of the two squares is log 2 for every a; with their interventions it is (1 + a) log 2."""
     corners = [(0.0, 0.0), (a, 1.0), (0.0, 1.0), (a, 0.0)]  # α, β, γ₁, γ₂: uniform on unit squares
     axis = (torch.arange(200, dtype=DOUBLE) + 0.5) / 200
     unit = torch.cartesian_prod(axis, axis)

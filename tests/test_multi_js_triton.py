@@ -1,4 +1,4 @@
-"""Multi-class Jensen–Shannon loss in Triton, interpreted where there is no GPU."""
+"""Multi-class Jensen–Shannon loss in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ivfast import testing
 from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
-triton_device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+triton_device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 
 
 def assert_matches(case: Case, dtype: torch.dtype, implementation: str, device: str = "cpu"):
@@ -20,7 +20,7 @@ def js_case(shape, *, weighted=False, scale=3.0, slack=1.0, dtype=torch.float32)
     weights = torch.rand(shape[-1]) + 0.1 if weighted else None
 
     def loss(x):
-        on_device = None if weights is None else weights.to(x)  # rounded as the input is, for the reference too
+        on_device = None if weights is None else weights.to(x)  # rounded like the input, also for the reference
         return ivfast.multi_js_loss(x, weights=on_device)
 
     def draw(generator):
@@ -33,7 +33,7 @@ def js_case(shape, *, weighted=False, scale=3.0, slack=1.0, dtype=torch.float32)
 
 @pytest.mark.usefixtures("poisoned")
 class TestMultiJs:
-    """Interpreted where there is no GPU."""
+    """Interpreted if there is no GPU."""
 
     @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
     @pytest.mark.parametrize("case", [c for c in testing.CASES if c.op == "multi_js_loss"], ids=str)

@@ -1,4 +1,4 @@
-"""Modules are their functions."""
+"""Modules compute the same as their functions."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Every op on every case: each implementation against the float64 reference, and the contract with PyTorch."""
+"""Every op on every case: each implementation against the float64 reference, and PyTorch's operator contract."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def test_gradcheck(case):
 
 def test_gradcheck_covers_every_op():
     small = {c.op for c in CASES if c.gradcheck and sum(x.numel() for x in testing.inputs(c, torch.float64)) <= 150}
-    detached = {"importance_weighted_loss", "svgd_bridge"}  # weights and bandwidths are constants: test_properties
+    detached = {"importance_weighted_loss", "svgd_bridge"}  # weights and bandwidths are constants: test_<op>_properties
     assert small | detached >= set(NAMES) - {"multi_js_divergence"}
 
 
@@ -87,10 +87,10 @@ def test_opcheck(op, monkeypatch):
 def test_every_operator_is_reached_by_a_case(monkeypatch):
     reached = {handle.name for op in NAMES for handle, _ in calls_of(first_case(op), monkeypatch)}
     inner = {"frechet_factor_trace", "frechet_covariance_trace"}  # their gradients come with the value
-    inner |= {"inverse_root"}  # for values alone: test_roots
+    inner |= {"inverse_root"}  # only for values: test_roots
     inner |= {"linear_adam_"}  # writes in place: test_optim
     assert reached >= set(OPS) - inner
-    # classes, drivers, and what has no gradient
+    # classes, drivers, and functions without a gradient
     others = {"GaussianStatistics", "distributed", "nn", "optim", "patch", "svgd", "use", "multi_js_block_losses"}
     public = set(ivfast.__all__) - others
     assert set(NAMES) == public

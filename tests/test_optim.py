@@ -1,4 +1,5 @@
-"""Adam that makes and spends the weight gradients of linear layers: torch.optim.Adam's numbers, and its habits."""
+"""Adam that computes and applies the weight gradients of linear layers: the numbers and behaviour of
+torch.optim.Adam."""
 
 import copy
 import dataclasses
@@ -33,7 +34,7 @@ def assert_right(count, outputs, inputs):
     grad[:, : outputs // 2] *= 1e-12
     numbers = (1e-3, 1.7, 0.9, 0.999, 1e-8)
     exact = [w.double() for w in weights]
-    # every other row belongs to another tensor: nothing may be written beside the weights
+    # every other row belongs to another tensor: nothing may be written outside the weights
     room = [torch.full((outputs + 2, inputs), 7.0) for _ in weights]
     ours = [r[1:-1].copy_(w) for r, w in zip(room, weights, strict=True)]
     linear_adam_(*ours, grad, x, *numbers)
@@ -42,7 +43,7 @@ def assert_right(count, outputs, inputs):
     rounding = 1e-6 * (grad.abs().double().t() @ x.abs().double())  # of the sum over the samples
     moved, below = (exact[0] - weights[0]).abs(), 1.7 * exact[2].sqrt() + 1e-8
     limits = [
-        # √v has the relative error of g at the most
+        # √v has at most the relative error of g
         1e-6 * exact[0].abs() + moved * (4e-6 + 2 * rounding / gradient.clamp_min(1e-30)) + 1e-4 * rounding / below,
         1e-6 * exact[1].abs() + rounding,
         1e-6 * exact[2] + 1e-3 * 2 * gradient * rounding + 1e-40,
@@ -91,7 +92,7 @@ def perceptron():
 
 
 def pair(**keywords):
-    """The same perceptron and optimizer twice, the first one fused."""
+    """Two copies of a perceptron and its optimizer, the first one fused."""
     fused = perceptron()
     plain = copy.deepcopy(fused)
     keywords = {"lr": 1e-2, "fused": True, **keywords}
@@ -102,7 +103,7 @@ def pair(**keywords):
 
 def close(one: nn.Module, other: nn.Module) -> None:
     for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        # a weight whose gradient is 0 but for rounding moves by the sign of the rounding: few do, on random numbers
+        # a weight whose gradient is 0 up to rounding moves by the sign of the rounding; few do on random numbers
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -114,7 +115,7 @@ class TestAdam:
             x = torch.randn(10, 13)
             for net, optimizer in ((fused, one), (plain, other)):
                 optimizer.zero_grad()
-                # a layer that is met twice in one loss
+                # a layer that is used twice in one loss
                 (net(x[:6]).square().mean() + net(x[6:]).sum()).backward()
                 optimizer.step()
         assert all(fused[i].weight.grad is None for i in (0, 2, 4))  # so it was the fused step
@@ -208,7 +209,7 @@ class TestAdam:
         assert all(p.grad is not None for p in fused.parameters())
 
     def test_inputs_of_backward(self):
-        """A gradient that nobody asked for moves nothing."""
+        """A gradient that was not requested changes nothing."""
         (fused, one), _ = pair()
         before = fused[0].weight.clone()
         one.zero_grad()
@@ -218,7 +219,7 @@ class TestAdam:
         assert torch.equal(before, fused[0].weight)
 
     def test_a_gradient_of_a_gradient(self):
-        """A gradient penalty reaches the weights by the backward pass of its own gradient, and by the forward pass."""
+        """A gradient penalty reaches the weights through the backward pass of its own gradient and the forward pass."""
         (fused, one), (plain, other) = pair()
         x = torch.randn(10, 13)
         for net, optimizer in ((fused, one), (plain, other)):
@@ -237,7 +238,7 @@ class TestAdam:
 
 
 def test_weights_with_their_channels_last():
-    """torch's fused step on the CPU takes gradients and averages for laid out as the weights are."""
+    """torch's fused step on the CPU assumes that gradients and averages are laid out like the weights."""
     start, grads = torch.randn(4, 3, 5, 5), torch.randn(3, 4, 3, 5, 5)
     found = []
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -248,7 +249,7 @@ def test_weights_with_their_channels_last():
             optimizer.step()
             saved = copy.deepcopy(optimizer.state_dict())
             for state in saved["state"].values():
-                state["exp_avg"] = state["exp_avg"].contiguous()  # as a checkpoint holds it
+                state["exp_avg"] = state["exp_avg"].contiguous()  # as stored in a checkpoint
             optimizer.load_state_dict(saved)
         found.append(weight.detach())
     torch.testing.assert_close(*found, rtol=1e-6, atol=1e-6)
@@ -257,7 +258,7 @@ def test_weights_with_their_channels_last():
 @pytest.mark.usefixtures("small_layers")
 @pytest.mark.parametrize("system", ["ivaae-svgd", "wae-mmd", "ivdcgan", "aasvae"])
 def test_steps_of_a_system(system, monkeypatch):
-    """What a run does with fused optimizers is what it does without."""
+    """A run does the same with and without fused optimizers."""
     seed = size(0, 1000)
     images, labels = torch.randint(256, (40, 1, 8, 8), dtype=torch.uint8), torch.arange(40) % 10
     found = []

@@ -1,4 +1,4 @@
-"""Paper commands: tiny runs of every experiment, known values exactly, what is kept and run again, errors."""
+"""Paper commands: tiny runs of every experiment, exact known values, which results are stored or rerun, errors."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def cells(found, table=0):
     return {row[0]: row[1:] for row in found.tables[table].rows}
 
 
-# A row of each table with the paper's numbers, as they are printed there
+# One row of each table with the paper's numbers, as printed in the paper
 PRINTED = {
     "s1-fig2": [["WAE-GAN (AAE)", 16, "towards 0"]],
     "s1-tables": [["WAE-GAN (AAE)", 53, 33, 109], ["WAE-GAN (AAE)", 5.5, 1.5, 15.1]],
@@ -76,7 +76,7 @@ def test_each_experiment_makes_its_tables_and_figures(name, tmp_path, monkeypatc
     if EXPERIMENTS[name].data:
         lines = (tmp_path / "rows.jsonl").read_text()
         monkeypatch.setattr(session, "_call", lambda task: pytest.fail("run again"))
-        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_: None)  # the slowest part, and drawn already
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_: None)  # the slowest part, and already drawn
         again = report.run(name, out=tmp_path, **TINY)
         assert again.tables == found.tables
         assert (tmp_path / "rows.jsonl").read_text() == lines
@@ -143,7 +143,7 @@ def test_probe_learns_what_the_features_show_and_nothing_else():
 
 @pytest.fixture
 def at(tmp_path):
-    """A session, and a job that notes how often it is run."""
+    """A session, and a job that counts its runs."""
     calls = []
 
     def job(job):
@@ -167,7 +167,7 @@ def test_only_rows_of_the_same_settings_are_kept(at, tmp_path):
     at([1], n=2)
     at([1], lam=0.5)
     at([1], root="elsewhere")
-    assert at.calls[3:] == [(1, 2), (1, 1)]  # where the files are is no setting of the run
+    assert at.calls[3:] == [(1, 2), (1, 1)]  # the location of the files is not a setting of the run
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"key": {"cut sh')
     at([1, 2, 3, 4])

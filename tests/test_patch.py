@@ -1,4 +1,5 @@
-"""ivfast.patch against the real packages: their answer where it is right, the right one where it is not, and back."""
+"""ivfast.patch against the real packages: the same result where theirs is correct, the correct one where it is not, and
+restoring."""
 
 import contextlib
 import math
@@ -40,14 +41,14 @@ def torch_fidelity():
 
 @pytest.fixture
 def pytorch_fid(monkeypatch):
-    """With a SciPy whose square root takes `disp`, as it did before 1.18."""
+    """With a SciPy whose square root accepts `disp`, as before 1.18."""
     home = pytest.importorskip("pytorch_fid.fid_score")
     monkeypatch.setattr(home, "linalg", SimpleNamespace(sqrtm=lambda a, disp=True: (scipy.linalg.sqrtm(a), None)))
     yield from installed("pytorch_fid")
 
 
 def installed(name):
-    """A package, which the test leaves as it found it."""
+    """A package, restored after the test."""
     module, function = PACKAGES[name]
     home = pytest.importorskip(module)
     original = getattr(home, function)
@@ -60,7 +61,7 @@ def current(package):
 
 
 def value(package, mu1, sigma1, mu2, sigma2):
-    """What the package answers to NumPy statistics now."""
+    """The package's current result for NumPy statistics."""
     function = current(package)
     if package.name == "pytorch_fid":
         return function(mu1, sigma1, mu2, sigma2)
@@ -106,7 +107,7 @@ def test_right_below_full_rank(package, n, m, d):
 
 
 def test_zero_below_full_rank_where_the_original_is_not(package):
-    """Rounding gives ΣΣ of rank 9 some 90 positive eigenvalues of 1e-14 for 0, whose roots add up."""
+    """Rounding turns about 90 zero eigenvalues of ΣΣ (rank 9) into positive ones of 1e-14, whose roots add up."""
     mu, sigma = statistics(np.random.default_rng(0).standard_normal((10, 192)))  # of trace 190
     assert abs(value(package, mu, sigma, mu, sigma)) > 1e-6  # 3e-5 observed
     with package.patch():
@@ -134,7 +135,7 @@ def test_float32_statistics_give_float32(package):
 
 
 def test_arrays_of_any_layout(package):
-    """Reversed, transposed and read-only; torchmetrics takes tensors, which have no negative strides."""
+    """Reversed, transposed and read-only arrays; torchmetrics takes tensors, which have no negative strides."""
     if package.name == "torchmetrics":
         pytest.skip("no arrays")
     mu, sigma = statistics(samples(30, 6))
@@ -175,7 +176,7 @@ def test_takes_effect_at_once_and_is_reversed(package):
     for _ in range(2):
         patch.restore()
         assert current(package) is package.original
-    with contextlib.suppress(KeyError), patch as entered:  # again, and out by an error
+    with contextlib.suppress(KeyError), patch as entered:  # nested, and left by an error
         assert entered is patch
         assert current(package) is patch.replacement
         raise KeyError
@@ -260,7 +261,7 @@ def distance_of(real, fake):
 
 
 def test_python_m_pytorch_fid_with_scipy_1_18(pytorch_fid, tmp_path, monkeypatch, capsys):
-    """Two folders of PNG files, fewer than there are features; SciPy's square root takes no `disp` any more."""
+    """Two folders with fewer PNG files than features; SciPy's square root no longer accepts `disp`."""
     from PIL import Image
 
     def sqrtm(A):  # SciPy 1.18's signature
@@ -286,7 +287,7 @@ def test_python_m_pytorch_fid_with_scipy_1_18(pytorch_fid, tmp_path, monkeypatch
 
 @pytest.mark.filterwarnings("ignore:The `disp` argument is deprecated:DeprecationWarning")
 def test_pytorch_fid_with_the_scipy_that_is_installed(pytorch_fid, monkeypatch):
-    """The original answers the same, or fails from SciPy 1.18 on."""
+    """The original gives the same result, or fails from SciPy 1.18 on."""
     monkeypatch.setattr(pytorch_fid.home, "linalg", scipy.linalg)
     arguments = *statistics(samples(100, 8)), *statistics(samples(90, 8))
     with pytorch_fid.patch():
@@ -355,7 +356,7 @@ def test_torch_fidelity_calculate_metrics(torch_fidelity, monkeypatch, capsys):
 
 
 class Images(torch.utils.data.Dataset):
-    """What torch-fidelity takes: a Dataset, of which a TensorDataset's tuples are no images."""
+    """The input of torch-fidelity: a Dataset of images; a TensorDataset would yield tuples."""
 
     def __init__(self, x):
         self.x = x

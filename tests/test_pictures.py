@@ -1,4 +1,4 @@
-"""Pictures show the pixels they were given, and files hold them."""
+"""Pictures and files show exactly the given pixels."""
 
 import json
 

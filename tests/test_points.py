@@ -1,4 +1,4 @@
-"""Sets of points: moments and supports by their definitions; modes counted on samples whose modes are known."""
+"""Point sets: moments and supports by definition; modes counted on samples with known modes."""
 
 import json
 import math
@@ -67,9 +67,9 @@ def test_spirals_are_two_arms_turned_by_half():
     r = 3 * x.norm(dim=1)
     assert x.mean(0).abs().max() < 0.05
     assert 9 < r.quantile(0.99) < 3 * math.pi + 1.5
-    # r = 3π √u: r² is uniform but for the blur, so a quarter of the points lies within half the radius
+    # r = 3π √u: r² is uniform except for the blur, so a quarter of the points lie within half the radius
     assert abs(float((r < 1.5 * math.pi).float().mean()) - 0.25) < 0.03
-    # every point lies near an arm or its half-turn: blur is at most .5·√2/3, noise .1
+    # every point lies near an arm or its rotation by 180°: blur is at most .5·√2/3, noise .1
     u = torch.linspace(0, 3 * math.pi, 400)
     arm = torch.stack([-u * u.cos() + 0.25, u * u.sin() + 0.25], 1) / 3
     distance = [torch.cdist(x, side * arm).min(1).values for side in (1, -1)]
@@ -95,7 +95,7 @@ def test_data_sets_of_points_load_like_the_others(tmp_path):
 def test_true_samples_cover_every_mode(name):
     mixture = POINTS[name]
     modes = metrics.point_modes(points.load(name, 20_000), mixture)
-    within = 1 - math.exp(-4.5)  # of two dimensions, 3 deviations
+    within = 1 - math.exp(-4.5)  # in two dimensions, 3 deviations
     assert modes.covered == len(mixture.centers)
     assert modes.confident == pytest.approx(within if mixture.deviation else 1, abs=6e-3)
     # the histogram of n samples over k modes has a KL of (k − 1) / 2n on average

@@ -1,6 +1,6 @@
-"""Training on several gloo ranks: the weights and the run of one process on the same batches.
+"""Training on several gloo ranks: the same weights and log as one process on the same batches.
 
-Run as a script, this file is a rank.
+As a script, this file runs one rank.
 """
 
 import dataclasses
@@ -59,14 +59,14 @@ def train(settings, out, **keywords):
         (folder / f"{os.getpid()}-{epoch}").touch()
 
     def evaluate(system):
-        return {"noise": float(torch.randn(()))}  # must leave no trace in the run's own random numbers
+        return {"noise": float(torch.randn(()))}  # must not affect the run's own random numbers
 
     system = build(settings, SHAPE)
     return fit(system, images(), settings, out, progress=False, draw=draw, evaluate=evaluate, **keywords)
 
 
 class Failing(IvaaeRadial):
-    """The rows of the last rank give NaN at step 9."""
+    """The rows of the last rank give NaN in step 9."""
 
     steps = 0
 
@@ -100,7 +100,7 @@ def rank_main(rank, world, folder):
 
 
 def start(world, folder):
-    root = str(Path(ivfast.__file__).parent.parent)  # the same sources, installed or not
+    root = str(Path(ivfast.__file__).parent.parent)  # the same sources, whether installed or not
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     command = [sys.executable, __file__, str(world), str(folder)]
     started = [subprocess.Popen([*command, str(rank)], cwd="/", env=environment) for rank in range(world)]
@@ -114,7 +114,7 @@ def start(world, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Runs of two ranks, one of which three ranks went on with."""
+    """Runs of two ranks, one of them resumed by three ranks."""
     folder = tmp_path_factory.mktemp("ranks")
     start(2, folder)
     start(3, folder)
@@ -126,7 +126,7 @@ def lines(run, kind="losses"):
 
 
 def assert_same_run(run, alone):
-    """Weights and averages within 1e-5 after 20 steps, and all of the log but what measures time."""
+    """Weights and averages agree within 1e-5 after 20 steps, and the log except for timings."""
     ours, theirs = checkpoint.read(run / checkpoint.LAST), checkpoint.read(alone / checkpoint.LAST)
     assert ours.tensors.keys() == theirs.tensors.keys()
     for part in ("weights", "average", "batches", "random"):

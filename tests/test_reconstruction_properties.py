@@ -1,4 +1,4 @@
-"""Reconstruction losses are PyTorch's, on fresh random inputs."""
+"""Reconstruction losses equal PyTorch's, on fresh random inputs."""
 
 import math
 

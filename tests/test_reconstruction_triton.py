@@ -1,4 +1,4 @@
-"""Reconstruction losses in Triton, interpreted where there is no GPU."""
+"""Reconstruction losses in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from ivfast.testing import Case
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float64, torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = [
     pytest.mark.usefixtures("poisoned"),
     pytest.mark.filterwarnings(
@@ -45,7 +45,7 @@ class TestReconstruction:
     def test_random_sizes(self, kind, dtype):
         for shape in ((size(1, 40),), (1, 1), (size(2, 40), size(1, 50)), (size(1, 3), 3, size(5, 40), size(5, 40))):
             check(Case(kind, str(shape), reconstruction(kind), testing._logits_and_pixels(*shape)), dtype)
-            # the gradient of the output alone
+            # only the gradient of the output
             check(Case(kind, str(shape), reconstruction(kind), testing._logits_and_pixels(*shape), constants=1), dtype)
 
     @pixels
@@ -78,7 +78,7 @@ class TestReconstruction:
         assert loss[8].isnan().all()
         assert loss[:, 3].isnan().all()
         assert not loss[:8, :3].isnan().any()
-        if kind == "bce":  # right and certain
+        if kind == "bce":  # certain and correct
             assert loss[6, 2] == loss[7, 0] == 0
 
     @pixels

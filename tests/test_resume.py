@@ -46,7 +46,7 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(system, ema, stop, ima
     _, straight = train(settings, images, tmp_path / "straight")
 
     def evaluate(system):
-        return {"noise": float(torch.randn(()))}  # must leave no trace in the run's own random numbers
+        return {"noise": float(torch.randn(()))}  # must not affect the run's own random numbers
 
     _, first = train(dataclasses.replace(settings, steps=stop), images, tmp_path / "parts", evaluate=evaluate)
     assert first[-1]["kind"] == "metrics"
@@ -95,7 +95,7 @@ def test_stopped_between_a_checkpoint_and_its_metrics_they_are_made_up_for(looks
 
 
 class Failing(IvaaeRadial):
-    """A term of the encoder's loss turns into NaN in step `at`; or `at` sends signals."""
+    """A term of the encoder's loss becomes NaN in step `at`, or `at` sends signals."""
 
     at, signals, seen = 10**9, 0, 0
 
@@ -175,7 +175,7 @@ def test_failed_write_keeps_the_old_checkpoint_and_says_so(tmp_path):
     checkpoint.write(path, {"weights/a": torch.arange(5.0)}, {"step": 1})
     before = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # as a full disk: the write itself fails
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # like a full disk: the write itself fails
     try:
         with pytest.raises(CheckpointError, match=r"could not be written .*; the one written before is untouched"):
             checkpoint.write(path, {"weights/a": torch.zeros(2**20)}, {"step": 2})

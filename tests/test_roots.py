@@ -1,4 +1,4 @@
-"""Square roots and polar factors: what they are, singular matrices, gradients by an independent route, errors."""
+"""Square roots and polar factors: definitions, singular matrices, gradients by an independent method, errors."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_polar_factors_below_full_rank():
     P = ivfast.polar(m)
     assert error(P @ P.mT @ P, P.detach()) < 1e-12
     assert float(P.detach().square().sum()) == pytest.approx(2)
-    # along directions that keep the rank: a derivative by the factors' own
+    # along directions that keep the rank: the derivative through the factors
     step = 1e-6 * (torch.randn(7, 2, dtype=torch.float64) @ right)
     weights = torch.randn(7, 5, dtype=torch.float64)
     (gradient,) = torch.autograd.grad(P, m, weights)

@@ -1,4 +1,4 @@
-"""`ivfast.svgd`: it samples what it is given, and it stops, keeps and fails as it says."""
+"""`ivfast.svgd`: it samples the given target, and stops, keeps results and fails as documented."""
 
 import functools
 import signal
@@ -33,8 +33,8 @@ def log_normal(x):
     return -0.5 * x.square().sum(-1)
 
 
-# Targets. n particles of SVGD hold moments better than n draws, whose mean errs by n^-½ and whose variance by (2/n)^½
-# times the true one; the median bandwidth shrinks the variance by about 5 % at n = 150, d = 2.
+# Targets. n particles of SVGD have more accurate moments than n draws, whose mean is off by n^-½ and whose variance by
+# (2/n)^½ times the true one; the median bandwidth shrinks the variance by about 5 % at n = 150, d = 2.
 
 
 def test_standard_normal_is_recovered():
@@ -108,7 +108,7 @@ def test_a_target_may_draw_minibatches():
 
     after = []
     ivfast.svgd(torch.randn(50, 1), 600, log_prob=log_prob, callback=lambda step, x: after.append(x.mean()))
-    # a batch's score has a standard error of 7 % of a standard deviation of y; Adam averages over some 20 batches
+    # a batch's score has a standard error of 7 % of a standard deviation of y; Adam averages over about 20 batches
     assert abs(torch.stack(after[300:]).mean() - y.sum() / (len(y) + 1)) < 0.05
 
 
@@ -122,7 +122,7 @@ def test_batch_equals_loop(rule):
     for i in range(2):
         for j in range(3):
             alone = ivfast.svgd(x0[i, j], 20, log_prob=log_normal, trajectory_every=10, **rule)
-            # products of a batch sum in another order; normalised steps enlarge what that does to the smallest φ
+            # batched products sum in another order; normalised steps amplify the effect on the smallest φ
             assert error(together.trajectory[:, i, j], alone.trajectory) < 1e-8
             assert error(together.phi_norm[:, i, j], alone.phi_norm) < 1e-8
 
@@ -192,7 +192,7 @@ def test_x0_of_any_strides_is_left_as_it_was():
     assert ivfast.svgd(x0, 0).particles.data_ptr() != x0.data_ptr()
 
 
-# What is kept, and when it stops
+# What is kept, and when the run stops
 
 
 @EACH_RULE
@@ -292,7 +292,7 @@ def test_a_score_that_is_not_finite_names_step_and_count(rule, wrong):
 
 
 def test_a_failure_seen_late_freezes_the_particles(monkeypatch):
-    """As on a GPU, which is looked at every 64 steps."""
+    """As on a GPU, where results are checked every 64 steps."""
     calls, x0 = [], normal(8, 3)
 
     def score(x):
@@ -300,7 +300,7 @@ def test_a_failure_seen_late_freezes_the_particles(monkeypatch):
         return x * float("nan") if len(calls) in (10, 12) else -x
 
     class Skipping(torch.optim.SGD):
-        """Passes over a gradient with NaN, as gradient scalers do, so that only the freeze keeps step 9's particles."""
+        """Skips a gradient with NaN, as gradient scalers do, so that only the freeze keeps the particles of step 9."""
 
         def step(self, closure=None):
             (p,) = self.param_groups[0]["params"]
@@ -318,7 +318,7 @@ def test_a_failure_seen_late_freezes_the_particles(monkeypatch):
 
 
 def test_nothing_is_read_on_the_host_between_checks(monkeypatch):
-    """On a GPU every such read would wait for it; the checks, which come at every step on the CPU, are taken out."""
+    """On a GPU every such read would synchronise; the checks, which run at every step on the CPU, are removed."""
 
     class Reads(TorchDispatchMode):
         count = 0

@@ -1,4 +1,4 @@
-"""What the page of costs is made of: bytes as by formula, fits that find their numbers, tables that are read as written."""
+"""The ingredients of the page of costs: bytes against the formula, fits with known answers, tables from known rows."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ KEYS = [(case.op, case.exchange, what) for case in communication.CASES for what 
 
 @pytest.fixture(scope="module")
 def exchanged():
-    """What each of two ranks counted, by call."""
+    """The bytes counted by each of two ranks, per call."""
     found = communication.measure(RANKS, N, D, steps=(("wae-mmd", "digits"),))
     assert found[0]["bytes_per_s"] > 0
     return [{(row["what"], row["exchange"], row["pass"]): row for row in rank["rows"]} for rank in found]
@@ -28,7 +28,7 @@ def test_a_rank_sends_what_the_formula_says(exchanged, key):
 
 
 def test_what_gloo_writes_is_what_was_counted(exchanged):
-    """Blocks are written once, with headers of at most a hundred bytes a message, and twice by its reduce-scatter."""
+    """Blocks are written once, with headers of at most a hundred bytes per message, and twice by its reduce-scatter."""
     if communication.written() is None:
         pytest.skip("this system does not count what a process writes")
     for rows in exchanged:
@@ -99,7 +99,7 @@ def test_ten_million_particles_on_eight_gpus():
 
 
 def test_the_page_is_that_of_its_report(tmp_path, monkeypatch):
-    """Tables and picture from rows; every time is in the table, and in ms."""
+    """Tables and picture from rows; the table contains every time, in ms."""
     monkeypatch.chdir(Path(__file__).parents[1])
     names = (*scale.calls_of(2, 2),)
     rows = [

@@ -1,4 +1,4 @@
-"""The CUDA-on-CPU shim of tests/simt: it shows the faults that it is there to show."""
+"""The CUDA-on-CPU shim of tests/simt detects the faults that it is meant to detect."""
 
 import ctypes
 
@@ -15,7 +15,7 @@ def probes():
         pytest.skip(str(error))
 
     def call(name, *arguments, seed=0):
-        """Runs a probe; raises what it reports."""
+        """Runs a probe and raises the error it reports."""
         library.simt_seed(ctypes.c_uint64(seed))
         function = getattr(library, f"probe_{name}")
         function.restype = ctypes.c_char_p

@@ -1,4 +1,4 @@
-"""The C++ SVGD bridge where the case table cannot reach: an independent loop, both paths, instruction sets, threads."""
+"""The C++ SVGD bridge beyond the case table: an independent loop, both paths, instruction sets, threads."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_trajectory_and_gradient_are_those_of_a_plain_loop(isa, n, numbers):
         (ours_dz,) = torch.autograd.grad(ours, z, weights)
     theirs = loop(z, draws, 3, 2, *numbers)
     (theirs_dz,) = torch.autograd.grad(theirs, z, weights)
-    # four steps with |step_size| 2 grow a rounding of 1e-15 by some hundreds
+    # four steps with |step_size| 2 amplify a rounding of 1e-15 a few hundred times
     assert testing.error(ours, theirs) < 1e-11
     assert testing.error(ours_dz, theirs_dz) < 1e-11
 

@@ -59,7 +59,7 @@ class TestBridge:
             matches(bridge_case(n, d, t=2))
 
     def test_a_tight_cluster_far_from_the_origin(self):
-        # z of mean 10 leaves float32 a relative 1e-4 of distances about 0.01, and k and 2/h are as exact as those
+        # with mean 10, float32 leaves a relative error of 1e-4 in distances about 0.01, and so in k and 2/h
         matches(bridge_case(60, 8, scale=1.0, transform=lambda z: 10 + z / 100, slack=10))
 
     def test_duplicates_and_equal_particles(self):

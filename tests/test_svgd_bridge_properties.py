@@ -13,7 +13,7 @@ def normal(*shape, dtype=DOUBLE):
 
 
 def test_svgd_bridge_gradient_by_finite_differences_with_the_bandwidths_held():
-    """The bandwidth is a constant of the gradient, so differentiate a trajectory whose bandwidths are frozen."""
+    """The bandwidth is constant in the gradient, so differentiate a trajectory with frozen bandwidths."""
     z, draws = normal(7, 3).requires_grad_(), normal(3, 7, 3)
     bandwidths = []
     x = z.detach()

@@ -1,4 +1,4 @@
-"""SVGD bridge in Triton, interpreted where there is no GPU."""
+"""SVGD bridge in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from ivfast import testing
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 

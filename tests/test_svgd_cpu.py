@@ -1,4 +1,4 @@
-"""The C++ SVGD kernel where the case table cannot reach: instruction sets, edges of tiles, threads, extremes, memory."""
+"""The C++ SVGD kernel beyond the case table: instruction sets, edges of tiles, threads, extremes, memory."""
 
 import math
 import subprocess
@@ -55,7 +55,7 @@ def test_each_instruction_set_is_right_in_many_dimensions(isa, d):
 
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (1030, 12), (1100, 256)])
 def test_blocks_of_many_tiles_are_right(n, d):
-    assert_right(draw((n, d)), slack=4)  # ∂h is a sum of n² terms of either sign, which cancel now and then
+    assert_right(draw((n, d)), slack=4)  # ∂h is a sum of n² terms of both signs, which sometimes cancel
 
 
 @pytest.mark.parametrize("shape", [(260, 130), (1, 450, 24), (3, 257, 33), (40, 65, 20), (700, 300)], ids=str)
@@ -117,7 +117,7 @@ def test_equal_particles_are_at_distance_zero_to_the_bit(isa, d, dtype):
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1.2e-7), (torch.float64, 5e-16)], ids=str)
 def test_exponential_is_as_accurate_as_stated(isa, dtype, bound):
-    # ±a and h = 2 log2(e): k = 2^(−2a²) with an exact exponent; the second particle's score (0, 1) brings out k/2
+    # ±a and h = 2 log2(e): k = 2^(−2a²) with an exact exponent; the second particle's score (0, 1) makes φ contain k/2
     a = torch.arange(1, 2000, dtype=dtype) / 256
     h = torch.tensor(2 / math.log(2), dtype=dtype)
     assert torch.tensor(2 / math.log(2) / float(h)).to(dtype) == 1

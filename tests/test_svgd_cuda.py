@@ -47,7 +47,7 @@ class TestDirection:
         matches(direction_case(size(1, 80), size(1, 128), batch=batch, score=score), dtype)
 
     def test_data_far_from_the_origin(self, simt):
-        # inputs of mean 10 leave float32 ten times less of each difference
+        # inputs with mean 10 leave float32 ten times less precision in each difference
         matches(direction_case(90, 20, shift=10.0, slack=10))
 
     def test_equal_particles_follow_the_score_alone(self, simt):

@@ -1,7 +1,7 @@
-"""SVGD as Liu & Wang's paper, blackjax and numpyro compute it, each called as it is: the same direction and bandwidth.
+"""SVGD as computed by Liu & Wang's paper, blackjax and numpyro, each unmodified: the same direction and bandwidth.
 
-float64 throughout; what differs is the order of sums. Where a median is taken over an even number of distances all of
-them take the mean of the two in the middle, so both parities of n are tried, and n = 2, whose full matrix is half zeros.
+float64 throughout; only the order of sums differs. For a median over an even number of distances all of them take the
+mean of the two in the middle, so both parities of n are tested, and n = 2, whose full matrix is half zeros.
 """
 
 import math
@@ -69,8 +69,8 @@ def distinct_pairs(n):
     return [(i, j) for i in range(n) for j in range(i)]
 
 
-# The paper has med²/log n without saying of which pairs; the authors' code, https://github.com/dilinwang820
-# (svgd.py, svgd_kernel), has √(½ median(d²)/log(n + 1)) as the length of exp(−d²/2h²), zero diagonal included.
+# The paper has med²/log n without saying over which pairs. The authors' code, https://github.com/dilinwang820
+# (svgd.py, svgd_kernel), uses the length h = √(½ median(d²)/log(n + 1)) in exp(−d²/2h²), including the zero diagonal.
 BANDWIDTHS = {
     "liu-wang": lambda x, n: (
         2 * math.sqrt(0.5 * np.median(np.square(distances(x, all_pairs(n)))) / math.log(n + 1)) ** 2
@@ -93,7 +93,7 @@ def test_formula_of_the_paper(convention, n):
 
 
 def test_conventions_are_told_apart():
-    """What the tests above could not see if two conventions gave the same number."""
+    """The tests above would prove nothing if two conventions gave the same number."""
     x, _ = particles(17)
     h = [float(ivfast.median_bandwidth(x, convention=c)) for c in ("liu-wang", "blackjax", "numpyro")]
     assert min(abs(a / b - 1) for a, b in [(h[0], h[1]), (h[0], h[2]), (h[1], h[2])]) > 1e-3
@@ -146,7 +146,7 @@ def test_numpyro_single_particle(jax, numpyro):
 
 
 def test_numpyro_svgd(jax, numpyro):
-    """One step of numpyro's own SVGD on a model; it sums n terms of log p/n where φ averages those of log p."""
+    """One step of numpyro's own SVGD on a model; it sums n terms of log p/n, whereas φ averages those of log p."""
     from numpyro import distributions, optim, sample
 
     mean, deviation, n, step = np.array([1.0, -2.0, 0.5]), np.array([1.0, 0.5, 2.0]), 9, 0.01

@@ -22,7 +22,7 @@ def test_svgd_direction_is_liu_and_wangs_formula():
 
 
 def test_svgd_direction_repels():
-    """With no score, two particles part; the gradient index that S1's Eq. 2 prints would pull them together."""
+    """Without a score, two particles repel; the gradient index printed in S1's Eq. 2 would make them attract."""
     x = torch.tensor([[0.0], [1.0]])
     phi = ivfast.svgd_direction(x, torch.zeros_like(x), bandwidth=1.0)
     assert phi[0] < 0 < phi[1]

@@ -1,4 +1,4 @@
-"""SVGD direction in Triton, interpreted where there is no GPU."""
+"""SVGD direction in Triton, interpreted if there is no GPU."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from ivfast.ops import svgd
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
-device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted there: tests/conftest.py
+device = "cuda" if torch.cuda.is_available() else "cpu"  # interpreted on the CPU: tests/conftest.py
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -31,7 +31,7 @@ class TestDirection:
         [(130, 64, torch.bfloat16), (33, 65, torch.float16), (65, 128, torch.float32), (33, 300, torch.float32)],
     )
     def test_wide(self, monkeypatch, n, d, dtype):
-        # the interpreter pays by the loop: products take more dimensions at once than on a GPU, still fewer than d
+        # loops are slow in the interpreter: products take more dimensions at once than on a GPU, but fewer than d
         from ivfast.kernels import svgd as kernels
 
         monkeypatch.setattr(
@@ -63,7 +63,7 @@ class TestDirection:
             assert testing.error(a, b) <= testing.TOLERANCES[torch.float32]
 
     def test_data_far_from_the_origin(self):
-        # inputs of mean 10 leave float32 ten times less of each difference
+        # inputs with mean 10 leave float32 ten times less precision in each difference
         check(direction_case(70, 20, shift=10.0, slack=10))
 
     def test_many_dimensions(self, monkeypatch):
@@ -74,7 +74,7 @@ class TestDirection:
 
     @pytest.mark.parametrize("d", [7, 64])
     def test_equal_particles_are_at_distance_zero_to_the_bit(self, d):
-        # nothing else survives so narrow a kernel
+        # only equal particles interact in such a narrow kernel
         x, h = torch.randn(40, d, device=device).repeat(2, 1), torch.tensor(1e-9, device=device)
         with ivfast.use("triton"):
             row_sum = svgd._forward(x, None, h)[1]
@@ -118,7 +118,7 @@ class TestDirection:
                 errors.append(testing.compare(case, tensors, "triton")["value 0"] * testing.TOLERANCES[torch.float32])
             finally:
                 torch.set_float32_matmul_precision(before)
-        assert 5e-6 < errors[1] < 2e-3  # operands rounded to 2^-12, seen, and no more than that
+        assert 5e-6 < errors[1] < 2e-3  # operands rounded to 2^-12: visible, but no more than that
         assert errors[0] < errors[1]
 
     def test_every_run_gives_the_same_bits(self):

@@ -1,4 +1,4 @@
-"""S1's systems: losses against the equations, reductions, and what the paper reports, on scikit-learn's digits."""
+"""S1's systems: losses against the equations, special cases, and results of the paper, on scikit-learn's digits."""
 
 import dataclasses
 import math
@@ -193,7 +193,7 @@ def test_one_bridge_is_the_two_class_form_of_aae(name):
 def test_default_weights_are_the_papers():
     system = build(small("ivaae-rad"), SHAPE)
     assert (system.mu1, system.mu2, system.settings.lam) == (0.8, 0.4, 1.0)
-    logits = torch.zeros(5 * 7, 5)  # D that knows nothing: loss μ₁ log(t+1) and −μ₂ log(t+1)
+    logits = torch.zeros(5 * 7, 5)  # an ignorant D: loss μ₁ log(t+1) and −μ₂ log(t+1)
     system.discriminate = lambda z: logits
     shared = system.share(torch.zeros(7, *SHAPE))
     discriminator, autoencoder = (phase.loss(shared)["intervention"].detach() for phase in system.phases)
@@ -229,14 +229,14 @@ def test_short_training_lowers_reconstruction_and_keeps_codes_from_running_away(
     before = look(system)
     history = fit(system, digits, settings, tmp_path, evaluate=look, progress=False)
     after = history[-1]["metrics"]
-    constant = float((x - x.mean(0)).square().sum((1, 2, 3)).mean())  # the best that ignores the code
+    constant = float((x - x.mean(0)).square().sum((1, 2, 3)).mean())  # the best result that ignores the code
     assert after["recon"] < 0.85 * constant < before["recon"]
     assert after["fld"] < 1000
 
 
 @pytest.mark.trains
 def test_discriminator_alone_wins_against_aae_and_much_less_against_ivaae(digits, tmp_path):
-    """S1 Fig. 2: E and G frozen after a while, D goes on; its loss at the end as a share of its loss at the start."""
+    """S1 Fig. 2: freeze E and G after a while, continue D; its final loss relative to its initial loss."""
     fall = {}
     for name in ("wae-gan", "ivaae-bw"):
         settings = small(name, batch_size=64, latent_dim=16, width=128, discriminator_width=128)

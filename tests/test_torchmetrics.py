@@ -1,4 +1,4 @@
-"""ivfast's metrics under torchmetrics' contract: batches, ranks, resets, copies; values against samples' singular values."""
+"""ivfast's metrics under torchmetrics' contract: batches, ranks, resets, copies; values against singular values."""
 
 import copy
 import math
@@ -19,7 +19,7 @@ torchmetrics = pytest.importorskip("torchmetrics")
 
 
 def distance(d=6, **keywords):
-    """Of features that are given as they are."""
+    """A metric on features that are passed directly."""
     return metrics.FrechetInceptionDistance(nn.Identity(), num_features=d, **keywords)
 
 
@@ -73,7 +73,7 @@ def test_agrees_with_torchmetrics_and_outlives_its_cancellation():
 
 
 class Mean(nn.Module):
-    """Channel means, `[n, C]`; of one image `[C]`."""
+    """Channel means, `[n, C]`; `[C]` for one image."""
 
     def forward(self, images):
         return images.double().mean((2, 3)).squeeze(0)
@@ -100,7 +100,7 @@ def test_forward_accumulates(sets):
 
     latent = metrics.FrechetLatentDistance(6)
     for batch in real.split(25):
-        assert latent(batch.requires_grad_()).item() == fld(batch)  # of the batch, as torchmetrics' metrics do
+        assert latent(batch.requires_grad_()).item() == fld(batch)  # of the batch, like torchmetrics' metrics
     assert latent.compute().item() == fld(real)
 
 
@@ -129,7 +129,7 @@ def pickled(metric):
 
 
 def loaded(metric):
-    assert not metric.state_dict()  # torchmetrics' states persist where that is asked for
+    assert not metric.state_dict()  # torchmetrics' states persist only on request
     metric.persistent(True)
     other = distance()
     other.persistent(True)
@@ -227,7 +227,7 @@ def test_two_ranks_give_the_value_of_all_samples(tmp_path):
     for value in (fid, stepping):
         assert value == pytest.approx(nuclear(real.numpy(), fake.numpy()), rel=1e-8)
     assert latent == fld(real)
-    assert own[0, 0] == 31  # what a rank has seen itself is kept apart
+    assert own[0, 0] == 31  # a rank's own samples are kept separately
 
 
 def test_without_torchmetrics_the_rest_works():

@@ -1,4 +1,4 @@
-"""The training loop: what a step computes, logs and averages; precision, compilation, errors."""
+"""The training loop: the computation, logs and averages of a step; precision, compilation, errors."""
 
 import dataclasses
 import errno
@@ -32,7 +32,7 @@ def images():
 
 
 def labels_for(system, n):
-    """The arguments beside the images: none, or labels that cycle through the classes."""
+    """The arguments other than the images: none, or labels that cycle through the classes."""
     return () if system.labels == "none" else (torch.arange(n) % 10,)
 
 
@@ -43,7 +43,7 @@ def train(settings, images, out, **keywords):
 
 
 def losses(history):
-    """Everything of the loss lines that does not measure time."""
+    """Everything in the loss lines except timings."""
     return [
         {k: v for k, v in line.items() if k not in ("seconds", "images_per_second")}
         for line in history
@@ -96,7 +96,7 @@ def test_each_phase_moves_its_own_parameters_and_computes_no_other_gradient(syst
     run = Run(system, images, settings, None, None)
     labels = labels_for(system, 8)
     if system.labels == "source":
-        labels[0][::2] = -1  # two domains, or a domain's bias has no gradient
+        labels[0][::2] = -1  # two domains, otherwise a domain's bias has no gradient
     shared = system.share(as_images(images[:8]), *labels)
     everything = {p for module in system.modules.values() for p in module.parameters()}
     moved = set()
@@ -232,7 +232,7 @@ def test_evaluate_and_draw_are_called_on_time(images, tmp_path):
 
 
 def test_bf16_follows_fp32_through_both_phases(images, tmp_path):
-    # a stale bfloat16 copy of D's weights moves E's loss by 2 to 4 % at this rate, rounding by 0.3 % at the most
+    # a stale bfloat16 copy of D's weights changes E's loss by 2 to 4 % at this rate, rounding by at most 0.3 %
     rates = {"default": 1e-3, "discriminator": 0.02}
     settings = small(log_every=1, steps=3, learning_rates=rates)
     _, full = train(settings, images, tmp_path / "fp32")
@@ -244,7 +244,7 @@ def test_bf16_follows_fp32_through_both_phases(images, tmp_path):
 
 
 class Fixed(IvaaeRadial):
-    """The bridge's noise is fixed: compiled code draws other random numbers."""
+    """The bridge's noise is fixed, because compiled code draws other random numbers."""
 
     noise = torch.randn(8, 8, generator=torch.Generator().manual_seed(3))
 

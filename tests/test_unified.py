@@ -1,4 +1,4 @@
-"""S3's systems: losses against the equations, and reductions of one system to another."""
+"""S3's systems: losses against the equations, and special cases in which one system equals another."""
 
 import copy
 import math
@@ -38,7 +38,7 @@ def small(system, **changes) -> Settings:
 
 
 def labels_for(system, n=N):
-    """As `System.share` takes them: nothing, all, or every third hidden."""
+    """Labels in the form of `System.share`: none, all, or every third hidden."""
     if SYSTEMS[system].labels == "none":
         return ()
     labels = torch.randint(C, (n,))
@@ -60,7 +60,7 @@ def image():
 )
 @pytest.mark.parametrize("name", FAMILY)
 def test_steps_of_every_system_are_finite(name, net, shape, digits, tmp_path):
-    # ada's heads are perceptrons of that width, as D's head is: few units with ReLU may all be dead
+    # ada's heads are perceptrons of that width, like D's head: a few ReLU units may all be dead
     width = 32 if net == "mlp" or name == "ada" else 4
     settings = small(name, net=net, width=width, batch_size=12)
     images = digits.train[:48] if shape == SHAPE else torch.randint(256, (48, *shape), dtype=torch.uint8)
@@ -159,7 +159,7 @@ def test_domain_adaptation_is_equations_1_and_2(rounding):
 
 
 def bernoulli_terms(E, G, x, y, state):
-    """−log p(x|z, y) and KL, of float64 networks on grey pixels; ε as `reparameterize` draws it."""
+    """−log p(x|z, y) and KL with float64 networks on grey pixels; ε as drawn by `reparameterize`."""
     torch.set_rng_state(state)
     inputs = x if y is None else torch.cat([x, y[:, :, None, None].expand(-1, -1, *x.shape[2:])], 1)
     mu, logvar = E(inputs).chunk(2, 1)
@@ -184,7 +184,7 @@ def test_vaes_are_equation_17(name, rounding):
     assert_equations(found, {"recon": recon.mean(), "kl": kl.mean()}, [E, G], rounding)
     torch.set_rng_state(state)
     assert error(system.bound(x, *labels), -recon - kl) < rounding.loss
-    # an image is of the Bernoulli means, 2 σ(l) − 1
+    # an image shows the Bernoulli means, 2 σ(l) − 1
     turn = F.one_hot(torch.arange(5), C) if labels else torch.empty(5, 0)
     state = torch.get_rng_state()
     samples = system.sample(5)
@@ -264,7 +264,7 @@ def test_activated_losses_are_weighted_by_the_discriminator(name, temperature, r
 
 @pytest.mark.parametrize(("name", "plain"), ACTIVATED.items())
 def test_perfect_discriminator_gives_half_the_vaes_loss_and_gradient(name, plain):
-    """S3 Lemma 2: the adversary of a VAE is there, and blocks its fakes out."""
+    """S3 Lemma 2: a VAE has an implicit adversary that blocks out its fakes."""
     system = build(small(name), SHAPE)
     vae = build(replace(system.settings, system=plain), SHAPE)
     for module in vae.modules:
@@ -305,7 +305,7 @@ def test_equal_logits_turn_importance_weighting_into_the_plain_gan(name, plain):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
     logits = torch.randn(1, requires_grad=True)  # one sample: the bound of k = 1
     torch.testing.assert_close(weighted.adversarial(logits), gan.adversarial(logits), rtol=1e-6, atol=1e-7)
-    # equal logits in the networks themselves: no weight reaches the last layer but its bias
+    # equal logits in the networks themselves: the last layer depends only on its bias
     for system in (weighted, gan):
         for module in system.modules:
             system.modules[module].load_state_dict(weighted.modules[module].state_dict())

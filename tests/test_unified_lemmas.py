@@ -1,4 +1,4 @@
-"""What S3's lemmas say, by quadrature."""
+"""S3's lemmas, by quadrature."""
 
 import copy
 import math
@@ -79,7 +79,7 @@ def test_bounds_are_below_the_likelihood_by_the_divergence_of_the_posteriors():
     """One-dimensional codes: log p(x) − E bound(x) = KL(q(z|x) ‖ p(z|x)), each by quadrature."""
     system = build(small("vae", latent_dim=1, width=8), SHAPE)
     with torch.no_grad():
-        system.modules["generator"][-2].weight.mul_(3)  # a decoder that heeds its code
+        system.modules["generator"][-2].weight.mul_(3)  # a decoder that depends on its code
     x = image()[:1]
     with torch.no_grad():
         l, t = copy.deepcopy(system.modules["generator"]).double()(GRID[:, None]), (x.double() + 1) / 2

@@ -1,4 +1,4 @@
-"""What warns fails a test where ivfast causes it, and only there: the filters of pyproject.toml."""
+"""A warning fails a test only if ivfast causes it: the filters of pyproject.toml."""
 
 import warnings
 

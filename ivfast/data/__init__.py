@@ -1,8 +1,8 @@
 """Image data sets as uint8 tensors `[N, C, H, W]`, decoded once, and point sets as float tensors `[N, D]`.
 
-Points are drawn from a fixed seed (`ivfast.data.points`). Digits come with scikit-learn; everything else is read where
-the user has it, in the layout torchvision uses. Sets of encoded files (CelebA, LSUN, an image folder) are decoded by
-parallel workers into a file in `<root>/.ivfast/`, which is mapped: such a set may be larger than memory.
+Points are drawn from a fixed seed (`ivfast.data.points`). Digits come with scikit-learn; everything else is read from
+the user's disk, in torchvision's layout. Sets of encoded files (CelebA, LSUN, an image folder) are decoded by parallel
+workers into a memory-mapped file in `<root>/.ivfast/`, so such a set may be larger than memory.
 """
 
 import difflib
@@ -29,7 +29,7 @@ __all__ = ["DATASETS", "DataNotFound", "Dataset", "load", "stratified", "target_
 class Dataset(NamedTuple):
     name: str
     train: Tensor  # uint8 [N, C, H, W], or points: float32 [N, D]
-    train_labels: Tensor | None  # int64 [N], −1 where unlabelled
+    train_labels: Tensor | None  # int64 [N], −1 if unlabelled
     test: Tensor
     test_labels: Tensor | None
     classes: tuple[str, ...]  # one name per label
@@ -49,25 +49,24 @@ def load(
     """The data set `name`, as square uint8 images on the host, or as points.
 
     Args:
-        name: one of `DATASETS`; LSUN takes its category behind a colon, `lsun:church_outdoor`.
-        root: the folder that holds it, as torchvision lays it out (`root/MNIST/raw`, `root/cifar-10-batches-py`, ...);
+        name: one of `DATASETS`; LSUN takes its category after a colon, `lsun:church_outdoor`.
+        root: the folder that holds it, in torchvision's layout (`root/MNIST/raw`, `root/cifar-10-batches-py`, ...);
             for `folder` the image folder itself; not used by digits.
-        image_size: side in pixels, by antialiased bilinear resizing; None is the data set's own (64 for file sets).
-        channels: 1 (luma) or 3 (grey repeated); None is the data set's own.
-        limit: at most so many images of each split, drawn once by a fixed seed.
-        download: fetch what is missing, where torchvision can.
-        workers: decoding threads; None is one per core.
-        progress: show a bar while decoding.
+        image_size: side in pixels, by antialiased bilinear resizing; None keeps the data set's own (64 for file sets).
+        channels: 1 (luma) or 3 (grey repeated); None keeps the data set's own.
+        limit: at most this many images of each split, drawn once with a fixed seed.
+        download: fetch missing files, if torchvision can.
+        workers: decoding threads; None means one per core.
+        progress: show a progress bar while decoding.
 
     Raises:
-        ValueError: an unknown name, or a size, channel count or limit that makes no sense (points have none of the
-            first two).
+        ValueError: an unknown name, or an invalid size, channel count or limit (points have no size and no channels).
         DataNotFound: the files are not there.
 
-    Splits: digits, each sixth image is a test image (1,497 and 300); MNIST, CIFAR-10, SVHN, STL-10 and CelebA, their
-    own; points, 50,000 and 10,000; LSUN, `val`; folder, its `train` and `test` (or `val`) subfolders, else each tenth
-    image in path order is a test image. CelebA is cropped to the central 140 x 140 pixels as in S1; other files to
-    their central square.
+    Splits: for digits, every sixth image is a test image (1,497 and 300); MNIST, CIFAR-10, SVHN, STL-10 and CelebA have
+    their own; points, 50,000 and 10,000; LSUN, `val`; a folder uses its `train` and `test` (or `val`) subfolders,
+    otherwise every tenth image in path order is a test image. CelebA is cropped to the central 140 x 140 pixels as in
+    S1; other files to their central square.
     """
     family, _, category = name.partition(":")
     if family not in DATASETS:
@@ -106,7 +105,7 @@ def load(
 def _decoded(
     name: str, read: Read, shape: tuple[int, int, int], cache: Path, workers: int | None, progress: bool
 ) -> Dataset:
-    """The data set in the new file `cache`, or in memory where that cannot be written."""
+    """The data set in the new file `cache`, or in memory if that cannot be written."""
     images = {"train": read.train, "test": read.test}
     labels = {"train_labels": read.train_labels, "test_labels": read.test_labels}
     labels = {key: value for key, value in labels.items() if value is not None}
@@ -141,15 +140,15 @@ def _dataset(name: str, tensors: dict[str, Tensor], classes: Iterable[str]) -> D
 
 
 def stratified(labels: Tensor, share: float) -> Tensor:
-    """Rows of a share of the images, the same share of each class and one image at least: int64, ascending.
+    """Row indices of a share of the images, int64, ascending: the same share of each class, at least one image.
 
-    A fixed draw: the same rows every time, and those of a smaller share are among those of a larger one.
+    The draw is fixed: the same rows every time, and the rows of a smaller share are among those of a larger one.
 
     Args:
         labels: int `[N]`.
         share: in (0, 1].
 
-    Source: S3 Table 3 and section G.2 have the shares, 1 % and 10 %, not the draw.
+    Source: S3 Table 3 and section G.2 give the shares, 1 % and 10 %, but not the draw.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
@@ -160,14 +159,14 @@ def stratified(labels: Tensor, share: float) -> Tensor:
 
 
 def target_of(dataset: Dataset, target: str, root: str | Path = "data", *, download: bool = False) -> Dataset:
-    """The target domain of adversarial domain adaptation, in the images' size and channels.
+    """The target domain of adversarial domain adaptation, with the size and channels of the images of `dataset`.
 
     Args:
-        target: "negative", the negatives of `dataset`'s own images, or the name of a data set of the same classes.
-        root, download: as `load`'s.
+        target: "negative", the negatives of `dataset`'s own images, or the name of a data set with the same classes.
+        root, download: as for `load`.
 
     Raises:
-        ValueError: a data set of other classes.
+        ValueError: a data set with other classes.
     """
     if target == "negative":
         return dataset._replace(name=f"negative {dataset.name}", train=255 - dataset.train, test=255 - dataset.test)
@@ -208,7 +207,7 @@ def _fit(images: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _luma(images: Tensor) -> Tensor:
-    """ITU-R BT.601, as Pillow converts to grey: `[n, 3, H, W]` to `[n, 1, H, W]`."""
+    """ITU-R BT.601 luma, like Pillow's conversion to grey: `[n, 3, H, W]` to `[n, 1, H, W]`."""
     red, green, blue = images.float().split(1, 1)
     return (0.299 * red + 0.587 * green + 0.114 * blue).round().to(torch.uint8)
 
@@ -241,7 +240,7 @@ def _decode(images: Encoded, out: Tensor, workers: int, title: str | None) -> No
     rows = range(len(out))
     with (
         Progress(console=Console(stderr=True), disable=title is None, transient=True) as bar,
-        ThreadPoolExecutor(workers) as pool,  # Pillow decodes and resizes without the interpreter's lock
+        ThreadPoolExecutor(workers) as pool,  # Pillow releases the GIL when it decodes and resizes
     ):
         task = bar.add_task(f"decoding {title}", total=len(rows))
         try:

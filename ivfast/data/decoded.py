@@ -1,4 +1,4 @@
-"""Decoded data sets on disk: safetensors files that are mapped, so that a set may be larger than memory."""
+"""Decoded data sets on disk: memory-mapped safetensors files, so that a set may be larger than memory."""
 
 import contextlib
 import fcntl
@@ -19,13 +19,14 @@ _NAMES = {torch.uint8: "U8", torch.int64: "I64"}
 def create(
     path: Path, like: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]
 ) -> Iterator[dict[str, Tensor]]:
-    """Tensors of these dtypes and shapes to fill; at the end they are the file `path`, after an error nothing is there.
+    """Yield tensors of these dtypes and shapes to fill; on exit they become the file `path`, after an error no file
+    remains.
 
     Raises:
-        OSError: the file cannot be made, or the disk has no room for it.
+        OSError: the file cannot be created, or the disk has no room for it.
     """
     header, size = {"__metadata__": dict(metadata)}, 0
-    for name, (dtype, shape) in sorted(like.items(), key=lambda item: -item[1][0].itemsize):  # aligned, without holes
+    for name, (dtype, shape) in sorted(like.items(), key=lambda item: -item[1][0].itemsize):  # aligned, without gaps
         bytes_ = torch.Size(shape).numel() * dtype.itemsize
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [size, size + bytes_]}
         size += bytes_
@@ -52,7 +53,7 @@ def create(
 
 
 def _sweep(path: Path) -> None:
-    """Remove what killed processes have left of `path`; the living hold a lock on theirs."""
+    """Remove temporary files of `path` left by killed processes; running processes hold a lock on theirs."""
     for partial in path.parent.glob(f"{glob.escape(path.stem)}.*.part"):
         with contextlib.suppress(OSError), open(partial, "rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,7 +61,7 @@ def _sweep(path: Path) -> None:
 
 
 def _reserve(file: int, size: int) -> None:
-    """A mapped page for which the disk has no room left kills the process: let it be an error before."""
+    """Reserve disk space: writing a mapped page without room on the disk would kill the process, so fail earlier."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     else:
@@ -68,7 +69,7 @@ def _reserve(file: int, size: int) -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped until they are looked at, and metadata; ValueError for a damaged file."""
+    """Tensors, memory-mapped, and metadata; ValueError for a damaged file."""
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118  not a dict

@@ -1,4 +1,4 @@
-"""Two-dimensional data sets with known distributions, drawn afresh from a seed, and the four points of S4."""
+"""Two-dimensional data sets with known distributions, drawn from a seed, and the four points of S4."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from .. import _check
 
 
 class Mixture(NamedTuple):
-    """Equally likely Gaussians at `centers`, of one standard deviation in each dimension."""
+    """Equally likely Gaussians at `centers`, with the same standard deviation in every dimension."""
 
     centers: Tensor  # [modes, d]
     deviation: float
@@ -38,7 +38,7 @@ def _circle(radius: float) -> Tensor:
 
 
 def _spirals(n: int, generator: torch.Generator) -> Tensor:
-    """±(−r cos r, r sin r)/3 for r = 3π √u, the ends blurred."""
+    """±(−r cos r, r sin r)/3 for r = 3π √u, with blurred ends."""
     r = 3 * math.pi * torch.rand(n, generator=generator).sqrt()
     arm = torch.stack([-r * r.cos(), r * r.sin()], 1) + 0.5 * torch.rand(n, 2, generator=generator)
     sign = 2 * torch.randint(2, (n, 1), generator=generator) - 1
@@ -46,7 +46,7 @@ def _spirals(n: int, generator: torch.Generator) -> Tensor:
 
 
 def _checkerboard(n: int, generator: torch.Generator) -> Tensor:
-    """Uniform on the eight dark squares, of side 2, of [-4, 4]²."""
+    """Uniform on the eight dark squares of side 2 in [-4, 4]²."""
     x = 4 * torch.rand(n, generator=generator) - 2
     row = 2 * torch.randint(2, (n,), generator=generator) - 2
     y = row + torch.rand(n, generator=generator) + x.floor() % 2
@@ -68,16 +68,16 @@ POINTS: dict[str, Mixture | Shape] = {
 
 
 def find(name: str) -> Mixture | Shape:
-    """The distribution of that name; ValueError where there is none."""
+    """The distribution of that name; ValueError if there is none."""
     _check.choice("name", name, tuple(POINTS))
     return POINTS[name]
 
 
 def load(name: str, n: int, seed: int = 0) -> Tensor:
-    """n points of a distribution of `POINTS`, float32 `[n, 2]` (`[n, 4]` for four-points), the same for the same seed.
+    """n points from a distribution in `POINTS`, float32 `[n, 2]` (`[n, 4]` for four-points), reproducible by seed.
 
     Raises:
-        ValueError: an unknown name, n < 1.
+        ValueError: an unknown name, or n < 1.
     """
     _check.count("n", n)
     return find(name).draw(n, torch.Generator().manual_seed(seed))

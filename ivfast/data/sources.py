@@ -1,4 +1,4 @@
-"""Where each data set lies on disk, and how it is read: `DATASETS`, the table behind `ivfast.data.load`."""
+"""Where each data set is on disk and how it is read: `DATASETS`, the table behind `ivfast.data.load`."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ DRAWN = (50_000, 10_000)  # train and test points of a distribution
 
 
 class DataNotFound(FileNotFoundError):
-    """A data set is not where it was looked for; the message says where that was and how to get it."""
+    """A data set was not found; the message says where it was expected and how to get it."""
 
 
 class Encoded(NamedTuple):
@@ -24,7 +24,7 @@ class Encoded(NamedTuple):
 
     keys: Sequence  # one per image
     open: Callable  # key -> PIL image
-    crop: int | None = None  # side of the central square; None is the largest one
+    crop: int | None = None  # side of the central square; None means the largest one
 
 
 class Read(NamedTuple):
@@ -54,7 +54,7 @@ def _digits(root: Path, category: str, download: bool) -> Read:
 
 
 def _torchvision(make: Callable, what: str, folder: Path, needs: str, download: bool) -> list:
-    """The train and test split that `make()` returns, or torchvision's refusal in our words."""
+    """The train and test split that `make()` returns; torchvision's errors become ours."""
     try:
         return make()
     except (RuntimeError, OSError, ImportError) as error:
@@ -152,7 +152,7 @@ def _celeba(root: Path, category: str, download: bool) -> Read:
 
 
 def _lsun(root: Path, category: str, download: bool) -> Read:
-    """Read from lmdb itself: torchvision's class leaves a pickle of the keys in the current folder."""
+    """Read lmdb directly: torchvision's class writes a pickle of the keys to the current folder."""
     try:
         import lmdb
     except ModuleNotFoundError as error:
@@ -228,7 +228,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _stacked(base: Callable) -> Callable:
-    """Three images of `base` as the three channels of one, so 1,000 modes (S2); label 100 a + 10 b + c."""
+    """Three images of `base` as the three channels of one, which gives 1,000 modes (S2); label 100 a + 10 b + c."""
 
     def read(root, category, download):
         source = base(root, category, download)

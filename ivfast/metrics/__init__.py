@@ -1,10 +1,10 @@
-"""What a trained system is worth: FLD, reconstruction, FID, and distances in a classifier's features.
+"""Metrics of a trained system: FLD, reconstruction, FID, and distances in a classifier's features.
 
-Images come as uint8 `[n, C, H, W]`; systems take and return floats in [-1, 1]. A system is what
-`ivfast.models.build` returns; those without an encoder have no `encode`.
+Images are uint8 `[n, C, H, W]`; systems take and return floats in [-1, 1]. A system is what `ivfast.models.build`
+returns; systems without an encoder have no `encode`.
 
-`FrechetInceptionDistance` and `FrechetLatentDistance` are these distances as metrics of torchmetrics; asking for them
-raises ImportError where it is not installed.
+`FrechetInceptionDistance` and `FrechetLatentDistance` are these distances as torchmetrics metrics; accessing them
+raises ImportError if torchmetrics is not installed.
 """
 
 from .classes import Modes, accuracy, classifier_score, conditional_accuracy, modes, point_modes, probabilities

@@ -1,4 +1,4 @@
-"""What a classifier says of samples: accuracy, score, modes covered."""
+"""Metrics of samples by a classifier: accuracy, score, modes covered."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,14 +19,14 @@ def probabilities(classifier: Callable[[Tensor], Tensor], images: Tensor, device
 
 
 def accuracy(system, images: Tensor, labels: Tensor) -> float:
-    """Share of uint8 images to which the system's own classifier gives their label (S3 Table 2, right)."""
+    """Share of uint8 images that the system's own classifier labels correctly (S3 Table 2, right)."""
     with evaluating(system) as device:
         best = torch.cat([system.classify(to_float(x.to(device))).argmax(1).cpu() for x in images.split(BATCH)])
     return float((best == labels).double().mean())
 
 
 def conditional_accuracy(classifier: Classifier, images: Tensor, device="cpu") -> float:
-    """Share of the images that `generate` drew from a system with classes that a classifier takes for their class.
+    """Share of class-conditional images from `generate` that a classifier assigns to the intended class.
 
     Source: S3 Table 2, middle, and section G.1.
     """
@@ -35,13 +35,13 @@ def conditional_accuracy(classifier: Classifier, images: Tensor, device="cpu") -
 
 
 def classifier_score(classifier: Callable[[Tensor], Tensor], images: Tensor, device="cpu") -> float:
-    """exp E KL(p(y|x) ‖ p(y)): the Inception score's formula, from 1 to classes.
+    """exp E KL(p(y|x) ‖ p(y)): the formula of the Inception score, between 1 and the number of classes.
 
     Args:
-        classifier: any network from images in [-1, 1] to logits `[n, classes]`; under Inception it is the Inception
-            score, under `ivfast.metrics.classifier.classifier_of(dataset)` the score of the data set's own classifier.
+        classifier: any network from images in [-1, 1] to logits `[n, classes]`. With Inception this is the Inception
+            score, with `ivfast.metrics.classifier.classifier_of(dataset)` the score of the data set's own classifier.
 
-    Source: Salimans et al. 2016; S3 (On Unifying) scores MNIST so.
+    Source: Salimans et al. 2016; S3 (On Unifying) scores MNIST this way.
     """
     p = probabilities(classifier, images, device)
     log_p = p.clamp_min(1e-300).log()
@@ -50,14 +50,14 @@ def classifier_score(classifier: Callable[[Tensor], Tensor], images: Tensor, dev
 
 class Modes(NamedTuple):
     covered: int  # modes with a confident sample
-    kl: float  # of the histogram of confident samples to the uniform one, nats
-    confident: float  # share of samples that surely belong to a mode
+    kl: float  # from the histogram of confident samples to the uniform one, nats
+    confident: float  # share of samples that belong to a mode with confidence
 
 
 def modes(classifier: Classifier, images: Tensor, *, confidence: float = 0.9, device="cpu") -> Modes:
-    """Mode coverage of stacked images `[n, 3, H, W]`, by a ten-class classifier of each channel.
+    """Mode coverage of stacked images `[n, 3, H, W]`, by a ten-class classifier applied to each channel.
 
-    Pixel noise too "covers" 1,000 modes, so samples count only where all three digits have `confidence`.
+    Even pixel noise "covers" 1,000 modes, so samples count only if all three digits have `confidence`.
 
     Source: S2 (IVGAN), stacked MNIST; Metz et al. 2017.
     """
@@ -69,10 +69,10 @@ def modes(classifier: Classifier, images: Tensor, *, confidence: float = 0.9, de
 
 
 def point_modes(points: Tensor, mixture: Mixture, *, within: float = 3.0) -> Modes:
-    """Mode coverage of points `[n, d]`: each counts for its nearest centre, where it lies within so many deviations
-    (of centres without spread, within half the distance of the nearest two).
+    """Mode coverage of points `[n, d]`: a point counts for its nearest centre if it lies `within` this many standard
+    deviations (for centres without spread, within half the distance between the nearest two).
 
-    Source: Srivastava et al. 2017 and Lin et al. 2018, who call such a point of high quality; both take 3.
+    Source: Srivastava et al. 2017 and Lin et al. 2018, who call such points "high quality"; both use 3.
     """
     distance, mode = torch.cdist(points.double(), mixture.centers.double()).min(1)
     reach = within * mixture.deviation or float(torch.pdist(mixture.centers).min()) / 2

@@ -1,4 +1,4 @@
-"""A small classifier of a data set's own labels: the feature network where Inception's weights cannot be had."""
+"""A small classifier of a data set's own labels: the feature network if Inception's weights are not available."""
 
 import hashlib
 import json
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..data import Dataset
 
 FEATURES = 128
-RECIPE = "conv-bn-2"  # changes with the network or its training, so that no old file is taken for a new one
+RECIPE = "conv-bn-2"  # changes with the network or its training, so that old files are never mistaken for new ones
 
 
 class Classifier(nn.Module):
-    """Convolutions down to 4 x 4, then `FEATURES` rectified units: the features; then one logit per class.
+    """Convolutions down to 4 x 4, then `FEATURES` ReLU units (the features), then one logit per class.
 
     Attributes:
         accuracy: on the test images.
@@ -26,7 +26,7 @@ class Classifier(nn.Module):
     def __init__(self, image_shape: tuple[int, int, int], classes: int):
         super().__init__()
         inner, side, _ = image_shape
-        # the first layer brings the image to 16 x 16 or less, in large strides: 2,000 steps should not take an hour
+        # the first layer reduces the image to 16 x 16 or less by a large stride: 2,000 steps should not take an hour
         stride, width, layers = next((s for s in (1, 2, 4, 8) if side <= 16 * s), 16), 32, []
         while True:
             padding = max(stride - 1, 1)
@@ -48,10 +48,10 @@ class Classifier(nn.Module):
 
 
 def classifier_of(dataset: Dataset, *, device: str = "cpu", cache: Path | None = None) -> Classifier:
-    """The classifier of `dataset`'s labels, trained from a fixed seed the first time and read back after that.
+    """The classifier of `dataset`'s labels, trained from a fixed seed the first time and loaded after that.
 
     Args:
-        cache: folder of trained classifiers; None is `ivfast/` in the user's cache folder (`XDG_CACHE_HOME`).
+        cache: folder of trained classifiers; None means `ivfast/` in the user's cache folder (`XDG_CACHE_HOME`).
 
     Raises:
         ValueError: the data set has fewer than two labelled classes.
@@ -62,7 +62,7 @@ def classifier_of(dataset: Dataset, *, device: str = "cpu", cache: Path | None =
             "one subfolder per class"
         )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # the CPU's alone
+        torch.default_generator.manual_seed(0)  # only the CPU's
         model = Classifier(tuple(dataset.train.shape[1:]), len(dataset.classes))
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ivfast"
     shape = "x".join(map(str, dataset.train.shape[1:]))
@@ -89,7 +89,7 @@ def _fingerprint(dataset: Dataset) -> str:
 
 
 def _train(model: Classifier, dataset: Dataset, device: str) -> None:
-    """30 epochs, 2,000 steps at most, of Adam on batches of 128 under one learning-rate cycle."""
+    """30 epochs, at most 2,000 steps, of Adam on batches of 128 with a one-cycle learning rate."""
     labelled = dataset.train_labels >= 0
     images, labels = dataset.train[labelled], dataset.train_labels[labelled]
     batch = min(128, len(images))

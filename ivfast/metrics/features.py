@@ -1,4 +1,4 @@
-"""Fréchet distances between images in the features of a network: FID, and those of any other one."""
+"""Fréchet distances between images in the features of a network: FID, and distances in any other features."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from .systems import BATCH, to_float
 
 
 def distance_between(first: GaussianStatistics, second: GaussianStatistics) -> Tensor:
-    """Fréchet distance of two sets of features, a float64 scalar.
+    """Fréchet distance between two sets of features, a float64 scalar.
 
     Raises:
         ValueError: a feature that is not finite, or fewer than two samples.
@@ -24,7 +24,7 @@ def distance_between(first: GaussianStatistics, second: GaussianStatistics) -> T
 
 
 def feature_distance(features: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, device="cpu") -> float:
-    """Fréchet distance between the features of two sets of uint8 images, any extractor `[n, C, H, W] -> [n, d]`.
+    """Fréchet distance between the features of two sets of uint8 images, for any extractor `[n, C, H, W] -> [n, d]`.
 
     `features` gets uint8 batches on `device`. Source: Heusel et al. 2017.
     """
@@ -52,19 +52,19 @@ def frechet_inception_distance(
     features: int = 2048,
     device="cpu",
 ) -> float:
-    """FID of two sets of uint8 images; one-channel images are repeated to three.
+    """FID between two sets of uint8 images; one-channel images are repeated to three channels.
 
-    Arguments and errors as `ivfast.metrics.inception.inception`'s. Below 2,048 images a side the covariances are rank
-    deficient: exact, but biased upwards.
+    Other arguments and errors are those of `ivfast.metrics.inception.inception`. With fewer than 2,048 images per side
+    the covariances are rank-deficient: the distance is exact, but biased upwards.
     """
     extract = InceptionFeatures(weights, download=download, features=features).to(device)
     return feature_distance(extract, real, fake, device)
 
 
 class InceptionFeatures(nn.Module):
-    """Inception's features `[n, d]` of uint8 images `[n, C, H, W]` of 1 or 3 channels, never in training mode.
+    """Inception's features `[n, d]` of uint8 images `[n, C, H, W]` with 1 or 3 channels, never in training mode.
 
-    Arguments and errors as `ivfast.metrics.inception.inception`'s.
+    Arguments and errors are those of `ivfast.metrics.inception.inception`.
     """
 
     def __init__(self, weights: str | Path | None = None, *, download: bool = False, features: int = 2048):
@@ -88,7 +88,7 @@ class InceptionFeatures(nn.Module):
 def frechet_classifier_distance(classifier: Classifier, real: Tensor, fake: Tensor, device="cpu") -> float:
     """Fréchet distance in the penultimate features of a classifier trained on the data set itself.
 
-    Not FID, and not comparable with it or across data sets: each classifier has its own scale. The distance between
-    training and test images, in the same features, is the yardstick.
+    This is not FID and is not comparable with FID or across data sets, because each classifier has its own scale.
+    Compare it with the distance between training and test images in the same features.
     """
     return feature_distance(lambda x: classifier.features(to_float(x)), real, fake, device)

@@ -1,4 +1,4 @@
-"""Points of the plane against the distribution that they are to follow, in the cells of a square."""
+"""Histogram divergences between points in the plane and the distribution that they should follow."""
 
 from typing import NamedTuple
 
@@ -7,27 +7,27 @@ from torch import Tensor
 
 
 class HistogramDivergence(NamedTuple):
-    kl: float  # as published, no divergence in nats
+    kl: float  # as published, not a divergence in nats
     jsd: float  # as published
     js: float  # nats, from 0 to log 2
 
 
 def histogram_divergence(real: Tensor, fake: Tensor, reach: float = 2.0, bins: int = 100) -> HistogramDivergence:
-    """Divergences of two sets of points in the plane `[n, 2]`, by histograms on [-reach, reach]².
+    """Divergences between two sets of points in the plane `[n, 2]`, by histograms on [-reach, reach]².
 
-    With p and q the *densities* of real and generated points in bins² cells of side 2 reach/bins (points outside the
-    square do not count), and ε = 1e-14, the published Soft-IntroVAE evaluation has
+    Let p and q be the *densities* of real and generated points in bins² cells of side 2 reach/bins (points outside the
+    square do not count), and ε = 1e-14. The published Soft-IntroVAE evaluation computes
 
         kl = Σ p log(p/(q + ε))/bins,   jsd = ½ Σ m [log(m/(p + ε)) + log(m/(q + ε))]/bins,   m = ½ (p + q).
 
-    Sums run over cells and not over their area, so both are bins/(4 reach²) = 6.25 times a divergence in nats at the
-    published bins = 100 and reach = 2. Where q is empty log ε stands for it, about 220 for a set that misses all of
-    p's cells; `jsd` has its arguments the wrong way round, so that it too counts empty cells by log ε and reaches 110.
-    Both measure above all what share of points fell into a cell that the other set left empty, and so depend on the
-    number of points: 5,000 a side are published. A set of points that all lie outside has q = 0.
+    Sums run over cells without their area, so both are bins/(4 reach²) = 6.25 times a divergence in nats at the
+    published bins = 100 and reach = 2. In cells where q is empty, log ε replaces log q, which gives about 220 for a set
+    that misses all of p's cells. `jsd` has its arguments swapped, so it also counts empty cells by log ε and reaches
+    110. Both mainly measure the share of points in cells that the other set left empty, and therefore depend on the
+    number of points: published values use 5,000 per side. A set of points that all lie outside has q = 0.
 
-    js is the Jensen–Shannon divergence of the same cells' masses, all points outside in one more cell: 0 where the
-    histograms agree, log 2 where they are disjoint, and above 0 for two samples of one distribution.
+    js is the Jensen–Shannon divergence of the masses of the same cells, with all points outside in one more cell: 0 if
+    the histograms agree, log 2 if they are disjoint, and above 0 for two samples of the same distribution.
 
     Source: S5 Table 1; the public code of Daniel & Tamar 2021.
     """
@@ -43,10 +43,10 @@ def histogram_divergence(real: Tensor, fake: Tensor, reach: float = 2.0, bins: i
 
 
 def _masses(points: Tensor, reach: float, bins: int) -> Tensor:
-    """Shares of the points in each cell, row by row, and outside: float64 `[bins² + 1]`."""
+    """Share of the points in each cell, row by row, and outside: float64 `[bins² + 1]`."""
     points = points.double()
     inside = (points.abs() <= reach).all(1)
-    # the last cell of a row includes its upper edge, as NumPy's does
+    # the last cell of a row includes its upper edge, as in NumPy
     cell = ((points[inside] + reach) * (bins / (2 * reach))).long().clamp(max=bins - 1)
     counts = torch.bincount(cell[:, 0] * bins + cell[:, 1], minlength=bins**2)
     return torch.cat([counts, (~inside).sum().view(1)]).double() / len(points)

@@ -1,4 +1,4 @@
-"""How well images come back from their codes."""
+"""How well images are reconstructed from their codes."""
 
 from typing import NamedTuple
 
@@ -31,10 +31,11 @@ def reconstruction(system, images: Tensor) -> Reconstruction:
 
 
 def structural_similarity(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each pair of images in [0, 1], float `[n, C, H, W]` -> `[n]`, 1 where they are equal.
+    """SSIM of each pair of images in [0, 1], float `[n, C, H, W]` -> `[n]`; 1 for equal images.
 
-    A Gaussian window of 11 pixels and deviation 1.5 around every pixel, the image reflected at its edges as by
-    torchmetrics; K₁ = .01, K₂ = .03. A side below 6 pixels has no 5 to reflect: the window is smaller there.
+    Uses a Gaussian window of 11 pixels and standard deviation 1.5 around every pixel, with the image reflected at its
+    edges as in torchmetrics; K₁ = .01, K₂ = .03. A side below 6 pixels does not have 5 pixels to reflect, so the window
+    is smaller.
 
     Source: Wang et al. 2004, Eq. 13.
     """
@@ -53,7 +54,8 @@ def structural_similarity(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _window(side: int, reach: int, like: Tensor) -> Tensor:
-    """The Gaussian window along a side with its reflected edges, as a matrix `[side, side]` for rows from the left."""
+    """The Gaussian window along a side with reflected edges, as a matrix `[side, side]` that multiplies rows from the
+    left."""
     taps = torch.arange(-reach, reach + 1, dtype=like.dtype, device=like.device)
     taps = torch.exp(-taps.square() / (2 * 1.5**2))
     eye = torch.eye(side, dtype=like.dtype, device=like.device)

@@ -1,4 +1,4 @@
-"""pytorch-fid's Inception network, from weights that are already here unless a download is asked for."""
+"""pytorch-fid's Inception network, from local weights unless a download is requested."""
 
 from pathlib import Path
 from unittest import mock
@@ -10,20 +10,20 @@ FEATURES = (64, 192, 768, 2048)
 
 
 class WeightsNotFound(FileNotFoundError):
-    """Inception's weights are not on this machine; the message says where they were looked for."""
+    """Inception's weights are not on this machine; the message says where they were expected."""
 
 
 def inception(weights: str | Path | None = None, *, download: bool = False, features: int = 2048) -> nn.Module:
-    """Inception v3 as FID defines it: images `[n, 3, H, W]` in [0, 1] to one feature map.
+    """Inception v3 as defined for FID: images `[n, 3, H, W]` in [0, 1] to one feature map.
 
     Args:
-        weights: pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`; None looks in torch.hub's cache.
-        download: fetch the weights (91 MB) into that cache where they are missing.
+        weights: path of pytorch-fid's `pt_inception-2015-12-05-6726825d.pth`; None looks in torch.hub's cache.
+        download: fetch the weights (91 MB) into that cache if they are missing.
         features: width of the layer, 64, 192, 768 or 2048; only 2048 is FID as the papers report it.
 
     Raises:
-        WeightsNotFound: there are none, and `download` is False or fails.
-        ValueError: the file does not hold these weights.
+        WeightsNotFound: there are no weights, and `download` is False or fails.
+        ValueError: the file does not contain these weights.
     """
     from pytorch_fid import inception as network
 
@@ -31,7 +31,7 @@ def inception(weights: str | Path | None = None, *, download: bool = False, feat
         raise ValueError(f"features must be one of {', '.join(map(str, FEATURES))}, got {features}")
     state = _state(weights, network.FID_WEIGHTS_URL, download)
     try:
-        # the constructor would download by itself: it gets the weights at hand instead
+        # the constructor would download by itself; give it the local weights instead
         with mock.patch.object(network, "load_state_dict_from_url", return_value=state):
             model = network.InceptionV3([network.InceptionV3.BLOCK_INDEX_BY_DIM[features]])
     except RuntimeError as error:
@@ -55,5 +55,5 @@ def _state(weights: str | Path | None, url: str, download: bool) -> dict:
             raise WeightsNotFound(f"{url} could not be downloaded to {path.parent}: {error}") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file raises what its bytes happen to look like
+    except Exception as error:  # a damaged file may raise anything
         raise ValueError(f"{path} is not a file of weights: {error}") from error

@@ -22,17 +22,17 @@ def latent_frechet_distance(z: Tensor) -> float:
 
 
 def kl_to_prior(z: Tensor, neighbours: int = 5) -> float:
-    """KL(q(z) ‖ N(0, I)) of codes `[n, d]` drawn from q, nats, by the distances r to the k-th nearest neighbours:
+    """KL(q(z) ‖ N(0, I)) in nats for codes `[n, d]` drawn from q, from the distances r to the k-th nearest neighbours:
 
-    ½ E‖z‖² + (d/2) log 2π − [ψ(n) − ψ(k) + log(volume of the unit ball) + d E log r], the bracket an estimate of q's
-    entropy. Consistent, not unbiased: in many dimensions it needs many codes, and codes on top of each other (k + 1
-    equal ones) make it infinite, as the divergence of a distribution with atoms is.
+    ½ E‖z‖² + (d/2) log 2π − [ψ(n) − ψ(k) + log(volume of the unit ball) + d E log r]. The bracket estimates q's
+    entropy. The result is consistent but not unbiased: in many dimensions it needs many codes. Coinciding codes (k + 1
+    equal ones) make it infinite, like the divergence of a distribution with atoms.
 
     Raises:
         ValueError: a code that is not finite, or no more codes than `neighbours`.
 
-    Source: Kozachenko & Leonenko 1987. S4 Table 1 takes KL(q(z), p) from the ITE toolbox and does not say by which of
-    its estimators.
+    Source: Kozachenko & Leonenko 1987. S4 Table 1 computes KL(q(z), p) with the ITE toolbox and does not say which of
+    its estimators it uses.
     """
     from sklearn.neighbors import NearestNeighbors
 
@@ -52,7 +52,7 @@ def kl_to_prior(z: Tensor, neighbours: int = 5) -> float:
 
 
 def distance_to_prior(codes: GaussianStatistics) -> Tensor:
-    """Fréchet distance of codes to N(0, I), a float64 scalar; errors as `distance_between`'s."""
+    """Fréchet distance of codes to N(0, I), a float64 scalar; errors are those of `distance_between`."""
     prior = GaussianStatistics(len(codes.mean), device=codes.mean.device)
     eye = torch.eye(len(codes.mean), dtype=torch.float64, device=codes.mean.device)
     prior.load_state_dict({"mean": torch.zeros_like(codes.mean), "covariance": eye})

@@ -1,4 +1,4 @@
-"""How likely a system with a decoder takes images to be, in nats."""
+"""Likelihoods of images under a system with a decoder, in nats."""
 
 import math
 
@@ -10,10 +10,10 @@ from .systems import BATCH, evaluating, to_float
 
 
 def lower_bound(system, images: Tensor, labels: Tensor | None = None, seed: int = 0) -> float:
-    """Mean of the variational lower bound over uint8 images, in nats, by one code each.
+    """Mean of the variational lower bound over uint8 images, in nats, with one code per image.
 
     Args:
-        labels: int64 `[n]`, for systems that need them all: their bound is of log p(x|y).
+        labels: int64 `[n]`, for systems that need all labels; their bound is on log p(x|y).
 
     Source: S3 Table 3.
     """
@@ -30,11 +30,11 @@ def importance_log_likelihood(
 ) -> float:
     """Mean of log (1/K) Σ_k p(x|z_k) p(z_k) / r(z_k|x) over images, in nats, z_k from the Gaussian r of `proposal`.
 
-    A lower bound of log p(x) on average, tight as K grows; at K = 1 and with r = q(z|x) the variational bound.
+    On average a lower bound on log p(x), tight as K grows. With K = 1 and r = q(z|x) it is the variational bound.
 
     Args:
-        system: with Bernoulli pixels and a Gaussian to draw codes from: a VAE's posterior, AVB's moments of it.
-        labels: int64 `[n]`, for systems that need them all: it is log p(x|y).
+        system: has Bernoulli pixels and a Gaussian to draw codes from: a VAE's posterior, or its moments for AVB.
+        labels: int64 `[n]`, for systems that need all labels; the result is then log p(x|y).
         draws: K.
 
     Source: Burda et al. 2015, Eq. 8.
@@ -58,13 +58,13 @@ def importance_log_likelihood(
 
 
 def quadrature_log_likelihood(system, x: Tensor, *, span: float = 6.0, cells: int = 300) -> Tensor:
-    """log ∫ p(x|z) p(z) dz of images or points `[n]`, float64, over a grid of codes of one or two dimensions.
+    """log ∫ p(x|z) p(z) dz for images or points `[n]`, float64, on a grid of codes in one or two dimensions.
 
     Args:
-        span, cells: the grid reaches to ±span, in so many steps a dimension.
+        span, cells: the grid covers ±span, with `cells` steps per dimension.
 
     Raises:
-        ValueError: codes of more dimensions.
+        ValueError: codes with more than two dimensions.
     """
     d = system.latent_dim
     if d > 2:

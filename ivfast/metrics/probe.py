@@ -11,7 +11,7 @@ WIDTH, DEPTH, BATCH, RATE = 1000, 2, 60, 1e-4  # S1, section 4
 
 
 class Probe(NamedTuple):
-    """Share of test images whose label is wrong after each number of steps."""
+    """Share of test images with a wrong label after each number of steps."""
 
     steps: list[int]
     errors: list[float]
@@ -28,16 +28,16 @@ def probe(
     seed: int = 0,
     device="cpu",
 ) -> Probe:
-    """Error rate of a perceptron of 2 x 1000 units on features of test images, every so many steps of its training.
+    """Error rate of a perceptron with 2 x 1000 units on features of test images, every `every` training steps.
 
-    Batches of 60, Adam at 1e-4. The same seed gives the same probe; global generators are left as they were.
+    Batches of 60, Adam at 1e-4. The same seed gives the same probe; global generators are not changed.
 
     Args:
         train, test: features `[n, d]`.
-        train_labels, test_labels: int64 `[n]`; rows of −1 are left out.
+        train_labels, test_labels: int64 `[n]`; rows labelled −1 are left out.
 
     Raises:
-        ValueError: labels of fewer than two classes, or fewer of them than features.
+        ValueError: labels with fewer than two classes, or fewer labels than features.
 
     Source: S1 Fig. 5.
     """
@@ -70,7 +70,7 @@ def probe(
 
 
 def last_hidden_layer(encoder: nn.Sequential) -> nn.Module:
-    """The encoder of `ivfast.nets` without the linear layer that makes codes."""
+    """An encoder of `ivfast.nets` without its final linear layer, which produces the codes."""
     if not isinstance(encoder, nn.Sequential) or not isinstance(encoder[-1], nn.Linear):
         raise ValueError("encoder must be a Sequential that ends in a linear layer")
     return encoder[:-1]

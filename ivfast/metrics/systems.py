@@ -1,4 +1,4 @@
-"""What a trained system makes of images and codes: in evaluation mode, without gradients, in pieces."""
+"""Apply a trained system to images and codes: in evaluation mode, without gradients, in batches."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] to uint8 on the CPU, rounded as a PNG file is; what lies outside is clamped. Points `[n, D]`
-    stay as they are.
+    """Floats in [-1, 1] to uint8 on the CPU, rounded as in a PNG file; values outside are clamped. Points `[n, D]` are
+    not changed.
 
     Raises:
         ValueError: a pixel that is not finite.
@@ -32,7 +32,7 @@ def to_bytes(images: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(system, seed: int = 0) -> Iterator[torch.device]:
-    """Evaluation mode without gradients, noise from `seed`, and mode and generators of before afterwards.
+    """Evaluation mode without gradients, with noise from `seed`; mode and generators are restored afterwards.
 
     Yields the system's device.
     """
@@ -48,15 +48,15 @@ def evaluating(system, seed: int = 0) -> Iterator[torch.device]:
 
 
 def codes(system, images: Tensor) -> Tensor:
-    """E(x) of every image, float32 `[n, d]` on the CPU; of a stochastic encoder one draw."""
+    """E(x) of every image, float32 `[n, d]` on the CPU; for a stochastic encoder, one draw."""
     with evaluating(system) as device:
         return torch.cat([system.encode(to_float(x.to(device))).float().cpu() for x in images.split(BATCH)])
 
 
 def posterior_codes(system, images: Tensor, seed: int = 0) -> Tensor:
-    """A code from the posterior of every image, float32 `[n, d]` on the CPU; E(x) of systems without a posterior.
+    """A code from the posterior of every image, float32 `[n, d]` on the CPU; E(x) for systems without a posterior.
 
-    Over images of the data these are a sample of the aggregated posterior q(z).
+    Over the images of a data set, these are a sample from the aggregated posterior q(z).
     """
     draw = getattr(system, "draw_codes", None) or system.encode
     with evaluating(system, seed) as device:
@@ -70,7 +70,7 @@ def decoded(system, z: Tensor) -> Tensor:
 
 
 def generate(system, n: int, seed: int = 0) -> Tensor:
-    """n samples as uint8 `[n, C, H, W]`, or points `[n, D]`, the same for the same seed; classes are drawn in turn."""
+    """n samples as uint8 `[n, C, H, W]`, or points `[n, D]`, reproducible by seed; classes take turns."""
     _check.count("n", n)
     with evaluating(system) as device:
         generator = torch.Generator(device).manual_seed(seed)

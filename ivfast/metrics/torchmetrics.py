@@ -1,7 +1,7 @@
-"""Fréchet distances as metrics of torchmetrics, which `ivfast.metrics` hands out where it is installed.
+"""Fréchet distances as torchmetrics metrics, which `ivfast.metrics` exports if torchmetrics is installed.
 
-A state holds all that a side has seen, in float64: [[n, μᵀ], [μ, S]], `[d+1, d+1]`, with the upper triangle of
-S = Σ (x − μ)(x − μ)ᵀ. States of batches and of ranks are reduced by `GaussianStatistics`' exact merge, in
+A state holds everything that a side has seen, in float64: [[n, μᵀ], [μ, S]], `[d+1, d+1]`, with the upper triangle of
+S = Σ (x − μ)(x − μ)ᵀ. States of batches and ranks are reduced by the exact merge of `GaussianStatistics`, in
 O(ranks · d²) memory.
 """
 
@@ -35,30 +35,31 @@ class GaussianMetric(Metric):
         _write(state, _view(state).update(x))
 
     def set_dtype(self, dst_type: str | torch.dtype) -> "GaussianMetric":
-        """Changes nothing: the statistics are float64, and the network is as it came."""
+        """Do nothing: the statistics are float64, and the network keeps its dtype."""
         return self
 
 
 class FrechetInceptionDistance(GaussianMetric):
-    """Fréchet distance between the features of real and of fake images: FID, or its like in any features.
+    """Fréchet distance between the features of real and fake images: FID, or the same distance in any other features.
 
-    The interface is that of torchmetrics' class of this name; the value is float64, and exact where there are fewer
+    The interface is that of torchmetrics' class of the same name. The value is float64, and exact even with fewer
     images than features. `forward` returns the distance of all images so far, NaN until both sides have two: a batch
-    is of one side and has no distance of its own.
+    belongs to one side and has no distance by itself.
 
     Args:
-        feature: width of a layer of pytorch-fid's Inception, 64, 192, 768 or 2048, for uint8 images `[n, C, H, W]` of 1
-            or 3 channels; or what turns anything that `update` is given into features `[n, d]`. `nn.Identity()`, for
-            one, takes the features themselves.
-        num_features: d; None is the attribute `feature.num_features`.
+        feature: width of a layer of pytorch-fid's Inception, 64, 192, 768 or 2048, for uint8 images `[n, C, H, W]` with
+            1 or 3 channels; or a callable that turns the inputs of `update` into features `[n, d]`. `nn.Identity()`,
+            for example, takes the features themselves.
+        num_features: d; None means the attribute `feature.num_features`.
         reset_real_features: False keeps the real side through `reset`.
-        normalize: Inception is given floats in [0, 1]; other features are given images as they come.
-        weights, download: of Inception, as `ivfast.metrics.inception.inception`'s.
-        keywords: torchmetrics' own.
+        normalize: inputs for Inception are floats in [0, 1]; other feature modules get images unchanged.
+        weights, download: for Inception, as in `ivfast.metrics.inception.inception`.
+        keywords: passed to torchmetrics.
 
     Raises:
-        ValueError: d is not known; on `update`, features that are not `[n, d]`; on `compute`, that are not finite.
-        RuntimeError: on `compute`, a side of fewer than two images.
+        ValueError: d is unknown; on `update`, features that are not `[n, d]`; on `compute`, features that are not
+            finite.
+        RuntimeError: on `compute`, a side with fewer than two images.
 
     Source: Heusel et al. 2017.
     """
@@ -88,7 +89,7 @@ class FrechetInceptionDistance(GaussianMetric):
         self.add_side("fake", d)
 
     def update(self, images: Tensor, real: bool) -> None:
-        """Take in a batch of real or of fake images."""
+        """Add a batch of real or fake images."""
         x = self.feature((images * 255).byte() if self.to_bytes else images)
         self.take_in("real" if real else "fake", x.unsqueeze(0) if x.dim() == 1 else x)
 
@@ -102,7 +103,7 @@ class FrechetInceptionDistance(GaussianMetric):
         self.update(images, real=real)
         with self.sync_context(self.dist_sync_fn, should_sync=self.dist_sync_on_step):
             few = min(self.real[0, 0], self.fake[0, 0]) < 2
-            # the class's compute is the plain one; the instance's synchronises and remembers
+            # the class's compute is the plain one; the instance's synchronises and caches
             self._forward_cache = self.real.new_tensor(math.nan) if few else type(self).compute(self)
         return self._forward_cache
 
@@ -118,10 +119,10 @@ class FrechetLatentDistance(GaussianMetric):
 
     Args:
         num_features: d, the size of a code.
-        keywords: torchmetrics' own.
+        keywords: passed to torchmetrics.
 
     Raises:
-        ValueError: on `update`, codes that are not `[n, d]`; on `compute`, that are not finite.
+        ValueError: on `update`, codes that are not `[n, d]`; on `compute`, codes that are not finite.
         RuntimeError: on `compute` and `forward`, fewer than two codes.
 
     Source: S1 (IVAAE) section 4.
@@ -133,7 +134,7 @@ class FrechetLatentDistance(GaussianMetric):
         self.add_side("codes", num_features)
 
     def update(self, codes: Tensor) -> None:
-        """Take in a batch of codes `[n, d]`."""
+        """Add a batch of codes `[n, d]`."""
         self.take_in("codes", codes)
 
     def compute(self) -> Tensor:
@@ -143,21 +144,21 @@ class FrechetLatentDistance(GaussianMetric):
 
 
 def _view(state: Tensor) -> GaussianStatistics:
-    """The statistics of a state, whose scatter is the state's own memory: a copy of d² costs more than an update."""
+    """The statistics of a state. The scatter shares the state's memory: copying d² costs more than an update."""
     statistics = GaussianStatistics(len(state) - 1, device=state.device)
     statistics.count, statistics.mean, statistics._upper = int(state[0, 0]), state[0, 1:].clone(), state[1:, 1:]
     return statistics
 
 
 def _write(state: Tensor, statistics: GaussianStatistics) -> None:
-    """What `_view` leaves outside the state's memory."""
+    """Write back what `_view` does not share with the state."""
     with torch.no_grad():
         state[0, 0] = statistics.count
         state[0, 1:] = state[1:, 0] = statistics.mean
 
 
 def _merged(states: Tensor) -> Tensor:
-    """States `[parts, d+1, d+1]` -> the state of all, `[d+1, d+1]`."""
+    """States `[parts, d+1, d+1]` -> the merged state, `[d+1, d+1]`."""
     merged = states[0].clone()
     statistics = _view(merged)
     for state in states[1:]:

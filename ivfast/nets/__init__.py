@@ -1,9 +1,9 @@
 """The papers' networks, from their tables. Images are float `[B, C, H, W]` in [-1, 1], codes float `[B, d]`.
 
-S1 Tables 3 and 4 and S2 Table 4, for any channels and any size from 8. S1's Table 4 is read with stride 2 in the first
-three transposed convolutions, a stride-1 output in the image's channels and FC(d): as printed its shapes do not meet.
-S3's are DCGAN's (Radford et al. 2016, Figure 1), of which it says no more than that. Perceptrons also take points
-`[B, D]`, of an `image_shape` (D,) and without bounds.
+S1 Tables 3 and 4 and S2 Table 4, for any number of channels and any size from 8. We read S1's Table 4 with stride 2 in
+the first three transposed convolutions, a stride-1 output with the image's channels, and FC(d), because the printed
+shapes do not fit together. S3 only says that its networks are DCGAN's (Radford et al. 2016, Figure 1). Perceptrons also
+take points `[B, D]`, with an `image_shape` of (D,) and unbounded values.
 """
 
 import itertools
@@ -81,7 +81,7 @@ def conv_decoder(image_shape: tuple[int, int, int], latent_dim: int, width: int 
             nn.ReLU(),
         )
         wide = out
-    # at stride 1 a transposed convolution is a convolution with its kernel turned; this padding keeps the size
+    # at stride 1 a transposed convolution is a convolution with a flipped kernel; this padding keeps the size
     layers["pad"] = nn.ZeroPad2d((1, 2, 1, 2))
     layers["image"] = nn.Conv2d(wide, channels, 4)
     layers["range"] = nn.Tanh()
@@ -89,7 +89,7 @@ def conv_decoder(image_shape: tuple[int, int, int], latent_dim: int, width: int 
 
 
 def mlp_features(image_shape: tuple[int, ...], width: int, depth: int, packing: int = 1) -> nn.Module:
-    """The hidden layers of a perceptron discriminator of `packing` images side by side: `[B, width]`."""
+    """The hidden layers of a perceptron discriminator for `packing` concatenated images: `[B, width]`."""
     check_shape(image_shape)
     layers: list[nn.Module] = [nn.Flatten()]
     inputs = packing * math.prod(image_shape)
@@ -108,7 +108,7 @@ def dcgan_features(
 
 
 def dcgan_encoder(image_shape: tuple[int, int, int], latent_dim: int, width: int = 64) -> nn.Module:
-    """S2 Table 4, E: as D, without the first batch norm, then one convolution of the whole side and batch norm."""
+    """S2 Table 4, E: like D without the first batch norm, then a convolution over the whole image and batch norm."""
     layers = _halving(image_shape, width, image_shape[0], lambda first: not first)
     sides, channels = _halves(image_shape), _widths(image_shape, width)
     last = nn.Conv2d(channels[-1], latent_dim, sides[-1], bias=False)
@@ -116,7 +116,7 @@ def dcgan_encoder(image_shape: tuple[int, int, int], latent_dim: int, width: int
 
 
 def dcgan_generator(image_shape: tuple[int, int, int], latent_dim: int, width: int = 64) -> nn.Module:
-    """S2 Table 4, G: transposed convolutions from one pixel to a side of at most 4, then of stride 2."""
+    """S2 Table 4, G: a transposed convolution from one pixel to a side of at most 4, then others of stride 2."""
     sides, channels = _halves(image_shape), _widths(image_shape, width)
     layers = [nn.Unflatten(1, (latent_dim, 1, 1)), nn.ConvTranspose2d(latent_dim, channels[-1], sides[-1], bias=False)]
     for i in reversed(range(len(channels))):
@@ -153,7 +153,7 @@ def _halving(image_shape, width: int, channels: int, norm: Callable[[bool], bool
 
 
 def check_shape(image_shape: tuple[int, ...]) -> None:
-    """Raises ValueError for what is neither the shape of an image nor that (D,) of a point."""
+    """Raise ValueError for anything except the shape of an image or the shape (D,) of a point."""
     if len(image_shape) != 1 or image_shape[0] < 1:
         check_image_shape(image_shape)
 
@@ -178,9 +178,9 @@ def radford_discriminator(image_shape: tuple[int, int, int], outputs: int = 1, w
 
 
 def radford_generator(inputs: int, image_shape: tuple[int, int, int], width: int = 128) -> nn.Module:
-    """A linear layer to a side of at most 4, 5×5 transposed convolutions of stride 2, batch norm and ReLU between.
+    """A linear layer to a side of at most 4, then 5×5 transposed convolutions of stride 2, with batch norm and ReLU.
 
-    Without its last activation: tanh gives a GAN's images, sigmoid a VAE's Bernoulli means.
+    It has no last activation: tanh gives a GAN's images, sigmoid a VAE's Bernoulli means.
     """
     check_image_shape(image_shape)
     channels, *side = image_shape

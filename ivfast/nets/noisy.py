@@ -1,9 +1,9 @@
-"""S4's networks: encoders that take noise beside the image, and discriminators of pairs (x, z).
+"""S4's networks: encoders that take noise together with the image, and discriminators of pairs (x, z).
 
-For points and small images perceptrons, section 4's "Synthetic example". For larger images DCGAN's convolutions in five
-layers, section 4's "MNIST": noise enters every hidden layer by a projection, batch norm is in E and T and not in G. For
-faces its "celebA": every hidden layer of E and G becomes three residual units, and T is one network of the image with
-the code added to each hidden layer.
+Points and small images use perceptrons (section 4, "Synthetic example"). Larger images use DCGAN's convolutions in five
+layers (section 4, "MNIST"): noise enters every hidden layer by a projection, and E and T have batch norm but G does
+not. Faces (section 4, "celebA") replace every hidden layer of E and G with three residual units, and T is one network
+on the image with the code added to each hidden layer.
 """
 
 import itertools
@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 from . import _dcgan_weights, check_image_shape, mlp
 
-HALVINGS = 4  # five layers with the linear one
-UNITS = 3  # residual ones in place of a hidden layer
+HALVINGS = 4  # five layers, including the linear one
+UNITS = 3  # residual units per hidden layer
 
 
 class NoisyPerceptron(nn.Module):
-    """E(x, ε) of the image and the noise side by side."""
+    """E(x, ε) on the concatenated image and noise."""
 
     def __init__(self, image_shape: tuple[int, ...], noise_dim: int, latent_dim: int, width: int, depth: int):
         super().__init__()
@@ -31,10 +31,10 @@ class NoisyPerceptron(nn.Module):
 
 
 class NoisyConvolutions(nn.Module):
-    """E(x, ε) of 5×5 convolutions of stride 2, doubling `width`: h ← ReLU(norm(conv h) + P ε), P a layer's own.
+    """E(x, ε) with 5×5 convolutions of stride 2, doubling `width`: h ← ReLU(norm(conv h) + P ε), with P per layer.
 
-    What is projected enters behind batch norm, which would take a batch's mean of it away: a discriminator has to see
-    where codes lie. `slope` is that of a leaky ReLU.
+    The projection is added after batch norm, which would otherwise remove its batch mean: a discriminator must see
+    where the codes lie. `slope` is that of a leaky ReLU.
     """
 
     def __init__(
@@ -57,9 +57,9 @@ class NoisyConvolutions(nn.Module):
 
 
 class ResidualUnit(nn.Module):
-    """ReLU(shortcut x + norm(conv ReLU(norm(conv x) + shift))) of 3×3 convolutions (He et al. 2015, Fig. 2).
+    """ReLU(shortcut x + norm(conv ReLU(norm(conv x) + shift))) with 3×3 convolutions (He et al. 2015, Fig. 2).
 
-    The shortcut is a 1×1 convolution where the size changes. Without `norm` the unit starts as its shortcut.
+    The shortcut is a 1×1 convolution if the size changes. Without `norm` the unit is initialised to its shortcut.
     """
 
     def __init__(self, inputs: int, outputs: int, *, stride: int = 1, norm: bool = True):
@@ -80,7 +80,7 @@ class ResidualUnit(nn.Module):
 
 
 class NoisyResidualUnits(nn.Module):
-    """E(x, ε) of residual units, three in place of each layer of `NoisyConvolutions`; P ε enters the first of them."""
+    """E(x, ε) with three residual units for each layer of `NoisyConvolutions`; P ε enters the first of them."""
 
     def __init__(self, image_shape: tuple[int, int, int], noise_dim: int, latent_dim: int, width: int):
         super().__init__()
@@ -98,7 +98,7 @@ class NoisyResidualUnits(nn.Module):
 
 
 class Joined(nn.Module):
-    """T(x, z) of one network of the image, into each of whose hidden layers the code enters by a projection."""
+    """T(x, z) as one network on the image, with a projection of the code added to each hidden layer."""
 
     def __init__(self, image_shape: tuple[int, int, int], latent_dim: int, width: int):
         super().__init__()
@@ -110,7 +110,7 @@ class Joined(nn.Module):
 
 
 class InnerProduct(nn.Module):
-    """T(x, z) = ⟨f(x), g(z)⟩; f's features serve every z of an image."""
+    """T(x, z) = ⟨f(x), g(z)⟩; f's features are reused for every z of an image."""
 
     def __init__(self, of_image: nn.Module, of_code: nn.Module):
         super().__init__()
@@ -123,7 +123,7 @@ class InnerProduct(nn.Module):
 
 
 def mlp_pairs(image_shape: tuple[int, ...], latent_dim: int, width: int, depth: int) -> InnerProduct:
-    """Two perceptrons of `depth` hidden layers of `width`, which is also the length of their outputs."""
+    """Two perceptrons with `depth` hidden layers of `width` units, which is also the length of their outputs."""
     of_image = nn.Sequential(nn.Flatten(), *mlp(math.prod(image_shape), width, width, depth))
     return InnerProduct(of_image, mlp(latent_dim, width, width, depth))
 
@@ -141,7 +141,7 @@ def conv_pairs(image_shape: tuple[int, int, int], latent_dim: int, width: int, f
 
 
 def conv_generator(latent_dim: int, image_shape: tuple[int, int, int], width: int) -> nn.Sequential:
-    """A linear layer and 5×5 transposed convolutions of stride 2, ReLU between and no batch norm: logits of pixels."""
+    """A linear layer and 5×5 transposed convolutions of stride 2, with ReLU and no batch norm: logits of pixels."""
     channels, sides = _channels(image_shape, width), _halves(image_shape)
     layers = _smallest(latent_dim, channels[-1], sides[-1])
     outputs = (image_shape[0], *channels)
@@ -153,7 +153,7 @@ def conv_generator(latent_dim: int, image_shape: tuple[int, int, int], width: in
 
 
 def residual_generator(latent_dim: int, image_shape: tuple[int, int, int], width: int) -> nn.Sequential:
-    """A linear layer and, from side to doubled side, three residual units without batch norm: logits of pixels."""
+    """A linear layer, then at each doubling of the side three residual units without batch norm: logits of pixels."""
     channels, sides = _channels(image_shape, width), _halves(image_shape)
     layers = _smallest(latent_dim, channels[-1], sides[-1])
     outputs = (channels[0], *channels)
@@ -169,7 +169,7 @@ def _smallest(latent_dim: int, channels: int, side: tuple[int, int]) -> list[nn.
 
 
 def _halves(image_shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    """(H, W), halved and rounded up at most four times and until neither exceeds 2."""
+    """(H, W), halved (rounding up) at most four times, until neither exceeds 2."""
     check_image_shape(image_shape)
     sides = [tuple(image_shape[1:])]
     while len(sides) <= HALVINGS and max(sides[-1]) > 2:

@@ -27,7 +27,7 @@ def linear_multi_js_loss(
     weights: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """`multi_js_loss(F.linear(features, weight, bias))` with the memory of the gradients alone.
+    """`multi_js_loss(F.linear(features, weight, bias))` in no more memory than its gradients take.
 
     Args:
         features: block-ordered inputs of the classifier's last layer, `[C·n, f]` or `[C, n, f]`.

@@ -1,6 +1,6 @@
-"""The papers' experiments by name: each prints the paper's numbers next to ours and draws the paper's figure.
+"""The papers' experiments by name. Each prints the paper's numbers next to ours and draws the paper's figure.
 
-An experiment is a row here and a function `(Session) -> Findings` in its paper's file, which is imported when it runs.
+An experiment is a row here and a function `(Session) -> Findings` in its paper's file, imported when it runs.
 """
 
 import difflib
@@ -14,10 +14,10 @@ class Experiment(NamedTuple):
 
     Attributes:
         name, source: its name on the command line, and its place in the paper.
-        about: what it shows, in a sentence.
+        about: what it shows, in one sentence.
         data: the data set of the small size, "" if there is none to load.
         paper_data: the data set of the paper, for `--full`.
-        seeds, full_seeds: the default numbers of seeds.
+        seeds, full_seeds: the default number of seeds.
         small, full: descriptions of the two sizes.
         run: "file:function" below this folder.
     """
@@ -136,7 +136,7 @@ EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment
 
 
 def find(name: str) -> Experiment:
-    """The experiment of that name; ValueError names the nearest and all others."""
+    """The experiment of that name; ValueError names the closest match and all others."""
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
     near = difflib.get_close_matches(name, EXPERIMENTS, 1, 0.4)

@@ -13,7 +13,7 @@ from ..runs.pictures import GRID, tile
 
 @contextlib.contextmanager
 def panels(path: Path, count: int, title: str, size: tuple[float, float] = (4.6, 3.4)) -> Iterator[Sequence]:
-    """Axes of `count` panels side by side; the figure is written to `path` at the end."""
+    """Yield the axes of `count` panels side by side; write the figure to `path` at the end."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(size[0] * count, 0.085 * len(title)), size[1] + 0.4), dpi=110, layout="constrained")
@@ -34,7 +34,7 @@ def style(axes, title: str = "", x: str = "", y: str = "") -> None:
 
 
 def curve(axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str, **keywords) -> None:
-    """The mean over runs, and from the lowest to the highest of them as a band."""
+    """The mean over runs, and a band from the lowest to the highest."""
     if not runs:
         return
     y = np.asarray(runs, dtype=float)
@@ -46,7 +46,7 @@ def curve(axes, x: Sequence[float], runs: Sequence[Sequence[float]], label: str,
 
 
 def points(axes, labels: Sequence[str], runs: Sequence[Sequence[float]], label: str, shift: float = 0.0, **keywords):
-    """The mean over runs and the lowest and highest as a bar, in the places of `labels`."""
+    """The mean over runs, and a bar from the lowest to the highest, at the positions of `labels`."""
     shown = [(i + shift, np.asarray(values, dtype=float)) for i, values in enumerate(runs) if len(values)]
     if shown:
         x, values = zip(*shown, strict=True)
@@ -58,7 +58,7 @@ def points(axes, labels: Sequence[str], runs: Sequence[Sequence[float]], label: 
 
 
 def logarithmic(axes) -> None:
-    """A logarithmic axis of values, with plain numbers, between the powers too where it spans few."""
+    """A logarithmic value axis with plain numbers, also between powers of ten if it spans few."""
     from matplotlib.ticker import NullFormatter
 
     axes.set_yscale("log")
@@ -69,14 +69,14 @@ def logarithmic(axes) -> None:
 
 
 def grid(axes, images: Tensor, title: str) -> None:
-    """A square of images `[n, C, H, W]`."""
+    """A square grid of images `[n, C, H, W]`."""
     axes.imshow(tile(images, width=480).permute(1, 2, 0).numpy())
     axes.set_title(title, fontsize=11)
     axes.axis("off")
 
 
 def thin(values: Sequence[float], most: int = 200) -> tuple[list[int], list[float]]:
-    """Means over equal stretches, at most `most` of them, and the steps in their middles."""
+    """Means over at most `most` equal intervals, and the steps at their middles."""
     parts = torch.tensor(values, dtype=torch.float64).tensor_split(min(most, len(values)))
     ends = np.cumsum([len(part) for part in parts])
     middles = [int(end - (len(part) + 1) // 2) for end, part in zip(ends, parts, strict=True)]

@@ -18,7 +18,7 @@ def run(name: str, *, console: Console | None = None, **options) -> Findings:
     """Run an experiment, show it, and write report.md, report.json and its figures to the out folder.
 
     Args:
-        options: as `ivfast.papers.session.start`'s.
+        options: those of `ivfast.papers.session.start`.
     """
     session = start(name, console=console, **options)
     begin = time.perf_counter()
@@ -38,7 +38,7 @@ def text(cell: Cell) -> str:
 
 
 def heading(session: Session, seconds: float) -> tuple[str, str]:
-    """Title, and under what conditions."""
+    """The title, and the conditions of the run."""
     experiment: Experiment = session.experiment
     where = f" on {session.data}" if session.data else ""
     title = f"{experiment.name}: {experiment.source}{where}"
@@ -95,7 +95,7 @@ def as_json(session: Session, found: Findings, seconds: float) -> dict[str, obje
     def plain(cell: Cell) -> object:
         if isinstance(cell, Spread):
             return {"values": [plain(value) for value in cell.values], "diverged": cell.diverged}
-        return str(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell  # JSON knows no infinity
+        return str(cell) if isinstance(cell, float) and not math.isfinite(cell) else cell  # JSON has no infinity
 
     return {
         "experiment": session.experiment.name, "source": session.experiment.source, "data": session.data,

@@ -37,7 +37,7 @@ SHORTER = {"epochs": 100, "milestones": {60: 0.5, 80: 0.2}, "evaluate_every": 20
 
 
 def figure2(session: Session) -> Findings:
-    """Train, freeze E and G, let D learn on: its cross-entropy beside log C, which it has when it knows nothing."""
+    """Train, freeze E and G, and continue to train D: its cross-entropy next to log C, the value of an ignorant D."""
     systems, dimensions = ("wae-gan", "ivaae-bw"), (16, 32, 64)
     session.load("wae-gan")
     alone = session.length(5000 if session.full else 2000)
@@ -85,21 +85,21 @@ def alone_after_training(job: Job) -> dict[str, object]:
 
 
 def discriminator_alone(system: System, dataset: Dataset, steps: int) -> list[float]:
-    """D's cross-entropy per point over each `log_every` steps in which nothing else moves."""
+    """D's cross-entropy per point over each `log_every` steps, with everything else frozen."""
     system.phases = [phase for phase in system.phases if phase.name == "discriminator"]
     settings = dataclasses.replace(system.settings, steps=steps, milestones={}, evaluate_every=10**6)
     system.settings = settings
     system.train()
     with tempfile.TemporaryDirectory() as out:
         history = fit(system, dataset.train.to(settings.device), settings, out, progress=False)
-    # AAE's two terms are means over as many points each; IVAAE's carries μ₁
+    # AAE's two terms are means over the same number of points; IVAAE's has the factor μ₁
     scale = 0.5 if settings.system == "wae-gan" else 1 / system.mu1
     return [scale * sum(line["losses"].values()) for line in history if line["kind"] == "losses"]
 
 
 def quality(system: System, dataset: Dataset, samples: int, seed: int = 0, distance: str = "classifier") -> dict:
-    """FLD of the training codes, distance of samples to the test images, PSNR of test images; what "distance" is of,
-    "classifier" features or "fid", is never the other."""
+    """FLD of the training codes, distance of samples to the test images, PSNR of test images. "distance" is measured as
+    requested, in "classifier" features or as "fid", and never falls back to the other."""
     fake = metrics.generate(system, samples, seed)
     return {
         "fld": metrics.latent_frechet_distance(metrics.codes(system, dataset.train[:60_000])),
@@ -117,7 +117,7 @@ def distance_of(dataset: Dataset, kind: str, device: str = "cpu"):
 
 
 def choose_distance(session: Session) -> str:
-    """ "fid" at the paper's size where Inception's weights are, else "classifier", which is said."""
+    """ "fid" at the paper's size if Inception's weights are available, otherwise "classifier", with a note."""
     if not session.full:
         return "classifier"
     try:
@@ -133,7 +133,7 @@ def called(kind: str) -> str:
 
 
 def tables(session: Session) -> Findings:
-    """As S1: looks during training, the one of the lowest distance counts, FLD at that look."""
+    """As in S1: evaluate during training and report the evaluation with the lowest distance, with its FLD."""
     dataset = session.load("wae-gan")
     kind = choose_distance(session)
     real = distance_of(dataset, kind, session.device)(dataset.train[:20_000])  # trains the classifier, once

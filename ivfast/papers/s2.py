@@ -15,7 +15,7 @@ from .s1 import called, choose_distance, distance_of
 from .session import Findings, Job, Session, Spread, Table, dataset_of, spread, trained
 from .truths import modes_after_training, square_fitting
 
-# Table 2: modes of 1,000 and KL; the first four are Lin et al. 2018's and Srivastava et al. 2017's
+# Table 2: modes of 1,000 and KL; the first four are from Lin et al. 2018 and Srivastava et al. 2017
 TABLE2 = {
     "dcgan": (78.9, 4.50), "veegan": (150.0, 2.95), "unrolled-gan": (48.7, 4.32), "pacdcgan": (1000.0, 0.06),
     "lsgan": (53.0, 3.88), "ivlsgan": (1000.0, 0.07), "ivdcgan": (1000.0, 0.08),
@@ -205,7 +205,7 @@ def ablation(session: Session) -> Findings:
 
 
 def _relative(panel, name: str, settings: list, best: dict[tuple, Spread]) -> None:
-    """Distances over that at μ = .5, k = 4, so that the two scales can share an axis."""
+    """Distances divided by that at μ = .5, k = 4, so that the two scales can share an axis."""
     labels = [f"{k if name.startswith('k') else mu:g}" for mu, k in settings]
     base = best[0.5, 4].values
     middle = sum(base) / len(base) if base else math.nan
@@ -219,7 +219,7 @@ def _relative(panel, name: str, settings: list, best: dict[tuple, Spread]) -> No
 
 
 def lowest_distance(job: Job) -> dict[str, object]:
-    """As S2: a look every 10 epochs, the lowest counts."""
+    """As in S2: evaluate every 10 epochs and report the lowest."""
     dataset = dataset_of(job.settings)
     distance = distance_of(dataset, job.extra["distance"], job.settings.device)
 

@@ -1,9 +1,9 @@
 """S3, "On Unifying Deep Generative Models": its tables on any labelled data set, and Lemma 1 by quadrature.
 
-Each system beside its importance-weighted or adversary-activated form.
+Each system is compared with its importance-weighted or adversary-activated form.
 
-A tenth of the training images is held out; the temperature of an activated system is the one of `TEMPERATURES` with the
-best value there (S3 selects it "through cross-validation", section G.2). Values are of test images, or of samples.
+A tenth of the training images is held out. The temperature of an activated system is the one of `TEMPERATURES` with the
+best value there (S3 selects it "through cross-validation", section G.2). Values are for test images or for samples.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from . import draw, session
 from .session import Findings, Job, Session, Table, dataset_of, spread
 
 TEMPERATURES = (1.0, 1.5, 3.0, 5.0)
-FEWER = (1.0, 3.0)  # of the small size
+FEWER = (1.0, 3.0)  # at the small size
 SAMPLES = 10_000
 # (system, data) -> mean and standard deviation, Table 2
 TABLE2 = {
@@ -31,7 +31,7 @@ TABLE2 = {
     ("cgan", "mnist"): ".985 ± .002", ("iwcgan", "mnist"): ".987 ± .002", ("cgan", "svhn"): ".797 ± .005",
     ("iwcgan", "svhn"): ".798 ± .006",
 }  # fmt: skip
-# share -> bound in nats on MNIST, Table 3, as far as our copy of the paper can be read
+# share -> bound in nats on MNIST, Table 3, as far as our copy of the paper is legible
 TABLE3 = {
     "vae": {0.01: -122.89, 0.1: -104.49, 1.0: -92.53}, "aavae": {0.01: -122.15, 0.1: -103.05, 1.0: -92.42},
     "svae": {0.01: -108.22, 0.1: -99.44},
@@ -43,7 +43,7 @@ PAIRS = {"vae": "aavae", "cvae": "aacvae", "svae": "aasvae"}
 
 class Row(NamedTuple):
     system: str
-    share: float  # of the images or, where the system is semi-supervised, of the labels
+    share: float  # of the images or, for a semi-supervised system, of the labels
     seed: int
     temperature: float
     value: float
@@ -56,10 +56,10 @@ def table2(
     samples: int = SAMPLES,
     **changes,
 ) -> Iterator[Row]:
-    """S3 Table 2, left and middle: the classifier score of GAN and IWGAN, accuracy of the conditional samples.
+    """S3 Table 2, left and middle: the classifier score of GAN and IWGAN, and the accuracy of conditional samples.
 
     Args:
-        changes: of the presets' settings, as `epochs=10`.
+        changes: to the presets' settings, such as `epochs=10`.
     """
     classifier = classifier_of(dataset)
     for seed in seeds:
@@ -84,7 +84,7 @@ def compare(
     temperatures: Iterable[float] = TEMPERATURES,
     **changes,
 ) -> Iterator[Row]:
-    """A row for each share, seed and system: `measure(system, images, labels)` on test images, higher is better."""
+    """One row per share, seed and system: `measure(system, images, labels)` on test images; higher is better."""
     dataset, images, labels = held_out(dataset)
     for share in shares:
         for seed in seeds:
@@ -103,7 +103,7 @@ def compare(
 
 
 def held_out(dataset: Dataset) -> tuple[Dataset, Tensor, Tensor]:
-    """The data set without a tenth of each class of its training images, and those images and labels."""
+    """The data set without a tenth of the training images of each class, and the images and labels held out."""
     rows = stratified(dataset.train_labels, 0.1)
     kept = torch.ones(len(dataset.train), dtype=torch.bool).index_fill(0, rows, False)
     rest = dataset._replace(train=dataset.train[kept], train_labels=dataset.train_labels[kept])
@@ -111,7 +111,7 @@ def held_out(dataset: Dataset) -> tuple[Dataset, Tensor, Tensor]:
 
 
 def trained(name: str, dataset: Dataset, **changes) -> System:
-    """The system after its preset's training with `changes`, in batches of no more images than there are."""
+    """The system trained with its preset and `changes`, in batches no larger than the data set."""
     settings = dataclasses.replace(models.preset(name, dataset.name), tensorboard=False, **changes)
     return session.trained(settings, dataset)[0]
 
@@ -195,7 +195,7 @@ def _share(settings) -> float:
 
 
 def _changes(settings) -> dict[str, object]:
-    """What the settings have otherwise than their preset, but for what `compare` itself sets."""
+    """Settings that differ from their preset, except those that `compare` sets itself."""
     preset = models.preset(settings.system, settings.data).to_dict()
     own = ("seed", "data_share", "label_share", "temperature", "tensorboard")
     return {name: getattr(settings, name) for name, value in settings.to_dict().items()
@@ -235,7 +235,7 @@ def _compared(at: Session, jobs: list[Job], value: str, paper: dict, title: str)
 
 
 def _gains(groups: dict, base: str, activated: str, share: float) -> list[float]:
-    """Of the seeds that both have."""
+    """The gains over the seeds that both have."""
     values = [
         {row.job.settings.seed: row.values["value"] for row in groups[name, share] if "value" in row.values}
         for name in (base, activated)
@@ -252,7 +252,7 @@ def lemma1(at: Session) -> Findings:
             sides = gradients(theta, name)
             series[name].append(sides)
             fourteenth = sides.eq14 if name == "optimal" else None
-            left, right = (round(side, 12) + 0.0 for side in sides[:2])  # no rounding errors for zeros
+            left, right = (round(side, 12) + 0.0 for side in sides[:2])  # show rounding errors as zeros
             rows.append((name, theta, left, right, fourteenth, f"{abs(sides.left - sides.right):.0e}"))
     table = Table(
         "Gradients with respect to θ at θ₀",
@@ -295,7 +295,7 @@ class Sides(NamedTuple):
 
 
 def gradients(theta: float, discriminator: str) -> Sides:
-    """∂/∂θ at θ₀ of the sides of Eq. 10, and of Eq. 14's right side."""
+    """∂/∂θ at θ₀ of both sides of Eq. 10, and of Eq. 14's right side."""
     variable = torch.tensor(theta, dtype=torch.float64, requires_grad=True)
     p_data, p_g, p_g0 = _normal(0.0, 1.0), _normal(variable, 1.3), _normal(variable.detach(), 1.3)
     logits = _logits(discriminator, p_data, p_g0)
@@ -309,7 +309,7 @@ def gradients(theta: float, discriminator: str) -> Sides:
 
 
 def _logits(discriminator: str, p_data: Tensor, p_g: Tensor) -> Tensor:
-    """Of the probability of "real", at the points of the grid."""
+    """Logits of the probability of "real", at the points of the grid."""
     return {
         "optimal": p_data.log() - p_g.log(),
         "logistic": 0.8 - 1.1 * GRID,

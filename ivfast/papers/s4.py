@@ -1,7 +1,8 @@
 """S4, Adversarial Variational Bayes: Table 1 and Figures 3 and 6.
 
-Table 1's reconstruction error is per pixel: of sums over the four pixels, −ELBO − reconstruction − KL(q(z), p) would
-be an information between x and z of 1.43 nats, for both systems, and four points have no more than log 4 = 1.39.
+Table 1's reconstruction error is per pixel. If it were a sum over the four pixels, the mutual information between x and
+z, −ELBO − reconstruction − KL(q(z), p), would be 1.43 nats for both systems, but four points have at most
+log 4 = 1.39.
 """
 
 import dataclasses
@@ -31,12 +32,12 @@ NAMES = "reconstruction", "elbo", "kl"
 
 class Row(NamedTuple):
     system: str
-    seed: int | None  # None: the paper's values
+    seed: int | None  # None for the paper's values
     log_likelihood: float  # mean of log p(x) over the four points
     reconstruction: float  # E −log p(x|z), z from the posterior, per pixel
     elbo: float
     kl: float  # KL(q(z), p)
-    claimed: float  # the system's own ELBO: AVB's is T's word for it
+    claimed: float  # the system's own ELBO; for AVB it relies on T
     seconds: float
 
 
@@ -49,12 +50,13 @@ PAPER = (
 def table1(*, seeds: Iterable[int] = (0, 1), steps: int = 6000, width: int = 128, **changes) -> list[Row]:
     """S4 Table 1: the paper's rows, then a VAE with a Gaussian posterior and AVB for each seed, trained here.
 
-    Log-likelihoods are by quadrature over the codes. The ELBO is −E[−log p(x|z)] − KL(q(z|x), p): the divergence of a
-    Gaussian by its formula, AVB's by nearest neighbours (`ivfast.metrics.kl_to_prior`), as is KL(q(z), p) of both.
+    Log-likelihoods are computed by quadrature over the codes. The ELBO is −E[−log p(x|z)] − KL(q(z|x), p). The
+    divergence has a closed form for a Gaussian; for AVB it is estimated by nearest neighbours
+    (`ivfast.metrics.kl_to_prior`), as is KL(q(z), p) for both.
 
     Args:
-        steps, width: of both systems; the paper's layers have 512 units.
-        changes: more of their settings, as in `contrast="adaptive"`, which the VAE does not have.
+        steps, width: for both systems; the paper's layers have 512 units.
+        changes: other settings, such as `contrast="adaptive"`, which the VAE does not have.
     """
     changes = {"steps": steps, "width": width, "discriminator_width": width, **changes}
     rows = list(PAPER)
@@ -83,7 +85,7 @@ def trained(name: str, **changes) -> System:
 
 
 def measured(system: System, seconds: float = math.nan) -> Row:
-    """Table 1's row of a system that has been trained on the four points."""
+    """Table 1's row for a system trained on the four points."""
     x = points.POINTS["four-points"].centers
     many = x.repeat_interleave(DRAWS, 0)
     z = metrics.posterior_codes(system, many)
@@ -107,7 +109,7 @@ def measured(system: System, seconds: float = math.nan) -> Row:
 
 
 def markdown(rows: Iterable[Row]) -> str:
-    """The paper's values and the mean ± standard deviation over the seeds, a line for each system."""
+    """The paper's values and the mean ± standard deviation over the seeds, one line per system."""
     lines = [
         "| | seeds | log-likelihood | reconstruction error | ELBO | the system's own ELBO | KL(q(z), p) |",
         "|---|---|---|---|---|---|---|",
@@ -128,7 +130,7 @@ def markdown(rows: Iterable[Row]) -> str:
 
 
 def figure(systems: Mapping[str, System], out: Path, draws: int = 2500) -> Path:
-    """S4 Figure 3: codes from q(z|x_i) of the four points, a colour each, one panel for each system of two codes."""
+    """S4 Figure 3: codes from q(z|x_i) for the four points, one colour each; one panel per system with 2-D codes."""
     from matplotlib.figure import Figure
 
     x = points.POINTS["four-points"].centers

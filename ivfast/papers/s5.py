@@ -1,4 +1,4 @@
-"""S5, AS-IntroVAE: its Table 1 and Figure 5, four systems on 8 Gaussians, trained here and now."""
+"""S5, AS-IntroVAE: its Table 1 and Figure 5, with four systems trained on 8 Gaussians."""
 
 import dataclasses
 import tempfile
@@ -20,7 +20,7 @@ from ..train.settings import Settings
 from .session import Findings, Job, Session, Table, spread
 
 DATA = "8-gaussians"
-SAMPLES = 5000  # of the published estimator
+SAMPLES = 5000  # in the published estimator
 # Table 1, C1: KL and JSD as published
 PAPER = {
     "vae": (220.2, 110.1),
@@ -51,17 +51,17 @@ def table1(
     full: bool = False,
     **changes,
 ) -> list[Row]:
-    """S5 Table 1, C1: divergences of samples from 8 Gaussians, of a VAE and three introspective ones.
+    """S5 Table 1, C1: divergences of samples from 8 Gaussians, for a VAE and three introspective VAEs.
 
-    S5 does not print its settings of C1; these are those of Soft-IntroVAE for the set, for all four systems but for
-    IntroVAE's β = 1 and margin of 5 nats. On one core of a Xeon 1,000 steps took 5 s of processor time (vae), 8, 11 and
-    12: a seed of all four takes about six minutes.
+    S5 does not print its settings for C1. All four systems use those of Soft-IntroVAE for this set, except IntroVAE's
+    β = 1 and margin of 5 nats. On one core of a Xeon 1,000 steps took 5 (vae), 8, 11 and 12 s of processor time: one
+    seed of all four takes about six minutes.
 
     Args:
-        steps: default 10,000, with `full` 30,000. A fifteenth of them are a plain VAE's, in a fifth AS-IntroVAE's c
-            grows to 1.
-        full: batches of 512 and a width of 256, as published, in place of 128 and 128.
-        changes: of other settings, as `as_kernel="additive"` or `device="cuda"`; by default on the CPU.
+        steps: default 10,000, or 30,000 with `full`. The first fifteenth trains a plain VAE; AS-IntroVAE's c grows to
+            1 over a fifth of the steps.
+        full: batches of 512 and a width of 256, as published, instead of 128 and 128.
+        changes: other settings, such as `as_kernel="additive"` or `device="cuda"`; the default device is the CPU.
     """
     rows = []
     for seed in seeds:
@@ -73,7 +73,7 @@ def table1(
 
 
 def settings(system: str, seed: int, *, steps: int | None = None, full: bool = False, **changes) -> Settings:
-    """The settings of a cell of Table 1."""
+    """The settings for one cell of Table 1."""
     steps = steps or (30_000 if full else 10_000)
     size = {} if full else {"batch_size": 128, "width": 128}
     base = preset("s-introvae" if system == "vae" else system, DATA)
@@ -83,7 +83,7 @@ def settings(system: str, seed: int, *, steps: int | None = None, full: bool = F
 
 
 def train(system: str, settings: Settings) -> System:
-    """One of `PAPER`'s systems, trained on 50,000 points; "vae" is of the networks and weights of the others."""
+    """A system of `PAPER`, trained on 50,000 points; "vae" has the networks and initial weights of the others."""
     x = points.load(DATA, 50_000).to(settings.device)
     made = build(settings, (2,))
     if system == "vae":
@@ -104,7 +104,7 @@ def _row(trained: System, system: str, seed: int, seconds: float) -> Row:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """A line for each system and seed, the paper's numbers beside ours."""
+    """One line per system and seed, with the paper's numbers next to ours."""
     lines = [
         "| system | seed | KL | paper | JSD | paper | JS, nats | modes | within 3 s.d. | s |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -126,7 +126,8 @@ def figure(
     full: bool = False,
     **changes,
 ) -> Path:
-    """S5 Figure 5: samples of each system beside the data, from runs as `table1`'s; arguments as there."""
+    """S5 Figure 5: samples of each system next to the data, from the same runs and with the same arguments as
+    `table1`."""
     panels = {"data": points.load(DATA, SAMPLES, 1)}
     for system in systems:
         trained = train(system, settings(system, seed, steps=steps, full=full, **changes))
@@ -135,7 +136,7 @@ def figure(
 
 
 def draw(panels: dict[str, Tensor], path: Path) -> Path:
-    """Points `[n, 2]` of each name, side by side on the square of the histograms."""
+    """Points `[n, 2]` by name, in panels side by side that show the square of the histograms."""
     from matplotlib.figure import Figure
 
     reach = points.find(DATA).reach

@@ -1,4 +1,4 @@
-"""What an experiment gets (options, data, runs that are kept) and what it gives back (tables, figures, notes)."""
+"""What an experiment receives (options, data, stored runs) and returns (tables, figures, notes)."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from ..train.settings import Settings
 from . import Experiment, find
 
 ROWS = "rows.jsonl"
-ELSEWHERE = ("root", "device")  # settings that say where a run takes place, not what it is
+ELSEWHERE = ("root", "device")  # settings for where a run takes place, not what it computes
 
 
 class Spread(NamedTuple):
@@ -39,7 +39,7 @@ class Spread(NamedTuple):
         lost = f"{self.diverged} diverged" if self.diverged else ""
         if not self.values:
             return lost or "–"
-        if not all(map(math.isfinite, self.values)):  # as the KL of a histogram without samples
+        if not all(map(math.isfinite, self.values)):  # such as the KL of a histogram without samples
             return ", ".join(filter(None, (*(f"{value:.4g}" for value in self.values), lost)))
         text = f"{statistics.fmean(self.values):.4g}"
         if len(self.values) > 1:
@@ -63,7 +63,7 @@ class Findings(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One training, of one seed; `extra` is all else that its values depend on, as JSON can hold it."""
+    """One training run with one seed; `extra` holds everything else that its values depend on, JSON-serialisable."""
 
     settings: Settings
     extra: dict[str, object] = {}  # noqa: RUF012
@@ -74,7 +74,7 @@ class Job(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What a job gave; `values` has only "diverged" where training blew up."""
+    """The result of a job; `values` has only "diverged" if training diverged."""
 
     job: Job
     values: dict[str, object]
@@ -85,11 +85,11 @@ class Session:
     """Options of one run of an experiment.
 
     Attributes:
-        seeds: those that each system is trained with.
-        full: the paper's size; False after the paper's data was not found.
+        seeds: the seeds that each system is trained with.
+        full: the paper's size; becomes False if the paper's data is not found.
         data: name of the data set.
-        steps, samples: of each training and each probe, and behind each value, in place of the experiment's own.
-        workers: processes that train side by side.
+        steps, samples: override the experiment's number of steps per training and probe, and of samples per value.
+        workers: processes that train in parallel.
     """
 
     experiment: Experiment
@@ -107,13 +107,13 @@ class Session:
     notes: list[str] = field(default_factory=list)
 
     def say(self, note: str) -> None:
-        """Printed now, and in the report."""
+        """Print a note now, and add it to the report."""
         self.notes.append(note)
         self.console.print(f"[yellow]{note}[/yellow]", soft_wrap=True)
 
     def load(self, system: str) -> data.Dataset:
-        """The data set in the size of the system's preset; where its files are not there, the experiment says so and
-        takes its small one, at the small size."""
+        """The data set at the size of the system's preset. If its files are missing, the experiment says so and uses
+        its small data set, at the small size."""
         try:
             size = models.preset(system, self.data).image_size
             return data.load(self.data, self.root, size, download=self.download)
@@ -129,7 +129,7 @@ class Session:
             raise ValueError(f"--data: {self.experiment.name} learns labels, and {self.data} has none")
 
     def settings(self, system: str, seed: int, **changes: object) -> Settings:
-        """The preset for the data with `changes`, and `steps` where they were given."""
+        """The preset for the data with `changes`, and with `steps` if given."""
         if self.steps is not None:
             changes["steps"] = self.steps
         given = {"seed": seed, "device": self.device, "root": str(self.root), "tensorboard": False, "save_every": 10**6}
@@ -142,7 +142,7 @@ class Session:
         return samples if self.samples is None else self.samples
 
     def values(self, function: Callable[[Job], dict[str, object]], jobs: Sequence[Job]) -> list[Values]:
-        """`function(job)` of each job, in their order; what rows.jsonl has of the same settings is not run again."""
+        """`function(job)` for each job, in order; jobs with the same settings in rows.jsonl are not run again."""
         path = self.out / ROWS
         kept = {json.dumps(row["key"], sort_keys=True): row["values"] for row in _read(path)}
         name = f"{self.experiment.name}/{function.__name__}"
@@ -178,10 +178,10 @@ def start(
     download: bool = False,
     console: Console | None = None,
 ) -> Session:
-    """The session of an experiment, its options checked; those of None are the experiment's own.
+    """The session of an experiment, with checked options; None means the experiment's own value.
 
     Raises:
-        ValueError: an unknown experiment, data set or device, no seeds.
+        ValueError: an unknown experiment, data set or device, or no seeds.
     """
     experiment = find(name)
     if data is not None:
@@ -218,7 +218,7 @@ def dataset_of(settings: Settings) -> data.Dataset:
 
 
 def trained(settings: Settings, dataset: data.Dataset, evaluate: Callable | None = None) -> tuple[System, list[dict]]:
-    """The system after training, on averaged weights where it keeps them, in evaluation mode; and the log's lines."""
+    """The trained system in evaluation mode, with averaged weights if it keeps them, and the lines of the log."""
     settings = runs.with_classes(settings, dataset)
     shape = tuple(dataset.train.shape[1:])
     images, labels = runs.training_set(models.build(settings, shape), dataset)
@@ -232,19 +232,19 @@ def trained(settings: Settings, dataset: data.Dataset, evaluate: Callable | None
 
 
 def _batch(settings: Settings, images: int) -> int:
-    """The settings' batch, or what there is of images in whole packs."""
+    """The batch size of the settings, or the number of images in whole packs if that is smaller."""
     packing = getattr(settings, "packing", 1)  # a GAN's
     return min(settings.batch_size, images // packing * packing)
 
 
 def spread(found: Iterable[Values], name: str) -> Spread:
-    """One value of several runs."""
+    """One value over several runs."""
     rows = [row.values for row in found]
     return Spread(tuple(float(row[name]) for row in rows if name in row), sum("diverged" in row for row in rows))
 
 
 def _read(path: Path) -> list[dict]:
-    """The rows of whole lines: the last may have been cut short."""
+    """The rows of complete lines; the last line may have been cut short."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     if lines and not lines[-1].endswith("\n"):
         path.write_text("".join(lines[:-1]))
@@ -253,12 +253,12 @@ def _read(path: Path) -> list[dict]:
 
 
 def _results(tasks: list, workers: int):
-    """(i, values, times) of each task as it ends, in this process or in several."""
+    """Yield (i, values, times) of each task as it finishes, in this process or in several."""
     if workers <= 1:
         threads = torch.get_num_threads()
         try:
             yield from map(_call, tasks)
-        except KeyboardInterrupt as stop:  # fit's own speaks of a folder that is gone
+        except KeyboardInterrupt as stop:  # the message from fit names a folder that is gone
             raise KeyboardInterrupt("what was finished is kept: the same command goes on") from stop
         finally:
             torch.set_num_threads(threads)
@@ -271,7 +271,7 @@ def _results(tasks: list, workers: int):
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
 
 
 def _call_in_worker(task):
@@ -291,7 +291,7 @@ def _call(task: tuple[int, Callable, Job]) -> tuple[int, dict[str, object], dict
     except (NonFiniteLoss, NonFiniteWeights) as error:
         values = {"diverged": str(error)}
     except ValueError as error:
-        if "has diverged" not in str(error):  # of metrics, on codes or images that are not finite
+        if "has diverged" not in str(error):  # raised by metrics, on codes or images that are not finite
             raise
         values = {"diverged": str(error)}
     times = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - spent}

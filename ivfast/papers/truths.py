@@ -1,4 +1,4 @@
-"""What the papers say that can be checked without a download: known values, and short runs on known distributions."""
+"""Claims of the papers that can be checked without a download: known values, and short runs on known distributions."""
 
 import dataclasses
 import itertools
@@ -26,11 +26,11 @@ class Squares(NamedTuple):
 def square_fitting(a: float, cells: int = 40) -> Squares:
     """The divergences of S2's Example 1 at the optimal classifier: JS₂ = log 2 for every a, JS₄ = (1 + a) log 2.
 
-    The paper prints −(log 2) a − Const, which is not what its own squares give.
+    The paper prints −(log 2) a − Const, which its own squares do not give.
 
     Args:
-        a: shift of β against α, in [0, 1]; exact where `cells`·a is an integer.
-        cells: points on each side of a square.
+        a: shift of β relative to α, in [0, 1]; exact if `cells`·a is an integer.
+        cells: points along each side of a square.
     """
     corners = torch.tensor([[0, 0], [a, 1], [0, 1], [a, 0]], dtype=torch.float64)  # of α, β, γ₁, γ₂
     middle = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells
@@ -48,7 +48,7 @@ class Coverage(NamedTuple):
     system: str
     seed: int
     covered: int
-    kl: float  # nats, of the good samples' histogram to the uniform one
+    kl: float  # nats, from the good samples' histogram to the uniform one
     confident: float  # share of good samples, within 3 deviations of a mode
     seconds: float
 
@@ -56,12 +56,12 @@ class Coverage(NamedTuple):
 def coverage(
     systems: Iterable[str], *, data: str = "ring", seeds: Iterable[int] = (0, 1, 2), samples: int = 2500, **changes
 ) -> list[Coverage]:
-    """Modes of a mixture of `ivfast.data.points` that systems of S2 cover after training: IVGAN against its base GAN.
+    """Modes of a mixture in `ivfast.data.points` that S2's systems cover after training: IVGAN against its base GAN.
 
     Args:
-        changes: settings in place of the preset's, as in `steps=5000`.
+        changes: settings that override the preset's, such as `steps=5000`.
 
-    Source: the measure is Srivastava et al. 2017's and Lin et al. 2018's, on 2,500 samples; S2 does not use this set.
+    Source: the measure of Srivastava et al. 2017 and Lin et al. 2018, on 2,500 samples; S2 does not use this set.
     """
     return [
         modes_after_training(
@@ -74,7 +74,7 @@ def coverage(
 def modes_after_training(
     settings: Settings, *, samples: int = 2500, draw: Callable[[Tensor], None] | None = None
 ) -> Coverage:
-    """Modes of the mixture `settings.data` that a system covers after its training; `draw` gets the samples."""
+    """Modes of the mixture `settings.data` that a system covers after training; `draw` gets the samples."""
     x, mixture = points.load(settings.data, 50_000), points.find(settings.data)
 
     def count(system) -> dict[str, float]:

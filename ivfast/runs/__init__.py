@@ -1,4 +1,4 @@
-"""The settings and the folder that a command works with."""
+"""The settings and the folder of a command."""
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ DEFAULT = Settings.declared()["system"].default
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
-    """An error that names the nearest of the known names."""
+    """An error that names the closest known name."""
     known = list(known)
     near = difflib.get_close_matches(given, known, 1, 0.4)
     hint = f"; did you mean {near[0]}?" if near else "."
@@ -66,14 +66,14 @@ def _value(text: str) -> object:
 
 
 def system_name(name: str) -> str:
-    """The name that an alias stands for; ValueError for a system that does not exist."""
+    """The name behind an alias; ValueError for a system that does not exist."""
     if name not in models.SYSTEMS and name not in models.ALIASES:
         raise unknown("system", name, [*models.SYSTEMS, *models.ALIASES])
     return models.find(name)[0]
 
 
 def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
-    """Settings and folder of a new run: the paper's, where `given` does not say otherwise."""
+    """Settings and folder of a new run: the paper's settings unless `given` overrides them."""
     name, data = system_name(str(given.get("system", DEFAULT))), str(given.get("data", "digits"))
     known_data(data)
     defaults = models.preset(name, data)
@@ -86,7 +86,7 @@ def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
 
 
 def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
-    """Settings and folder of a run to go on with."""
+    """Settings and folder of a run to resume."""
     if out is None:
         newest = max(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
         hint = f"; the newest is --out {newest.parent}" if newest else ""
@@ -107,7 +107,7 @@ def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]
 
 
 def with_classes(settings: Settings, dataset: Dataset) -> Settings:
-    """The settings with the data set's classes, for a system that reads labels; ValueError where it has none."""
+    """The settings with the data set's classes, for a system that reads labels; ValueError if it has no classes."""
     if models.find(settings.system)[1].labels == "none":
         return settings
     if dataset.train_labels is None or not dataset.classes:
@@ -119,7 +119,7 @@ def with_classes(settings: Settings, dataset: Dataset) -> Settings:
 
 
 def training_set(system: System, dataset: Dataset, *, download: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Images and labels that `fit` takes: the share of them that the settings name, hidden labels as −1."""
+    """Images and labels for `fit`: the share given by the settings, with hidden labels as −1."""
     settings, images, labels = system.settings, dataset.train, dataset.train_labels
     if settings.data_share < 1:
         rows = stratified(torch.zeros(len(images)) if labels is None else labels, settings.data_share)
@@ -142,7 +142,7 @@ def training_set(system: System, dataset: Dataset, *, download: bool = False) ->
 
 
 def config(run: Path) -> Settings:
-    """The settings of a run; FileNotFoundError names the runs there are."""
+    """The settings of a run; FileNotFoundError lists the existing runs."""
     if not (run / "config.json").is_file():
         runs = sorted(str(path.parent) for path in RUNS.glob("*/config.json"))
         hint = f" Runs here: {', '.join(runs[-5:])}." if runs else " ivfast train makes one."
@@ -171,10 +171,10 @@ def check_device(device: str) -> None:
 
 
 def use_threads(threads: int | None, settings: Settings) -> None:
-    """CPU threads of the run. By default one for networks that are too small to share.
+    """Set the CPU threads of the run. The default is one for networks that are too small to split.
 
-    Layers of 64 x 256 x 256 are over before a second thread has woken, and on a busy machine its spinning costs the
-    first one its core: 230 steps on digits took 14.1 s with two threads and 2.9 s with one (two cores, load 3.7).
+    Layers of 64 x 256 x 256 finish before a second thread wakes up, and on a busy machine its spinning takes the core
+    from the first: 230 steps on digits took 14.1 s with two threads and 2.9 s with one (two cores, load 3.7).
     """
     small = settings.net == "mlp" and settings.batch_size * settings.width**2 <= 1 << 24
     if threads or small:
@@ -187,7 +187,7 @@ def _next_folder(parent: Path, stem: str) -> Path:
 
 
 def trained(run: Path, device: str | None):
-    """The system of a run on `device` (default: the GPU where there is one), in evaluation mode, and its settings."""
+    """The system of a run on `device` (default: the GPU if there is one), in evaluation mode, and its settings."""
     config(run)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
@@ -195,7 +195,7 @@ def trained(run: Path, device: str | None):
 
 
 def last_step(run: Path) -> int:
-    """The last step in the log of a run; 0 without one."""
+    """The last step in the log of a run; 0 without a log."""
     log = run / "log.jsonl"
     return max((record["step"] for record in read_log(log)), default=0) if log.is_file() else 0
 
@@ -204,12 +204,12 @@ def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = 
     """The trained system of a run, in evaluation mode on `device`, and its settings.
 
     Args:
-        run_folder: what `fit` wrote to, or a checkpoint file itself.
-        device: replaces the device that it was trained on.
-        average: use the moving average of the weights where the run kept one.
+        run_folder: the folder that `fit` wrote to, or a checkpoint file.
+        device: replaces the training device.
+        average: use the moving average of the weights if the run kept one.
 
     Raises:
-        CheckpointError: no checkpoint, or one that is truncated, foreign or does not fit; it names file and reason.
+        CheckpointError: no checkpoint, or one that is truncated, foreign or does not fit; names the file and reason.
     """
     path = Path(run_folder)
     path = path if path.suffix == ".safetensors" else path / checkpoint.LAST

@@ -1,4 +1,4 @@
-"""What a trained system is worth on its data set: the metrics of `ivfast evaluate`."""
+"""Metrics of a trained system on its data set, for `ivfast evaluate`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,9 @@ from ..metrics.classifier import classifier_of
 from ..metrics.probe import probe
 from ..models.avb import Avb
 
-CODES = 60_000  # FLD is taken on so many codes (S1, section 4)
-NEAREST = 20_000  # codes whose nearest neighbours estimate their divergence from the prior
-HISTOGRAM = 5_000  # points a side in the published estimator of S5's Table 1
+CODES = 60_000  # number of codes for FLD (S1, section 4)
+NEAREST = 20_000  # number of codes for the nearest-neighbour estimate of their divergence from the prior
+HISTOGRAM = 5_000  # points per side in the published estimator of S5's Table 1
 REFERENCE = 50_000  # real images behind FID and the classifier distance
 
 
@@ -30,7 +30,7 @@ def has_encoder(system) -> bool:
 
 
 def mixture_of(dataset: Dataset) -> Mixture | None:
-    """The modes of a set of points that has some."""
+    """The modes of a point set, if it has any."""
     known = POINTS.get(dataset.name)
     return known if isinstance(known, Mixture) else None
 
@@ -40,13 +40,13 @@ def bound_of(system, dataset: Dataset) -> float:
 
 
 def accuracy_of(system, dataset: Dataset) -> float:
-    """Of ada on the target domain."""
+    """Accuracy; for ada, on the target domain."""
     if system.labels == "source":
         dataset = target_of(dataset, system.settings.target, system.settings.root)
     return metrics.accuracy(system, dataset.test, dataset.test_labels)
 
 
-METHODS = {  # metric -> what a system must have for it
+METHODS = {  # metric -> the method that a system must have for it
     "bound": "bound",
     "likelihood": "proposal",
     "kl-to-prior": "encode",
@@ -55,11 +55,11 @@ METHODS = {  # metric -> what a system must have for it
 
 
 class Evaluation:
-    """Metrics of a trained system on its data set, each computed when it is asked for.
+    """Metrics of a trained system on its data set, each computed on request.
 
     Args:
-        n: samples drawn from the system.
-        inception_weights, download: as `ivfast.metrics.inception.inception`'s.
+        n: number of samples drawn from the system.
+        inception_weights, download: as in `ivfast.metrics.inception.inception`.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Evaluation:
         return self._samples
 
     def default(self) -> list[str]:
-        """The metrics that apply to this system and data set and need nothing from outside."""
+        """The metrics that apply to this system and data set and need no other files."""
         names = ["fld", "reconstruction"] if has_encoder(self.system) else []
         if self.dataset.name in POINTS:
             planar = ["histogram"] if self.system.image_shape == (2,) and hasattr(self.system, "sample") else []
@@ -102,7 +102,7 @@ class Evaluation:
         return [*names, "classifier-distance", "classifier-score", *conditional]
 
     def run(self, name: str) -> list[Value]:
-        """The values of one metric of `METRICS`; ValueError where it does not apply."""
+        """The values of one metric of `METRICS`; ValueError if it does not apply."""
         if name in ("fld", "reconstruction") and not has_encoder(self.system):
             raise ValueError(f"metrics: {name} needs an encoder, which {self.system.settings.system} has not")
         if name not in ("fld", "modes", "kl-to-prior", "histogram") and self.dataset.name in POINTS:

@@ -1,6 +1,6 @@
 """PNG pictures of a run: samples, reconstructions, interpolations, the codes' covariance, curves from the log.
 
-Images come as uint8 `[n, C, H, W]` on the CPU. matplotlib is imported when a figure is drawn, and without a display.
+Images are uint8 `[n, C, H, W]` on the CPU. matplotlib is imported only when a figure is drawn, and needs no display.
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDTH = 1024  # pixels that a grid fills, in whole enlargements of its images
+WIDTH = 1024  # pixels that a grid fills, enlarging its images by a whole factor
 GAP, GAP_COLOUR = 4, 96  # between the images of a grid
 GRID = {"color": "0.88", "linewidth": 0.8}
 
@@ -20,8 +20,8 @@ GRID = {"color": "0.88", "linewidth": 0.8}
 def tile(images: Tensor, columns: int | None = None, width: int = WIDTH) -> Tensor:
     """One uint8 picture `[3, H', W']` of all images in rows of `columns` (default: as square as n allows).
 
-    Small images are enlarged to fill `width`, smoothly, for the eye reads blocks worse than shades; the factor is odd,
-    so that the middle of each enlarged pixel is the pixel itself.
+    Small images are enlarged smoothly to fill `width`, because smooth shades are easier to read than blocks. The factor
+    is odd, so that the centre of each enlarged pixel is the original pixel.
     """
     from torchvision.utils import make_grid
 
@@ -32,12 +32,12 @@ def tile(images: Tensor, columns: int | None = None, width: int = WIDTH) -> Tens
 
 
 def samples(images: Tensor, path: Path, columns: int | None = None) -> Path:
-    """Grid of samples; of points `[n, D]` the first two coordinates, scattered."""
+    """Grid of samples; for points `[n, D]`, a scatter plot of the first two coordinates."""
     if images.dim() == 2:
         return _scatter(images, path)
     from PIL import Image
 
-    # noise, as first samples are, takes seconds to compress well
+    # noise, such as the first samples, takes seconds to compress well
     Image.fromarray(tile(images, columns).permute(1, 2, 0).contiguous().numpy()).save(path, compress_level=1)
     return path
 
@@ -57,7 +57,7 @@ def _scatter(points: Tensor, path: Path) -> Path:
 
 
 def single(images: Tensor, folder: Path) -> Path:
-    """One PNG file per image, at its own size: `folder/000000.png` and on."""
+    """One PNG file per image, at its original size: `folder/000000.png` and so on."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def single(images: Tensor, folder: Path) -> Path:
 
 
 def reconstructions(originals: Tensor, reconstructed: Tensor, path: Path, columns: int = 12) -> Path:
-    """Each row of originals with its reconstructions below."""
+    """Rows of originals, each with its reconstructions below."""
     n = len(originals) // columns * columns or len(originals)
     columns = min(columns, n)
     rows = []
@@ -86,7 +86,7 @@ def interpolations(images: Tensor, path: Path) -> Path:
 
 
 def _strips(rows, path, title, *, pairs=False, ends=None):
-    """Strips `[3, h, w]` under one another, each with its label; pairs stand closer together."""
+    """Stack strips `[3, h, w]`, each with its label; pairs are closer together."""
     from matplotlib.figure import Figure
 
     strip = rows[0][1]
@@ -121,7 +121,7 @@ def _strips(rows, path, title, *, pairs=False, ends=None):
 
 
 def covariance(z: Tensor, path: Path, title: str = "") -> Path:
-    """Heat map of |Σ_z| of the codes `[n, d]` (S1, Fig. 6): black 0, white 1 and more; the prior's is I."""
+    """Heat map of |Σ_z| for the codes `[n, d]` (S1, Fig. 6): black is 0, white is 1 or more; the prior has I."""
     from matplotlib.figure import Figure
 
     sigma = torch.cov(z.double().T).reshape(z.shape[1], z.shape[1])
@@ -151,7 +151,8 @@ def read_log(path: Path) -> list[dict]:
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str) -> Path:
-    """One panel per name of `series`, `(step, value)` each; a logarithmic axis where positive values span a lot."""
+    """One panel per name in `series`, each a list of `(step, value)`; the axis is logarithmic if positive values span a
+    wide range."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, NullFormatter
 

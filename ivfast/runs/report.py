@@ -1,4 +1,4 @@
-"""What a run shows: metrics while it trains, pictures, tables of results."""
+"""The output of a run: metrics during training, pictures, tables of results."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +17,14 @@ from ..train.settings import Settings
 from . import pictures
 from .evaluation import CODES, Value, accuracy_of, bound_of, has_encoder, mixture_of
 
-RECONSTRUCTED = 1_000  # test images at each look while training; `ivfast evaluate` takes all
-LOOK = 2_500  # points drawn to count modes while training (Srivastava et al. 2017)
+RECONSTRUCTED = 1_000  # test images per evaluation during training; `ivfast evaluate` takes all
+LOOK = 2_500  # points drawn to count modes during training (Srivastava et al. 2017)
 
 
 def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
-    """The `evaluate` of `ivfast.train.loop.fit`, as far as the system goes: FLD of the training codes; reconstruction
-    of 1,000 test images; on all of them the variational bound, the accuracy of the system's own classifier; modes of
-    points."""
+    """The `evaluate` of `ivfast.train.loop.fit`, with the metrics that the system supports: FLD of the training codes;
+    reconstruction of 1,000 test images; the variational bound and the accuracy of the system's own classifier on all
+    test images; modes of points."""
 
     def evaluate(system):
         values = {}
@@ -45,7 +45,7 @@ def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
 
 
 def draw_samples(system, folder: Path, epoch: int) -> None:
-    """The `draw` of `ivfast.train.loop.fit`: the same points of the prior every time, decoded."""
+    """The `draw` of `ivfast.train.loop.fit`: decodes the same points of the prior every time."""
     if not hasattr(system, "sample"):
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def draw_samples(system, folder: Path, epoch: int) -> None:
 
 
 def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
-    """Every picture of a finished run, by what it shows."""
+    """Draw every picture of a finished run; returns paths by content."""
     folder, settings = Path(out) / "pictures", system.settings
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{settings.system} on {settings.data}, d = {settings.latent_dim}"
@@ -108,7 +108,7 @@ def values_table(title: str, values: list[Value]) -> Table:
 def print_end(
     console: Console, settings: Settings, out: Path, history: list[dict], seconds: float, drawn: dict[str, Path]
 ) -> None:
-    """What the command line says at the end of a run: results, files to look at, commands to type next."""
+    """Print the end of a run on the command line: results, files to look at, commands to type next."""
     looks = [record for record in history if record["kind"] == "metrics"]
     steps = max((record["step"] for record in history), default=0)
     console.print(
@@ -129,7 +129,7 @@ def print_end(
 
 
 def _metrics_by_epoch(looks: list[dict]) -> Table:
-    """The last values, and those at the lowest FLD where that was earlier."""
+    """The last values, and those at the lowest FLD if that was earlier."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("", "epoch", "step", *looks[-1]["metrics"]):
         table.add_column(column, justify="right")

@@ -21,7 +21,7 @@ TORCH = Path(torch.__file__).parent
 
 COMPILE = [
     *("-std=c++17", "-O2", "-fPIC"),
-    # a library of its own: nothing in it binds to another shim build in the same process
+    # self-contained: no symbol binds to another shim build in the same process
     *("-fvisibility=hidden", "-fno-gnu-unique", "-fno-extern-tls-init"),
     *(f"-I{HERE / 'include'}", f"-isystem{TORCH / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
 ]
@@ -32,7 +32,7 @@ class NoCompilerError(RuntimeError):
 
 
 def build(name: str, sources: Sequence[Path]) -> Path:
-    """A shared library of `sources` and the shim; compiled objects are kept by content in the temporary folder."""
+    """A shared library of `sources` and the shim; objects are cached by content in the temporary folder."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise NoCompilerError("tests/simt needs g++ to build csrc/cuda for the CPU, and found none")
@@ -55,7 +55,7 @@ def build(name: str, sources: Sequence[Path]) -> Path:
 
 
 def _make(target: Path, command: list[str]) -> None:
-    """Runs `command -o target` unless it has been; other processes may do the same at the same moment."""
+    """Runs `command -o target` unless the target exists; other processes may do the same at the same time."""
     if target.exists():
         return
     own = target.with_suffix(f".{os.getpid()}{target.suffix}")
@@ -67,7 +67,7 @@ def _make(target: Path, command: list[str]) -> None:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Registers every kernel of csrc/cuda under the dispatch key CPU; the handle takes `schedule`."""
+    """Registers every kernel of csrc/cuda under the dispatch key CPU; the returned library has `simt_seed`."""
     import ivfast  # noqa: F401  defines the operators
 
     library = build("kernels", sorted(CSRC.glob("cuda/*.cu")))

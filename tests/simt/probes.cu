@@ -1,4 +1,4 @@
-// Small kernels, right and wrong, that show what the shim catches. Each entry point returns an error or nullptr.
+// Small correct and faulty kernels that show what the shim catches. Each entry point returns an error or nullptr.
 #include <cuda_runtime.h>
 
 #include <string>
@@ -9,7 +9,7 @@ extern __shared__ float4 dynamic_shared[];
 
 namespace {
 
-// y = x backwards, through shared memory; without the barrier a thread may read what is not yet there
+// y = x reversed, through shared memory; without the barrier a thread may read a value before it is written
 __global__ void reverse(const float* x, float* y, bool barrier) {
   __shared__ float tile[64];
   const unsigned at = blockIdx.x * 64 + threadIdx.x;
@@ -18,7 +18,8 @@ __global__ void reverse(const float* x, float* y, bool barrier) {
   y[at] = tile[63 - threadIdx.x];
 }
 
-// The same in rounds over one tile; without the second barrier a fast thread overwrites what a slow one still reads
+// The same in rounds over one tile; without the second barrier a fast thread overwrites values that a slow one still
+// reads
 __global__ void reverse_rounds(const float* x, float* y, bool barrier) {
   float* tile = reinterpret_cast<float*>(ivfast::dynamic_shared);
   for (int round = 0; round < 4; ++round) {
@@ -53,7 +54,7 @@ __global__ void past_the_end(float* y) {
 
 __global__ void unwritten_shared(float* y) {
   __shared__ float tile[64];
-  if (y[threadIdx.x] > 0.f) tile[threadIdx.x] = 0.f;  // never: without a write a compiler may take tile for zero
+  if (y[threadIdx.x] > 0.f) tile[threadIdx.x] = 0.f;  // never true, but without it tile may be assumed 0
   y[threadIdx.x] = threadIdx.x % 2 ? tile[threadIdx.x] : reinterpret_cast<float*>(ivfast::dynamic_shared)[threadIdx.x];
 }
 
@@ -76,7 +77,7 @@ __global__ void warp_operations(const float* x, float* y) {
   y[640 + t] = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(v * v)));
 }
 
-// Threads of a 3-D grid of 3-D blocks count themselves at their own place, and all of them in one
+// Each thread of a 3-D grid of 3-D blocks counts itself in its own entry and in a common total
 __global__ void indices(float* y, int* total) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
   const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;

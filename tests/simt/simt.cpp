@@ -1,4 +1,4 @@
-// The scheduler behind include/cuda_runtime.h: a fiber per CUDA thread, blocks one after the other.
+// The scheduler behind include/cuda_runtime.h: one fiber per CUDA thread, blocks one after another.
 #include <cuda_runtime.h>
 
 #include <link.h>
@@ -14,7 +14,7 @@
 #include <vector>
 
 namespace ivfast {
-constexpr size_t kShared = 166912;  // bytes a block may have on sm_80, the least of the devices served
+constexpr size_t kShared = 166912;  // bytes that a block may have on sm_80, the smallest limit of the supported devices
 constexpr size_t kGuard = 4096;
 alignas(16) thread_local float4 dynamic_shared[(kShared + kGuard) / sizeof(float4)];
 }  // namespace ivfast
@@ -36,7 +36,7 @@ struct Thread {
   uint3 index;
   State state;
   Site site;
-  Op op;  // and what it says to the other lanes, while state is warp
+  Op op;  // and what it contributes to the other lanes while state is warp
   unsigned mask;
   uint64_t bits;
   int source;
@@ -75,7 +75,7 @@ void fiber_main() {
   suspend(State::done, {});
 }
 
-// Poisons every __shared__ variable: together they are the thread-local storage of this library.
+// Poisons every __shared__ variable; together they are the thread-local storage of this library.
 int poison_module(dl_phdr_info* info, size_t, void*) {
   const auto here = reinterpret_cast<ElfW(Addr)>(&poison_module);
   bool mine = false;
@@ -92,7 +92,7 @@ int poison_module(dl_phdr_info* info, size_t, void*) {
 }
 
 void poison_shared() {
-  ivfast::dynamic_shared[0].x = 0;  // makes the storage exist
+  ivfast::dynamic_shared[0].x = 0;  // allocates the storage
   if (!dl_iterate_phdr(poison_module, nullptr)) throw std::runtime_error("simt: found no shared memory to poison");
 }
 
@@ -101,7 +101,7 @@ void wake(int thread) {
   ready.push_back(thread);
 }
 
-// Completes the warp operation that `thread` waits in, once every lane of its mask is in it.
+// Completes the warp operation in which `thread` waits, once every lane of its mask has reached it.
 void try_warp(int thread) {
   const Thread& first = *threads[thread];
   const int warp = thread / 32 * 32;
@@ -141,7 +141,7 @@ void try_warp(int thread) {
   throw std::runtime_error(message);
 }
 
-// Nobody can run: the end of the block, a barrier that all have reached, or an error. True at the end.
+// No fiber can run: the end of the block, a barrier that all have reached, or an error. True at the end.
 bool finish_or_release() {
   const Thread& first = *threads[0];
   for (int i = 0; i < count; ++i) {
@@ -167,7 +167,7 @@ void run_block(size_t shared) {
     makecontext(&thread.context, fiber_main, 0);
     wake(i);
   }
-  // half of the blocks run whoever woke last, so that some warps race far ahead of others
+  // half of the blocks run the fiber that woke last, so that some warps run far ahead of others
   const bool ahead = random_source() & 1;
   if (ahead) std::shuffle(ready.begin(), ready.end(), random_source);
   for (;;) {
@@ -253,5 +253,5 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int valu
   return cudaSuccess;
 }
 
-// The order of threads and blocks in the launches that follow.
+// Sets the order of threads and blocks in the following launches.
 extern "C" __attribute__((visibility("default"))) void simt_seed(uint64_t seed) { simt::random_source.seed(seed); }

@@ -1,8 +1,9 @@
-// CUDA's runtime header for a plain C++ compiler: what csrc/cuda uses of it, run on the CPU by tests/simt/simt.cpp.
+// The parts of CUDA's runtime header that csrc/cuda uses, for a plain C++ compiler; tests/simt/simt.cpp runs them on
+// the CPU.
 //
-// Each CUDA thread is a fiber; fibers switch only where threads wait for each other, in an order drawn from a seed.
-// __shared__ becomes thread_local, which C++ lets a function declare with or without extern; all blocks run one after
-// the other on one system thread. Dynamic shared memory has one name, ivfast::dynamic_shared.
+// Each CUDA thread is a fiber. Fibers switch only where threads wait for each other, in an order drawn from a seed.
+// __shared__ becomes thread_local, which C++ allows in a function with or without extern. All blocks run one after
+// another on one system thread. Dynamic shared memory has one name, ivfast::dynamic_shared.
 #pragma once
 
 #include <algorithm>
@@ -57,7 +58,7 @@ void __stcg(T* p, T value) {
 
 namespace simt {
 
-struct Site {  // of a wait in the source
+struct Site {  // where a wait is in the source
   const char* file;
   int line;
 };
@@ -65,7 +66,7 @@ struct Site {  // of a wait in the source
 enum class Op { sync, shuffle, ballot, least };
 
 void block_barrier(Site site);
-// Waits for every lane of `mask`; returns the bits of `source` (shuffle), of the votes (ballot) or of the least.
+// Waits for every lane of `mask`; returns the bits of `source` (shuffle), of the votes (ballot) or of the minimum.
 uint64_t warp_op(Op op, unsigned mask, uint64_t bits, int source, Site site);
 int lane();
 
@@ -81,7 +82,7 @@ T shuffle(unsigned mask, T value, int source, Site site) {
 
 }  // namespace simt
 
-extern uint3 threadIdx, blockIdx;  // of the fiber that runs
+extern uint3 threadIdx, blockIdx;  // of the running fiber
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
@@ -143,7 +144,7 @@ inline float __uint_as_float(unsigned bits) {
   return x;
 }
 
-// Fibers share one system thread: a plain read and write is atomic, and what is written is seen.
+// Fibers share one system thread: plain reads and writes are atomic, and writes are visible at once.
 inline void __threadfence() {}
 template <class T>
 T atomicAdd(T* p, T value) {
@@ -197,7 +198,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
 
 namespace simt {
-// Throws std::runtime_error where the threads of a block or warp disagree at a wait, or write past their shared memory.
+// Throws std::runtime_error if the threads of a block or warp disagree at a wait or write past their shared memory.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
 }  // namespace simt
 
