@@ -1,7 +1,7 @@
 """Bayesian inference with ivfast.svgd: a banana, and logistic regression on a real data set.
 
-The regression is Liu & Wang's (2016, section 5): weights w ~ N(0, 1/α), precision α ~ Gamma(1, 0.01), here on the
-569 breast tumours embedded in scikit-learn, of which 70 % train.
+The regression is that of Liu & Wang (2016, section 5): weights w ~ N(0, 1/α), precision α ~ Gamma(1, 0.01). The data
+are the 569 breast tumours embedded in scikit-learn, 70 % of which are used for training.
 """
 
 from functools import partial
@@ -59,12 +59,12 @@ def draw_prior(n: int, d: int) -> Tensor:
 def reference(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior mean and standard deviation of the weights: Laplace's approximation of w given α, integrated over α.
 
-    Laplace's approximation of (w, log α) at once would be useless: its deviations are a third of the true ones.
-    On this data a long run of Metropolis-adjusted Langevin gave deviations about 10 % larger than this reference.
+    A joint Laplace approximation of (w, log α) would be useless: its standard deviations are a third of the true ones.
+    On this data, a long run of Metropolis-adjusted Langevin gave deviations about 10 % larger than this reference.
     """
     d = rows.shape[1]
     w, evidence, modes, variances = rows.new_zeros(d), [], [], []
-    for log_alpha in torch.linspace(6, -4, 101, dtype=rows.dtype):  # what lies outside weighs less than 1e-6
+    for log_alpha in torch.linspace(6, -4, 101, dtype=rows.dtype):  # the range outside has a weight below 1e-6
         alpha = log_alpha.exp()
         for _ in range(50):  # Newton's method, from the last mode
             p = torch.sigmoid(-(rows @ w))
@@ -93,7 +93,7 @@ def draw(path: Path, trajectory: Tensor, shown: list[int], deviation: Tensor, fo
     figure = Figure(figsize=(11, 3.1), dpi=100, layout="constrained")
     axes = figure.subplots(1, len(shown) + 1)
     grid = torch.stack(torch.meshgrid(torch.linspace(-3.2, 3.2, 161), torch.linspace(-3, 7, 181), indexing="xy"), -1)
-    levels = (-0.5 * torch.linspace(3.5, 0, 8) ** 2).tolist()  # radii of the normal that the banana is bent from
+    levels = (-0.5 * torch.linspace(3.5, 0, 8) ** 2).tolist()  # radii of the normal that is bent into the banana
     for panel, step in zip(axes, shown, strict=False):
         panel.contourf(*grid.unbind(-1), banana(grid), levels=levels, cmap="Blues")
         panel.scatter(*trajectory[step].T, s=7, color="C3", linewidths=0)
@@ -115,10 +115,10 @@ def main(
     particles: Annotated[int, typer.Option(min=2, help="Particles of each run.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the particles.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("svgd.png"),
+    out: Annotated[Path, typer.Option(help="File of the picture.")] = Path("svgd.png"),
 ) -> None:
     """Sample a banana and the posterior of a logistic regression with SVGD; print a table and save a picture."""
-    torch.set_num_threads(1)  # in problems of this size threads cost more than they bring
+    torch.set_num_threads(1)  # for problems of this size, threads cost more than they gain
     torch.manual_seed(seed)
     start = 0.5 * torch.randn(particles, 2) + torch.tensor([0.0, 4.0])
     last = max(1, steps // 4)
@@ -143,11 +143,11 @@ def main(
         print(f"  {name:32}{held_out(torch.tensor(point.coef_), data.test)}")
     for name, w in found.items():
         print(f"  {'SVGD, ' + name:32}{held_out(w, data.test)}")
-    print("Posterior of the 31 weights, beside Laplace's approximation integrated over α:")
+    print("Posterior of the 31 weights, against Laplace's approximation integrated over α:")
     for name, w in found.items():
         shift = ((w.double().mean(0) - mean) / deviation).abs().mean()
         ratio = (w.double().std(0) / deviation).mean()
-        print(f"  {'SVGD, ' + name:24} means off by {shift:.2f} deviations, deviations {ratio:.2f} of the reference's")
+        print(f"  {'SVGD, ' + name:24} means off by {shift:.2f} s.d., their s.d. {ratio:.2f} of the reference's")
     out.parent.mkdir(parents=True, exist_ok=True)
     shown = [0, last // 20, last]
     draw(out, bent.trajectory.cpu(), shown, deviation, {name: w.std(0) for name, w in found.items()})
