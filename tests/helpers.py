@@ -20,11 +20,15 @@ def size(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
 
 
+def own(system: str, **values) -> dict:
+    """Those of `values`, meant for several systems, that the system has."""
+    return models.find(system)[1].Settings.own(values)
+
+
 def settings_with(values: dict, changes: dict) -> Settings:
     """The settings of a system: those of the shared `values` that it has, and all `changes`."""
     system = {**values, **changes}["system"]
-    values = models.find(system)[1].Settings.own(values)
-    return models.settings(**{**values, **changes})
+    return models.settings(**{**own(system, **values), **changes})
 
 
 def small(system: str = "ivaae-rad", **changes) -> Settings:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_equations, doubled, drawn_again, settings_with, terms_and_gradients
+from helpers import assert_equations, doubled, drawn_again, own, settings_with, terms_and_gradients
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.func import functional_call
@@ -113,7 +113,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(tmp_path):
 )
 def test_systems_reduce_to_their_base_bit_for_bit(system, changes, base):
     images, seed = digits(), int(torch.randint(1000, ()))
-    one, other = (advanced(small(name, seed=seed, **changes), images, 5) for name in (system, base))
+    one, other = (advanced(small(name, seed=seed, **own(name, **changes)), images, 5) for name in (system, base))
     assert_same_bits(one, other, "generator", "discriminator")
 
 
@@ -129,7 +129,7 @@ def test_systems_reduce_to_their_base_bit_for_bit(system, changes, base):
 def test_regularizers_of_weight_zero_leave_the_base_gan(system, changes, base, net):
     """One step: after it the two have drawn different amounts of random numbers."""
     images, seed = digits(), int(torch.randint(1000, ()))
-    settings = [small(name, seed=seed, net=net, width=8, **changes) for name in (system, base)]
+    settings = [small(name, seed=seed, net=net, width=8, **own(name, **changes)) for name in (system, base)]
     one, other = (advanced(s, images, 1) for s in settings)
     assert_same_bits(one, other, "generator", "discriminator")
     fresh = build(one.settings, SHAPE)

@@ -165,7 +165,7 @@ def test_only_rows_of_the_same_settings_are_kept(at, tmp_path):
     assert [row.values["value"] for row in at([1, 2, 3])] == [10, 20, 30]
     assert at.calls == [(2, 1), (1, 1), (3, 1)]
     at([1], n=2)
-    at([1], lam=0.5)
+    at([1], instance_noise=0.5)
     at([1], root="elsewhere")
     assert at.calls[3:] == [(1, 2), (1, 1)]  # the location of the files is not a setting of the run
     with (tmp_path / "rows.jsonl").open("a") as file:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_equations, doubled, drawn_again, settings_with, terms_and_gradients
+from helpers import assert_equations, doubled, drawn_again, own, settings_with, terms_and_gradients
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
@@ -217,7 +217,7 @@ def test_confusion_is_bounded_by_its_value_at_equal_logits_where_its_gradient_is
 @pytest.mark.trains
 @pytest.mark.parametrize("name", FAMILY)
 def test_short_training_lowers_reconstruction_and_keeps_codes_from_running_away(name, digits, tmp_path):
-    settings = small(name, batch_size=64, steps=200, width=64, discriminator_width=64, evaluate_every=100)
+    settings = small(name, batch_size=64, steps=200, evaluate_every=100, **own(name, width=64, discriminator_width=64))
     system = build(settings, SHAPE)
     x = as_images(digits[:500])
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_equations, settings_with, terms_and_gradients
+from helpers import assert_equations, own, settings_with, terms_and_gradients
 from torch import distributions
 from torch.nn import functional as F
 
@@ -103,7 +103,7 @@ def test_resumed_run_has_the_bits_of_an_uninterrupted_one(name, digits, tmp_path
 
 @pytest.mark.parametrize("name", GANS)
 def test_gans_are_their_equations(name, rounding):
-    system = build(small(name, lam=0.7), SHAPE)
+    system = build(small(name, **own(name, lam=0.7)), SHAPE)
     G, D_ = (copy.deepcopy(system.modules[m]).double() for m in ("generator", "discriminator"))
     x, labels = image(), labels_for(name)
     shared = system.share(x, *labels)
@@ -340,7 +340,11 @@ def test_presets_are_dcgans_settings():
     for name in FAMILY:
         mnist = preset(name, "mnist")
         assert (mnist.net, mnist.latent_dim, mnist.batch_size, mnist.image_size) == ("conv", 100, 128, 28)
-        assert (mnist.learning_rate("generator"), mnist.betas, mnist.temperature) == (2e-4, (0.5, 0.999), 1.0)
+        assert (mnist.learning_rate("generator"), mnist.betas, getattr(mnist, "temperature", 1.0)) == (
+            2e-4,
+            (0.5, 0.999),
+            1.0,
+        )
         assert [preset(name, d).image_size for d in ("cifar10", "svhn", "celeba", "digits")] == [32, 32, 64, 8]
 
 

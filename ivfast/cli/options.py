@@ -35,7 +35,7 @@ def declared(train: Callable, kind: type[Settings], defaults: Mapping[str, objec
         if p.kind is not p.VAR_KEYWORD
     ]
     made = [_parameter(entry, *([defaults[name]] if name in defaults else [])) for name, entry in settings.items()]
-    parameters = sorted([*own, *made], key=_panel)
+    parameters = sorted([*made, *own], key=_panel)
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = train.__doc__
@@ -115,6 +115,8 @@ def _system(words: list[str], given: Mapping[str, str | None]) -> str:
     """The system that is named, else that of the run to go on with, else the default."""
     from .. import runs
 
+    if len(words) > 1:
+        raise ValueError(f"train takes one system, got {' and '.join(words)}")
     if words:
         return runs.system_name(words[0])
     out = given.get("--out")

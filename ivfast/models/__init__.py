@@ -2,8 +2,9 @@
 
 import torch
 
+from ..train.declare import About, table
 from ..train.phase import System
-from ..train.settings import Settings, register
+from ..train.settings import Settings, one_of, register
 from .avb import Avb
 from .introvae import AsIntroVae, IntroVae, SoftIntroVae
 from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
@@ -45,6 +46,12 @@ SYSTEMS: dict[str, type[System]] = {
     "as-introvae": AsIntroVae,
 }
 ALIASES = {"aae": "wae-gan"}
+DOCUMENTATION = """# Settings
+
+`ivfast train SYSTEM --help` shows the settings of one system with the paper's values for the data set. The defaults
+below hold where a paper says nothing. `config.json` and Python use the names below; the option of `image_size` is
+`--image-size`. `ivfast.models.documentation()` writes this page.
+"""
 register(SYSTEMS)
 
 
@@ -77,6 +84,15 @@ def preset(system: str, data: str) -> Settings:
     name, factory = find(system)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return settings(name, **{"data": data, "device": device, **factory.Settings.own(factory.preset(data))})
+
+
+def documentation() -> str:
+    """Every setting in Markdown, with the systems that have it."""
+    having: dict[About, list[str]] = {}
+    for name, factory in SYSTEMS.items():
+        for entry in factory.Settings.declared().values():
+            having.setdefault(entry, []).append(name)
+    return f"{DOCUMENTATION}\n{table({entry: one_of(names, SYSTEMS) for entry, names in having.items()})}\n"
 
 
 def build(settings: Settings, image_shape: tuple[int, ...]) -> System:

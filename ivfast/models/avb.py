@@ -19,13 +19,15 @@ from ..data.points import POINTS
 from ..nets import noisy
 from ..train.declare import NETWORKS, setting
 from ..train.phase import Phase
-from .unified import FOUR_POINTS, Bernoulli, UnifiedSettings
+from ..train.settings import Settings
+from .networks import DiscriminatorSettings
+from .unified import FOUR_POINTS, Bernoulli
 
 FLOOR = 1e-6  # of the deviations that whiten a code: a posterior that has shrunk to a point stays finite
 
 
 @dataclass(frozen=True)
-class AvbSettings(UnifiedSettings):
+class AvbSettings(DiscriminatorSettings, Settings):
     net: str = setting(
         "mlp",
         help="Fully connected, convolutional, or residual networks (S4's for faces).",

@@ -36,6 +36,7 @@ class IntrospectiveSettings(Settings):
 
 @dataclass(frozen=True)
 class IntroVaeSettings(IntrospectiveSettings):
+    beta_kl: float = setting(1.0, help="Weight of the KL of images.", at_least=0, metavar="B")
     beta_neg: float = setting(1.0, help="Weight of the KL of fakes, in both losses.", at_least=0, metavar="B")
     margin: float = setting(
         10.0, help="m of the hinge, in nats: E raises the KL of fakes up to it. Set it above the KL of images.",

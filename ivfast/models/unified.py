@@ -10,17 +10,25 @@ import ivfast
 
 from .. import nets
 from ..data.points import POINTS
-from ..train.declare import setting
+from ..train.declare import NETWORKS, setting
 from ..train.phase import System
 from ..train.settings import Settings
-from .networks import DiscriminatorSettings
 
 LOGVAR = 10.0  # log-variances are clamped to ±10: a standard deviation of e^±5 is far from any posterior's
 
 
 @dataclass(frozen=True)
-class UnifiedSettings(DiscriminatorSettings, Settings):
-    pass
+class UnifiedSettings(Settings):
+    discriminator_width: int = setting(
+        1024,
+        help="Units per hidden layer of the networks that read images (D, E and classifiers); with --net conv, "
+        "channels of their first layer.",
+        panel=NETWORKS,
+        at_least=1,
+    )
+    discriminator_depth: int = setting(
+        2, help="Hidden layers of the networks that read images, where they are mlps.", panel=NETWORKS, at_least=0
+    )
 
 
 @dataclass(frozen=True)

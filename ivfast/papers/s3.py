@@ -93,13 +93,13 @@ def compare(
                 kind = "label_share" if models.SYSTEMS[name].labels == "some" else "data_share"
                 best = max(
                     (
-                        trained(name, dataset, seed=seed, **heat, **{kind: share}, **changes)
-                        for heat in ([{"temperature": t} for t in temperatures] if activated else [{}])
+                        trained(name, dataset, seed=seed, temperature=t, **{kind: share}, **changes)
+                        for t in (temperatures if activated else (1.0,))
                     ),
                     key=lambda system: measure(system, images, labels),
                 )
                 value = measure(best, dataset.test, dataset.test_labels)
-                yield Row(name, share, seed, best.settings.temperature if activated else 1.0, value)
+                yield Row(name, share, seed, getattr(best.settings, "temperature", 1.0), value)
 
 
 def held_out(dataset: Dataset) -> tuple[Dataset, Tensor, Tensor]:
@@ -111,8 +111,9 @@ def held_out(dataset: Dataset) -> tuple[Dataset, Tensor, Tensor]:
 
 
 def trained(name: str, dataset: Dataset, **changes) -> System:
-    """The system trained with its preset and `changes`, in batches no larger than the data set."""
-    settings = dataclasses.replace(models.preset(name, dataset.name), tensorboard=False, **changes)
+    """The system trained with its preset and those of `changes` that it has, in batches no larger than the data set."""
+    base = models.preset(name, dataset.name)
+    settings = dataclasses.replace(base, tensorboard=False, **base.own(changes))
     return session.trained(settings, dataset)[0]
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ class About:
     """What `setting` was given, with the type that the annotation names."""
 
     name: str
-    default: object
+    default: object = dataclasses.field(hash=False)  # may be a dict
     kind: type  # int, float, str, bool, dict or tuple
     optional: bool  # None is a value
     key: type  # of a dict
@@ -90,9 +91,12 @@ class About:
 
     @property
     def bounds(self) -> str:
-        """The range in the help: empty where it goes without saying."""
-        limits = {">=": self.at_least, ">": self.above, "<=": self.at_most, "<": self.below}
-        return ", ".join(f"{sign} {limit:g}" for sign, limit in limits.items() if limit is not None)
+        """The limits as the help shows them, "x>=1" or "0<x<=1"; empty where there are none."""
+        low = [f"{limit:g}{sign}" for sign, limit in (("<=", self.at_least), ("<", self.above)) if limit is not None]
+        high = [f"{sign}{limit:g}" for sign, limit in (("<=", self.at_most), ("<", self.below)) if limit is not None]
+        if low and not high:
+            return f"x>={self.at_least:g}" if self.above is None else f"x>{self.above:g}"
+        return f"{''.join(low)}x{''.join(high)}" if high else ""
 
     @property
     def example(self) -> str:
@@ -112,9 +116,10 @@ class About:
             ValueError: another type's text, or a value out of range.
         """
         try:
-            value = self.decode(json.loads(text) if self.kind in (dict, tuple, bool) else self.kind(text))
+            value = self.decode(json.loads(text) if self.kind in (dict, tuple) else self.kind(text))
         except ValueError:
-            raise ValueError(f"{self.flag} must be {self.range}, got {text!r}") from None
+            takes = f"JSON like {self.example}" if self.kind in (dict, tuple) else WORDS[self.kind]
+            raise ValueError(f"{self.flag} takes {takes}, got {text!r}") from None
         self.check(value)
         return value
 
@@ -139,6 +144,16 @@ class About:
         if isinstance(value, dict | tuple):
             return json.dumps(self.encode(value))
         return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def table(entries: Mapping[About, str]) -> str:
+    """Settings in Markdown, each with the systems that have it."""
+    lines = ["| setting | default | values | what it is | systems |", "|---|---|---|---|---|"]
+    for entry, systems in entries.items():
+        values = " | ".join(entry.choices) or entry.bounds
+        cells = (f"`{entry.name}`", entry.shown(entry.default), values, entry.help, systems)
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(lines)
 
 
 def setting(

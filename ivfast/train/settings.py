@@ -49,7 +49,12 @@ class Settings:
     )
     epochs: int = setting(300, help="Passes over the data.", panel=LENGTH, at_least=1, resumable=True)
     steps: int | None = setting(
-        None, help="Optimizer steps; overrides --epochs.", panel=LENGTH, at_least=1, none="by epochs", resumable=True
+        None,
+        help="Optimizer steps; overrides --epochs.",
+        panel=LENGTH,
+        at_least=1,
+        none="set by --epochs",
+        resumable=True,
     )
     batch_size: int = setting(
         64, help="Images per step; an epoch's last, partial batch is dropped.", panel=LENGTH, at_least=1, metavar="B"
@@ -188,9 +193,10 @@ def register(systems: dict[str, type]) -> None:
 
 def kind_of(system: str) -> type[Settings]:
     """The settings class of a system; ValueError for one that does not exist."""
+    if not _systems:
+        raise ValueError(f"the settings of {system} are in ivfast.models, which has to be imported first")
     if system not in _systems:
-        known = ", ".join(_systems) or "unknown here: import ivfast.models first"
-        raise ValueError(f"system must be one of {known}, got {system!r}")
+        raise ValueError(f"system must be one of {', '.join(_systems)}, got {system!r}")
     return _systems[system].Settings
 
 
@@ -199,25 +205,21 @@ def readers(name: str) -> list[str]:
     return [system for system, factory in _systems.items() if name in factory.Settings.declared()]
 
 
+def one_of(names: Iterable[str], all_names: Iterable[str]) -> str:
+    """Names as a phrase: themselves, or those that are not among them where these are fewer."""
+    names, others = list(names), [name for name in all_names if name not in names]
+    if not others:
+        return "all"
+    return ", ".join(names) if len(names) < len(others) else f"all but {', '.join(others)}"
+
+
 def refusal(names: Iterable[str], system: str | None, kind: type[Settings]) -> ValueError:
     """The error about settings that `system` does not have: who reads the first of them, or what it may have meant."""
     names, whose = list(names), system or kind.__name__
     for name in names:
         reading = readers(name)
         if reading:
-            others = [other for other in _systems if other not in reading]
-            who = ", ".join(reading) if len(reading) < len(others) else f"all but {', '.join(others)}"
-            return ValueError(f"{name} does nothing to {whose}; it is read by {who}")
-    near = difflib.get_close_matches(names[0], kind.declared(), 1, 0.6)
+            return ValueError(f"{name} does nothing to {whose}; it is read by {one_of(reading, _systems)}")
+    near = difflib.get_close_matches(names[0], kind.declared(), 1, 0.75)
     hint = f"; did you mean {near[0]}?" if near else f", which {whose} does not have"
     return ValueError(f"unknown settings: {', '.join(names)}{hint}")
-
-
-def table(kind: type[Settings], leave_out: Iterable[str] = ()) -> str:
-    """The settings of a class as a Markdown table: name, default, range, meaning."""
-    lines = ["| setting | default | values | what it is |", "|---|---|---|---|"]
-    for name, entry in kind.declared().items():
-        if name not in leave_out:
-            values = " \\| ".join(entry.choices) or entry.bounds
-            lines.append(f"| `{name}` | {entry.shown(entry.default)} | {values} | {entry.help} |")
-    return "\n".join(lines)
