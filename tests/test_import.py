@@ -95,6 +95,17 @@ def test_the_report_says_what_is_missing_and_why():
     assert "No module named 'ivfast._C'" in passes(hidden, COLUMNS="200")
 
 
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_the_command_without_the_extra_says_so_in_one_line(package):
+    for entry in (
+        "from ivfast.__main__ import main; main()",
+        "import runpy; runpy.run_module('ivfast', run_name='__main__')",
+    ):
+        result = python(without(package) + f"sys.argv = ['ivfast', 'train']; {entry}")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f'error: ivfast needs {package}: pip install "ivfast[train]"\n'
+
+
 def test_every_public_name_is_exported_and_documented():
     code = "import ivfast; print([n for n in ivfast.__all__ if not (getattr(ivfast, n).__doc__ or '').strip()])"
     assert passes(code).strip() == "[]"
@@ -114,7 +125,7 @@ def test_every_public_name_is_exported_and_documented():
 )
 def test_builds_what_can_be_built(tmp_path, environment, said):
     """With a broken CUDA_HOME or without a compiler, parts are left out and reported; the build itself succeeds."""
-    for name in ("setup.py", "pyproject.toml", "README.md", "kernels", "ivfast"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "kernels", "bench", "ivfast"):
         (tmp_path / name).symlink_to(ROOT / name)
     # one operator of each kind: the installed package shows that all compile
     for path in (ROOT / "csrc").rglob("*"):
