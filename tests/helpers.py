@@ -20,7 +20,7 @@ def size(low: int, high: int) -> int:
     return int(torch.randint(low, high + 1, ()))
 
 
-def own(system: str, **values) -> dict:
+def own(system: str, /, **values) -> dict:
     """Those of `values`, meant for several systems, that the system has."""
     return models.find(system)[1].Settings.own(values)
 
