@@ -221,5 +221,5 @@ def test_load_system_names_the_file_and_the_reason(images, tmp_path):
             load_system(tmp_path)
     about["settings"] = {**about["settings"], "system": "biggan"}
     checkpoint.write(path, saved.tensors, about)
-    with pytest.raises(CheckpointError, match="its system cannot be built: system must be one of"):
+    with pytest.raises(CheckpointError, match="its settings cannot be used: system must be one of"):
         load_system(tmp_path)
