@@ -16,9 +16,9 @@ TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
 REGISTERS = 160  # at most, per thread: 128 with Triton 3.9, plus room for other compilers
 
 
-# Bytes of a thread's stack. The ptxas of Triton 3.8 puts up to four registers there which that of 3.6 does not, once in a
-# program, or once in a tile of pairs at the most: 4 loads among the 2,300 instructions of selection._count_kernel's loop
-# at D = 512 on sm_80, 2 among the 1,430 of svgd_bridge's step on sm_90, and 1 in as_distance._pack_kernel.
+# Bytes of a thread's stack. The ptxas of Triton 3.8 puts up to four registers there, reloaded once in a tile of pairs at
+# the most: 4 loads among the 2,300 instructions of selection._count_kernel's loop at D = 512 on sm_80, 2 among the 1,430
+# of svgd_bridge's step on sm_90, and 1 in as_distance._pack_kernel's loop on sm_90.
 SPILLED = 16
 SHARES = 2  # processes
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes available to a program
