@@ -95,6 +95,18 @@ def test_the_report_says_what_is_missing_and_why():
     assert "No module named 'ivfast._C'" in passes(hidden, COLUMNS="200")
 
 
+def test_submodules_come_when_asked_for():
+    heavy = "torchvision", "sklearn", "safetensors", "rich", "ivfast.data", "ivfast.models", "ivfast.train"
+    code = (
+        "import sys, ivfast\n"
+        f"print([m for m in {heavy!r} if m in sys.modules])\n"
+        "assert {'data', 'metrics', 'models', 'train', 'svgd'} <= set(dir(ivfast))\n"
+        "ivfast.data.load, ivfast.models.build, ivfast.metrics.codes, ivfast.train.Settings\n"
+        "assert not hasattr(ivfast, 'dataset')\n"
+    )
+    assert passes(code) == "[]\n"
+
+
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_the_command_without_the_extra_says_so_in_one_line(package):
     for entry in (
