@@ -146,7 +146,8 @@ def test_warnings_of_a_watched_step_reach_the_caller():
     + [
         ("ivaae-svgd", {"ema": 0.9, "milestones": {1: 0.5, 2: 0.1}}),
         ("ivaae-rad", {"net": "conv", "width": 4, "precision": "bf16"}),
-        ("wae-gan", {"fld_weight": 0.5, "encoder_loss": "confusion"}),
+        ("wae-gan", {"fld_weight": 0.5}),
+        ("ivaae-bw", {"fld_weight": 0.5, "encoder_loss": "confusion"}),
     ],
 )
 def test_captured_run_has_the_bits_of_an_uncaptured_one(system, changes, images, tapes, tmp_path):
