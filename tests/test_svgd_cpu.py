@@ -26,18 +26,19 @@ def value_and_gradients(x, score, h, weights):
     return [phi.detach(), *torch.autograd.grad(phi, inputs, weights.to(phi))]
 
 
-def assert_right(tensors, slack=1.0):
+def assert_right(tensors):
     x = tensors[0]
-    weights = torch.randn(x.shape).bfloat16()
+    weights = torch.randn(4, *x.shape).bfloat16()
     exact = [t if t is None else t.detach().double().requires_grad_() for t in tensors]
     with ivfast.use("reference"):
-        expected = value_and_gradients(*exact, weights)
+        expected, *others = [value_and_gradients(*exact, w) for w in weights]
     with ivfast.use("cpu"):
-        actual = value_and_gradients(*tensors, weights)
-    units = [0.0, *testing.gradient_units([t for t in exact if t is not None], expected[1:])]
+        actual = value_and_gradients(*tensors, weights[0])
+    weightings = [gradients for _, *gradients in (expected, *others)]
+    units = [0.0, *testing.gradient_units([t for t in exact if t is not None], *weightings)]
     for name, a, b, unit in zip(("phi", "first", "second", "third"), actual, expected, units, strict=False):
         error = testing.error(a, b, unit)
-        assert error <= slack * testing.TOLERANCES[x.dtype], f"{name} of {tuple(x.shape)} is off by {error:.1e}"
+        assert error <= testing.TOLERANCES[x.dtype], f"{name} of {tuple(x.shape)} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("dtype", testing.TOLERANCES, ids=str)
@@ -55,7 +56,7 @@ def test_each_instruction_set_is_right_in_many_dimensions(isa, d):
 
 @pytest.mark.parametrize(("n", "d"), [(300, 40), (1030, 12), (1100, 256)])
 def test_blocks_of_many_tiles_are_right(n, d):
-    assert_right(draw((n, d)), slack=4)  # ∂h is a sum of n² terms of both signs, which sometimes cancel
+    assert_right(draw((n, d)))
 
 
 @pytest.mark.parametrize("shape", [(260, 130), (1, 450, 24), (3, 257, 33), (40, 65, 20), (700, 300)], ids=str)
@@ -110,7 +111,9 @@ def test_equal_particles_attract_nothing_and_share_their_scores(isa):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("d", [1, 7, 64, 300, 1100])
 def test_equal_particles_are_at_distance_zero_to_the_bit(isa, d, dtype):
-    x = torch.randn(45, d, dtype=dtype).repeat(2, 1)
+    x = torch.randn(45, d, dtype=dtype)
+    x[:, 0] += 10 * torch.randperm(45)  # other particles are too far to count, in one dimension too
+    x = x.repeat(2, 1)
     row_sum = torch.ops.ivfast.svgd_direction(x, None, torch.tensor(1e-9, dtype=dtype))[1]
     assert torch.equal(row_sum, torch.full_like(row_sum, 2.0))
 
