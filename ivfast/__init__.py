@@ -1,5 +1,8 @@
 """ivfast: fast kernels for the intervention / adversarial auto-encoder family, and the models that use them."""
 
+import importlib
+from types import ModuleType
+
 import torch  # noqa: F401  loads libtorch, which the extensions link against
 
 from . import distributed, nn, optim, patch
@@ -58,3 +61,15 @@ __all__ = [
     "svgd_direction",
     "use",
 ]
+
+_LATER = ("data", "metrics", "models", "train")  # imported when first asked for: they cost the ops nothing
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

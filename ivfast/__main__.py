@@ -2,12 +2,20 @@
 
 import sys
 
+from ._extra import command
+
+
+def main() -> None:
+    """Entry point of `ivfast`."""
+    with command("ivfast"):
+        from .cli import app
+    app()
+
+
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        from .cli import main
-
         main()
     else:
-        from .cli.info import report
-
+        with command("ivfast"):
+            from .cli.info import report
         report()

@@ -6,6 +6,7 @@ tile by tile in registers and spends it at once: 24 bytes a weight pass through 
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class Adam(torch.optim.Adam):
         for module in modules:
             for layer in module.modules():
                 if isinstance(layer, Linear) and layer.weight in mine and _serves(layer.weight):
-                    layer.weight.pending = Pending()
+                    layer.weight.pending = Pending()  # type: ignore[attr-defined]
 
     def unfuse(self) -> None:
         """Let backward make all gradients again."""
@@ -86,14 +87,14 @@ class Adam(torch.optim.Adam):
                 if p.dim() == 4 and p.grad is not None:
                     p.grad = _laid_out_as(p, p.grad)
 
-    def _is_plain(self, group: dict[str, object]) -> bool:
+    def _is_plain(self, group: dict[str, Any]) -> bool:
         """Whether `torch.optim.Adam` would hand the group to one kernel as it is."""
         if not group["fused"] or any(group[name] for name in ("amsgrad", "differentiable", "capturable")):
             return False
         of = (p for p in group["params"] if p.grad is not None)
         return all(p.device.type == "cpu" and p.dtype == torch.float32 and self.state[p] for p in of)
 
-    def _step_plain(self, group: dict[str, object]) -> None:
+    def _step_plain(self, group: dict[str, Any]) -> None:
         """What `torch.optim.Adam` does then, in a third of its time: small networks wait for the rest."""
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
@@ -131,7 +132,7 @@ class Adam(torch.optim.Adam):
                 if pending is not None:
                     yield group, p, pending
 
-    def _step(self, group: dict[str, object], weight: Tensor, grad: Tensor, x: Tensor) -> None:
+    def _step(self, group: dict[str, Any], weight: Tensor, grad: Tensor, x: Tensor) -> None:
         state = self.state[weight]
         if not state:  # as torch.optim.Adam's
             state["step"] = torch.zeros((), dtype=torch.float32)

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .._extra import PACKAGES, PackageNotFound, not_found
+
 app = typer.Typer(
     name="ivfast",
     no_args_is_help=True,
@@ -48,6 +50,13 @@ def friendly(command: Callable) -> Callable:
         except KeyboardInterrupt as stop:
             errors.print(f"\n[yellow]stopped[/yellow] {escape(str(stop).removeprefix('stopped '))}".rstrip())
             raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if debug or package not in PACKAGES:
+                raise
+            said = error if isinstance(error, PackageNotFound) else not_found(f"ivfast {command.__name__}", package)
+            errors.print(f"[bold red]error:[/bold red] {escape(str(said))}", soft_wrap=True)
+            raise typer.Exit(2) from None
         except (TypeError, ValueError, OSError, ArithmeticError, RuntimeError) as error:
             if debug or isinstance(error, typer.Exit):  # Exit is a RuntimeError
                 raise

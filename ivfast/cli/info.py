@@ -1,5 +1,6 @@
 """`ivfast info`: versions, which implementation serves each op here, and why the others do not."""
 
+import importlib
 import os
 import platform
 from importlib import metadata
@@ -94,10 +95,24 @@ def versions_table() -> Table:
     for package in ("triton", "torchvision", "scikit-learn", "pytorch-fid"):
         table.add_row(package, version(package))
     for module, language in (("_C", "C++"), ("_cuda", "CUDA C++")):
-        error = EXTENSION_ERRORS.get(module)
-        absent = f"not built ({error}); reinstall with a compiler: see the output of pip install -v"
-        table.add_row(f"ivfast.{module}", f"{language} kernels, loaded" if error is None else absent)
+        table.add_row(f"ivfast.{module}", kernels(module, language))
     return table
+
+
+def kernels(module: str, language: str) -> str:
+    """Whether an extension is loaded; if not, why, and the command that builds it in a clone of the repository."""
+    error = EXTENSION_ERRORS.get(module)
+    try:
+        build = importlib.import_module("ivfast._build")
+    except ModuleNotFoundError:  # not installed by setup.py
+        build = None
+    if error is None:
+        architectures = build.BUILT.get(module) if build else None
+        return f"{language} kernels, loaded" + (f", for compute capability {architectures}" if architectures else "")
+    why = build.LEFT_OUT.get(module) if build else None
+    command = "pip install --no-deps --force-reinstall ."
+    how = f"with a C++ compiler: {command}" if module == "_C" else f"with a CUDA toolkit: IVFAST_CUDA=1 {command}"
+    return f"not built: {why}; {how}" if why else f"not loaded: {error}; {how}"
 
 
 def report(console: Console | None = None) -> None:
