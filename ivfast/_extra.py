@@ -58,12 +58,17 @@ def command(who: str) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def check(who: str, *packages: str) -> None:
+    """Raise `PackageNotFound` for the first of `packages` that is not installed, without importing any."""
+    for package in packages:
+        if not _installed(package):
+            raise not_found(who, package)
+
+
 def require(who: str, *packages: str) -> None:
-    """Ends a command that lacks one of `packages`, before it has begun."""
+    """`check` for a command: one line on stderr and exit code 2."""
     with command(who):
-        for package in packages:
-            if not _installed(package):
-                raise not_found(who, package)
+        check(who, *packages)
 
 
 def _installed(package: str) -> bool:

@@ -133,13 +133,16 @@ def test_the_installed_command_without_its_packages():
 
 @pytest.mark.parametrize("missing", [["torchvision"], ["sklearn"], ["safetensors"], ["matplotlib"]], ids="".join)
 def test_a_command_that_lacks_one_package_names_it(missing, tmp_path):
-    """typer and rich are there: the run itself comes to what is not."""
-    arguments = ["ivfast", "train", "--epochs", "1", "--limit", "64", "--out", str(tmp_path / "run")]
+    """typer and rich are there, something else is not: nothing begins."""
+    arguments = ["ivfast", "train", "--steps", "1", "--out", str(tmp_path / "run")]
     code = without(*missing) + f"import sys; sys.argv = {arguments!r}; from ivfast.__main__ import main; main()"
     result = python(code, COLUMNS="200")
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
-    assert 'pip install "ivfast[train]"' in result.stderr.splitlines()[-1]
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ivfast train needs ")
+    assert result.stderr.rstrip().endswith('pip install "ivfast[train]"')
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +150,7 @@ def test_a_command_that_lacks_one_package_names_it(missing, tmp_path):
     [
         ("import ivfast.data", 'ivfast.data needs safetensors: pip install "ivfast[train]"'),
         ("import ivfast; ivfast.data", 'ivfast.data needs safetensors: pip install "ivfast[train]"'),
-        ("import ivfast.train.loop", 'ivfast.train needs rich: pip install "ivfast[train]"'),
+        ("import ivfast.train.loop", 'ivfast.train needs safetensors: pip install "ivfast[train]"'),
         ("import ivfast.metrics", 'ivfast.data needs safetensors: pip install "ivfast[train]"'),
         (
             "import ivfast; ivfast.patch.pytorch_fid()",

@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from .._extra import PACKAGES, PackageNotFound, not_found
+from .._extra import PACKAGES, PackageNotFound, check, not_found
+
+NEEDED = ("torchvision", "sklearn", "safetensors", "matplotlib", "tensorboard")  # by every command but info
 
 app = typer.Typer(
     name="ivfast",
@@ -46,6 +48,8 @@ def friendly(command: Callable) -> Callable:
     @functools.wraps(command)
     def wrapped(*args, debug: bool = False, **options):
         try:
+            if command.__name__ != "info":  # before an hour of training rather than after it
+                check(f"ivfast {command.__name__}", *NEEDED)
             return command(*args, debug=debug, **options)
         except KeyboardInterrupt as stop:
             errors.print(f"\n[yellow]stopped[/yellow] {escape(str(stop).removeprefix('stopped '))}".rstrip())
