@@ -94,7 +94,7 @@ STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
 # As fast as -O3, which compiles for a third longer: loops that test the same thing every time are split, and scalar
 # loops get vectors. Python's own flags stand before these and would add debug information six times the code's size.
 OPTIMIZE = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-funswitch-loops", "-g0"]
-QUIET = ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option", "-Wno-ignored-optimization-argument"]
+QUIET = ["-Wno-maybe-uninitialized"]
 STRIP = ["-Wl,-s"] if sys.platform == "linux" else []
 
 
@@ -142,12 +142,21 @@ class OptionalBuild(BuildExtension):
     def write_record(self, built) -> None:
         names = [extension.name.rpartition(".")[2] for extension in built]
         made = {name: os.environ["TORCH_CUDA_ARCH_LIST"] if name == "_cuda" else None for name in names}
-        record = Path(self.get_ext_fullpath("ivfast._build")).parent / "_build.py"
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(
+        self.record = Path(self.get_ext_fullpath("ivfast._build")).parent / "_build.py"
+        self.record.parent.mkdir(parents=True, exist_ok=True)
+        self.record.write_text(
             '"""Written by setup.py: the kernels that were built, for which GPUs, and why others were not."""\n\n'
             f"TORCH = {str(torch.__version__)!r}\nBUILT = {made!r}\nLEFT_OUT = {LEFT_OUT!r}\n"
         )
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable installation: the record too; kernels of an earlier build that are left out now go."""
+        super().copy_extensions_to_source()
+        package = Path(self.get_finalized_command("build_py").get_package_dir("ivfast"))
+        shutil.copy(self.record, package)
+        for name in LEFT_OUT:
+            for stale in package.glob(f"{name}.*so"):
+                stale.unlink()
 
 
 def extensions() -> list:

@@ -10,14 +10,17 @@ from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import typer
-from matplotlib.figure import Figure
-from sklearn.datasets import load_breast_cancer
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 import ivfast
+from ivfast._extra import command
+
+with command("examples/svgd_bayes.py"):
+    import typer
+    from matplotlib.figure import Figure
+    from sklearn.datasets import load_breast_cancer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import train_test_split
 
 A, B = 1.0, 0.01  # shape and rate of the prior of α
 

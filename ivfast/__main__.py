@@ -2,22 +2,22 @@
 
 import sys
 
-COMMAND = ("typer", "rich")  # what the extra `train` brings for the command line
+from ._extra import command
 
 
 def main() -> None:
     """Entry point of `ivfast`. Without the packages of the extra `train` it says so in one line, with exit code 2."""
-    try:
+    with command("ivfast"):
         from .cli import app
-    except ModuleNotFoundError as error:
-        if error.name not in COMMAND:
-            raise
-        print(f'error: ivfast needs {error.name}: pip install "ivfast[train]"', file=sys.stderr)
-        raise SystemExit(2) from None
-    app()
+
+        app()
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        sys.argv.append("info")
-    main()
+    if len(sys.argv) > 1:
+        main()
+    else:
+        with command("ivfast"):
+            from .cli.info import report
+
+            report()

@@ -73,7 +73,7 @@ def register(
 class Op:
     """Handle of one operator; it calls the dispatcher or the implementation that `use` forces."""
 
-    def __init__(self, name, reference, triton, cuda, prefer, composition, parts):
+    def __init__(self, name: str, reference, triton, cuda, prefer, composition, parts):
         self.name, self.reference, self.triton, self.cuda, self.prefer = name, reference, triton, cuda, prefer
         self.composition, self.parts = composition, parts
         self.default = getattr(torch.ops.ivfast, name).default

@@ -1,5 +1,7 @@
 """The losses as modules in the style of torch.nn, and a linear layer whose gradient an optimizer can compute itself."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,6 +13,8 @@ from .ops.multi_js import multi_js_loss
 
 class MultiJSLoss(nn.Module):
     """`multi_js_loss` with its block weights π `[C]` (None: equal) as a buffer."""
+
+    weights: Tensor | None
 
     def __init__(self, weights: Tensor | None = None):
         super().__init__()
@@ -49,7 +53,7 @@ class ASDistance(nn.Module):
 
     def __init__(self, kernel: str = "product", measure: str = "lebesgue", log: bool = False, unbiased: bool = False):
         super().__init__()
-        self.form = {"kernel": kernel, "measure": measure, "log": log, "unbiased": unbiased}
+        self.form: dict[str, Any] = {"kernel": kernel, "measure": measure, "log": log, "unbiased": unbiased}
 
     def forward(self, mu_r: Tensor, logvar_r: Tensor, mu_g: Tensor, logvar_g: Tensor) -> Tensor:
         return as_distance(mu_r, logvar_r, mu_g, logvar_g, **self.form)

@@ -6,6 +6,7 @@ by tile in registers and applies it at once: memory traffic is 24 bytes per weig
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class Adam(torch.optim.Adam):
         for module in modules:
             for layer in module.modules():
                 if isinstance(layer, Linear) and layer.weight in mine and _serves(layer.weight):
-                    layer.weight.pending = Pending()
+                    layer.weight.pending = Pending()  # type: ignore[attr-defined]
 
     def unfuse(self) -> None:
         """Let backward compute all gradients again."""
@@ -87,14 +88,14 @@ class Adam(torch.optim.Adam):
                 if p.dim() == 4 and p.grad is not None:
                     p.grad = _laid_out_as(p, p.grad)
 
-    def _is_plain(self, group: dict[str, object]) -> bool:
+    def _is_plain(self, group: dict[str, Any]) -> bool:
         """Whether `torch.optim.Adam` would pass the group to a single kernel unchanged."""
         if not group["fused"] or any(group[name] for name in ("amsgrad", "differentiable", "capturable")):
             return False
         of = (p for p in group["params"] if p.grad is not None)
         return all(p.device.type == "cpu" and p.dtype == torch.float32 and self.state[p] for p in of)
 
-    def _step_plain(self, group: dict[str, object]) -> None:
+    def _step_plain(self, group: dict[str, Any]) -> None:
         """What `torch.optim.Adam` does in that case, in a third of its time; its overhead dominates small networks."""
         params = [p for p in group["params"] if p.grad is not None]
         if not params:
@@ -132,7 +133,7 @@ class Adam(torch.optim.Adam):
                 if pending is not None:
                     yield group, p, pending
 
-    def _step(self, group: dict[str, object], weight: Tensor, grad: Tensor, x: Tensor) -> None:
+    def _step(self, group: dict[str, Any], weight: Tensor, grad: Tensor, x: Tensor) -> None:
         state = self.state[weight]
         if not state:  # as in torch.optim.Adam
             state["step"] = torch.zeros((), dtype=torch.float32)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._extra import not_found
 from .ops.frechet import frechet_distance
 
 
@@ -108,7 +109,7 @@ def _torchmetrics(home: ModuleType) -> Callable:
             raise RuntimeError(f"sigma2 must match sigma1: {sigma1.dtype}, got {sigma2.dtype}")
         for name, sigma in (("sigma1", sigma1), ("sigma2", sigma2)):
             if not bool(sigma.isfinite().all()):
-                raise torch.linalg.LinAlgError(f"{name} must be finite, got NaN or infinity")
+                raise torch.linalg.LinAlgError(f"{name} must be finite, got NaN or infinity")  # type: ignore[attr-defined]
         distance = frechet_distance(mu1.double(), sigma1.double(), mu2.double(), sigma2.double())
         return distance.to(functools.reduce(torch.promote_types, (mu1.dtype, mu2.dtype, sigma1.dtype, torch.float32)))
 
@@ -153,13 +154,12 @@ def _patch(
         home = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name == package:
-            message = f"ivfast.patch.{package}() needs {distribution}: pip install {distribution}"
-            raise ImportError(message, name=package) from error
+            raise not_found(f"ivfast.patch.{package}()", package) from None
         if f"{module}.".startswith(f"{error.name}."):
             raise _unexpected(distribution, expected, f"there is no module {error.name}") from error
         raise
     function = vars(home).get(name)
-    original = _ORIGINALS.get(function, function)
+    original = _ORIGINALS.get(function, function) if function else None
     if not inspect.isfunction(original):
         raise _unexpected(distribution, expected, f"there is no function {name}")
     if tuple(inspect.signature(original).parameters) != parameters:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from . import _check
+from ._extra import needs
 from .ops._pairwise import arithmetic
 from .ops.svgd import svgd_direction
 
@@ -286,8 +287,9 @@ def _bar(steps: int, shown: bool) -> Iterator[Callable[[int, Tensor], None]]:
     if not shown:
         yield lambda step, phi_norm: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    with needs("the progress bar of ivfast.svgd"):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[phi]}")
     with Progress(TextColumn("SVGD"), *columns, console=Console(stderr=True)) as bar:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from test_import import CORE, passes
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -40,3 +42,10 @@ def test_svgd_bayes_help():
     out = run(EXAMPLES / "svgd_bayes.py", "--help")
     for option in ("--steps", "--particles", "--seed", "--device", "--out"):
         assert option in out
+
+
+def test_ops_needs_no_extra():
+    out = passes(CORE + f"import runpy; runpy.run_path({str(EXAMPLES / 'ops.py')!r}, run_name='__main__')")
+    before, after = (float(fld) for fld in re.findall(r"FLD (\d+\.\d+)", out))
+    assert after < before
+    assert 0 < float(re.search(r"loss (\d+\.\d+)", out)[1]) < 5  # log 5 is 1.6

@@ -28,7 +28,7 @@ def sources() -> dict[str, Path]:
     for package, folder in FOLDERS.items():
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
-            if package != "ivfast" or parts[0] not in ("bench", "kernels"):
+            if package != "ivfast" or parts[0] not in ("bench", "kernels", "_build"):  # setup.py writes _build.py
                 found[".".join([package, *(part for part in parts if part != "__init__")])] = path
     return found
 

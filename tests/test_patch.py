@@ -206,7 +206,10 @@ def test_missing_packages_are_named_with_the_pip_command():
     for name in PACKAGES:
         code += f"try: ivfast.patch.{name}()\nexcept ImportError as error: print(error)\n"
     names = {name: name.replace("_", "-") for name in PACKAGES}
-    expected = [f"ivfast.patch.{name}() needs {pip}: pip install {pip}" for name, pip in names.items()]
+    extras = {"pytorch_fid": "train", "torchmetrics": "metrics", "torch_fidelity": "metrics"}
+    expected = [
+        f'ivfast.patch.{name}() needs {pip}: pip install "ivfast[{extras[name]}]"' for name, pip in names.items()
+    ]
     assert passes(code).splitlines() == expected
 
 

@@ -239,6 +239,6 @@ def test_without_torchmetrics_the_rest_works():
         "    except ImportError as error: print(error)\n"
     )
     assert passes(code).splitlines() == [
-        f"ivfast.metrics.Frechet{name}Distance needs torchmetrics: pip install torchmetrics"
+        f'ivfast.metrics.Frechet{name}Distance needs torchmetrics: pip install "ivfast[metrics]"'
         for name in ("Inception", "Latent")
     ]

@@ -64,16 +64,16 @@ struct Block {
 };
 
 // Variances are clamped to 2^±120, and under the prior to below 2^60, so that no P leaves the range of normal numbers.
-template <class T, bool prior>
-IVFAST_INLINE Vec<T> variance(Vec<T> logvar) {
+template <class T>
+IVFAST_INLINE Vec<T> variance(Vec<T> logvar, bool prior) {
   const Vec<T> lowest = Vec<T>{} - T(83.1), highest = Vec<T>{} + T(prior ? 41.5 : 83.1);
   logvar = logvar < lowest ? lowest : logvar;  // NaN stays NaN
   logvar = logvar > highest ? highest : logvar;
   return exp_moderate<Vec<T>, Bits<T>>(logvar, T());
 }
 
-template <class S, class T, bool prior, bool backward>
-IVFAST_INLINE void pack(const Posteriors& q, const View<T>& w, int64_t index) {
+template <class S, class T>
+void pack(const Posteriors& q, const View<T>& w, int64_t index, bool prior, bool backward) {
   constexpr int L = lanes<T>;
   const Block block(q, index);
   const auto& x = w.batches[block.batch];
@@ -90,14 +90,14 @@ IVFAST_INLINE void pack(const Posteriors& q, const View<T>& w, int64_t index) {
         u[r] = Vec<T>{}, l[r] = Vec<T>{} + T(1);
         if (row < n) {
           const Vec<T> log_l = load_lanes<T>(logvar + from, count, available);
-          u[r] = load_lanes<T>(mu + from, count, available), l[r] = variance<T, prior>(log_l);
+          u[r] = load_lanes<T>(mu + from, count, available), l[r] = variance<T>(log_l, prior);
           nan |= (u[r] - u[r] != Vec<T>{}) | (log_l != log_l);
           const Vec<T> size = u[r] < Vec<T>{} ? -u[r] : u[r];
           mean = size > mean ? size : mean;
           least = l[r] < least ? l[r] : least;
           most = l[r] > most ? l[r] : most;
         }
-        if constexpr (backward)
+        if (backward)
           at(x.u + to) = u[r], at(x.l + to) = l[r], at(x.du + to) = Vec<T>{}, at(x.dl + to) = Vec<T>{};
       }
       store_panel<T>(x.u_panels + i * d, u, k, count);
@@ -180,7 +180,7 @@ void pair(const Posteriors& q, int64_t block, int64_t other) {
 
 template <class S, class T, bool additive, bool prior, bool backward>
 void begin(const Posteriors& q, int64_t block) {
-  pack<S, T, prior, backward>(q, View<T>(q, backward), block);
+  pack<S, T>(q, View<T>(q, backward), block, prior, backward);
   pair<T, additive, prior, backward>(q, block, block);
 }
 

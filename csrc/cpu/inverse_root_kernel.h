@@ -95,6 +95,12 @@ IVFAST_INLINE void symmetric_product(T* out, const T* a, const T* b, Size s, con
   mirror(out, s);
 }
 
+// out = aᵀb, which is symmetric: one copy of the code for all
+template <class T>
+void multiply(T* out, const T* a, const T* b, Size s) {
+  symmetric_product(out, a, b, s, [](Vec<T> sum, int64_t, int64_t) __attribute__((always_inline)) { return sum; });
+}
+
 template <class T>
 double norm(const T* x, Size s) {
   Vec<T> sum[4] = {};
@@ -111,7 +117,6 @@ template <class T>
 const T* iterate(T* e, Size s, double& error) {
   T *t = e + s.area(), *w = t + s.area(), *x = w + s.area(), *y = x + s.area();
   const auto exchange = [](T*& a, T*& b) { T* const c = a; a = b, b = c; };
-  const auto plain = [&](Vec<T> sum, int64_t, int64_t) __attribute__((always_inline)) { return sum; };
   const auto half_e = [&](int64_t i, int64_t j) __attribute__((always_inline)) {
     return identity<T>(i, j) + T(0.5) * at(e + i * s.ld + j);
   };
@@ -120,7 +125,7 @@ const T* iterate(T* e, Size s, double& error) {
     const bool last = error <= Limits<T>::cubic;
     if (!last && (step == Limits<T>::steps || !std::isfinite(error))) return nullptr;
     if (last && error > Limits<T>::last) {
-      symmetric_product<T>(w, e, e, s, plain);
+      multiply(w, e, e, s);
       symmetric_product<T>(t, w, e, s, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
         return half_e(i, j) + T(0.375) * at(w + i * s.ld + j) + T(0.3125) * sum;
       });
@@ -129,7 +134,7 @@ const T* iterate(T* e, Size s, double& error) {
         return half_e(i, j) + T(0.375) * sum;
       });
     }
-    if (step > 0) symmetric_product<T>(y, x, t, s, plain), exchange(x, y);
+    if (step > 0) multiply(y, x, t, s), exchange(x, y);
     if (last) {
       const double cube = error * error * error;
       error = error > Limits<T>::last ? 35 * error * cube / 128 : 5 * cube / 16;
@@ -138,7 +143,7 @@ const T* iterate(T* e, Size s, double& error) {
     if (step == 0) {
       for (int64_t i = 0; i < s.area(); ++i) x[i] = t[i];
     }
-    symmetric_product<T>(w, t, t, s, plain);
+    multiply(w, t, t, s);
     symmetric_product<T>(y, w, e, s, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
       return identity<T>(i, j) - at(w + i * s.ld + j) + sum;  // I − W (I − E)
     });
@@ -198,9 +203,7 @@ struct Root {
     }
     // One more step of order 2 for the trace only, in float64: errors of X, and the asymmetric part of M's errors,
     // enter only to second order.
-    symmetric_product<double>(m, g, x, wide, [&](Vec<double> sum, int64_t, int64_t) __attribute__((always_inline)) {
-      return sum;
-    });
+    multiply(m, g, x, wide);
     Vec<double> cubic[2] = {};  // of MᵀM ∘ X: in the diagonal blocks, and right of them
     products(m, m, wide, wide.size, [&](Vec<double> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
       cubic[i / L * L != j] += sum * at(x + i * wide.ld + j);

@@ -160,7 +160,7 @@ IVFAST_INLINE void kernel_tile(T* K, int64_t n, int64_t i, int64_t j, T exponent
 // sums_j += Σ_i K_ij, out_j += Σ_i K_ij y_i for the columns j of a tile: sums and panels start at its first column,
 // rows y at its first row. Multiplies a group of dimensions of y by vectors of K.
 template <class T>
-IVFAST_INLINE void add_columns(T* sums, T* out, const T* K, const T* y, int64_t rows, int64_t vectors, int64_t width) {
+void add_columns(T* sums, T* out, const T* K, const T* y, int64_t rows, int64_t vectors, int64_t width) {
   constexpr int R = group<T>, L = lanes<T>;
   columns<T>(vectors, [&](auto count, int64_t j) __attribute__((always_inline)) {
     constexpr int C = decltype(count)::value;
@@ -187,7 +187,7 @@ IVFAST_INLINE void add_columns(T* sums, T* out, const T* K, const T* y, int64_t 
 
 // K_ji from a tile's K_ij
 template <class T>
-IVFAST_INLINE void turn(T* turned, const T* K, int64_t rows, int64_t cols) {
+void turn(T* turned, const T* K, int64_t rows, int64_t cols) {
   constexpr int L = lanes<T>;
   for (int64_t i = 0; i < rows; i += L)
     for (int64_t j = 0; j < cols; j += L) {

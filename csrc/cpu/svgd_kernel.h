@@ -63,10 +63,9 @@ int64_t workspace_bytes(int64_t n, int64_t d) {
 }
 
 // Any centre works: the kernel does not depend on it, only its rounding does.
-template <class S, class T, bool backward>
-void centre(const SvgdSet& set) {
+template <class S, class T>
+void set_mean(const SvgdSet& set, const View<T>& w) {
   constexpr int L = lanes<T>, chains = 4;
-  const View<T> w(set, backward);
   for (int64_t k = 0; k < w.width; k += L) {
     const S* x = static_cast<const S*>(set.x) + k;
     const int64_t count = w.d - k < L ? w.d - k : L;
@@ -80,9 +79,14 @@ void centre(const SvgdSet& set) {
   }
 }
 
-// Converts, centres and pads the rows [first, last), both multiples of lanes.
 template <class S, class T, bool backward>
-IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int64_t last) {
+void centre(const SvgdSet& set) {
+  set_mean<S, T>(set, View<T>(set, backward));
+}
+
+// Converts, centres and pads the rows [first, last), both multiples of lanes.
+template <class S, class T>
+void pack(const SvgdSet& set, const View<T>& w, int64_t first, int64_t last, bool backward) {
   constexpr int L = lanes<T>;
   const S *x = static_cast<const S*>(set.x), *score = static_cast<const S*>(set.score);
   const S* grad = static_cast<const S*>(set.grad);
@@ -97,10 +101,10 @@ IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int
           const Vec<T> raw = load_lanes<T>(x + from, count, available);
           xr = raw - at(w.mean + k);
           vr = w.alpha * (score ? load_lanes<T>(score + from, count, available) : -raw) - w.beta * xr;
-          if constexpr (backward) gr = load_lanes<T>(grad + from, count, available);
+          if (backward) gr = load_lanes<T>(grad + from, count, available);
         }
         X[r] = xr;
-        if constexpr (backward) {
+        if (backward) {
           V[r] = vr, G[r] = gr;
           at(w.x + to) = xr, at(w.g + to) = gr, at(w.bx + to) = Vec<T>{}, at(w.kg + to) = Vec<T>{};
         } else {
@@ -108,7 +112,7 @@ IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int
         }
       }
       store_panel<T>(w.x_panels + i * w.d, X, k, count);
-      if constexpr (backward) {
+      if (backward) {
         store_panel<T>(w.v_panels + i * w.d, V, k, count);
         store_panel<T>(w.g_panels + i * w.d, G, k, count);
       }
@@ -117,11 +121,11 @@ IVFAST_INLINE void pack(const SvgdSet& set, const View<T>& w, int64_t first, int
     for (int64_t k = 0; k < w.d; ++k) {  // in the order of `product`, so that equal particles are at distance 0
       const Vec<T> xk = at(w.x_panels + i * w.d + k * L);
       norm += xk * xk;
-      if constexpr (backward) gx += at(w.g_panels + i * w.d + k * L) * xk;
+      if (backward) gx += at(w.g_panels + i * w.d + k * L) * xk;
     }
     at(w.half_norms + i) = T(0.5) * norm;
     at(w.r + i) = Vec<T>{};
-    if constexpr (backward) at(w.b + i) = Vec<T>{}, at(w.p + i) = w.beta * gx;
+    if (backward) at(w.b + i) = Vec<T>{}, at(w.p + i) = w.beta * gx;
     for (int64_t row = i; row < i + L; ++row)
       if (row >= w.n) w.half_norms[row] = T(__builtin_inff());
   }
@@ -183,7 +187,7 @@ void pair_blocks(const View<T>& w, int64_t first, int64_t last, int64_t other_fi
 template <class S, class T, bool backward>
 void begin(const SvgdSet& set, int64_t first, int64_t last) {
   const View<T> w(set, backward);
-  pack<S, T, backward>(set, w, first, round_up(last, lanes<T>));
+  pack<S, T>(set, w, first, round_up(last, lanes<T>), backward);
   pair_blocks<T, backward>(w, first, last, first, last);
 }
 

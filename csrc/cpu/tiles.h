@@ -178,7 +178,7 @@ IVFAST_INLINE void product_tile(T* out, const T* a, const T* b, Range t, int64_t
 // out_i += Σ_j K_ij y_j for `rows` rows i, in whole groups, and `cols` columns j; K_ij at i * row_step +
 // j * column_step. The tile's sum starts at 0, so the long sum over tiles is rounded only once per tile.
 template <int row_step, int column_step, class T>
-IVFAST_INLINE void accumulate(T* out, const T* K, const T* y, int64_t rows, int64_t cols, int64_t ld, int64_t width) {
+void accumulate(T* out, const T* K, const T* y, int64_t rows, int64_t cols, int64_t ld, int64_t width) {
   constexpr int R = group<T>, L = lanes<T>;
   columns<T>(width / L, [&](auto count, int64_t k) __attribute__((always_inline)) {
     constexpr int C = decltype(count)::value;
@@ -203,7 +203,7 @@ IVFAST_INLINE void accumulate(T* out, const T* K, const T* y, int64_t rows, int6
 
 // out_i += Σ_j K_ij
 template <class T>
-IVFAST_INLINE void add_row_sums(T* out, const T* K, int64_t rows, int64_t cols) {
+void add_row_sums(T* out, const T* K, int64_t rows, int64_t cols) {
   constexpr int L = lanes<T>;
   for (int64_t i = 0; i < rows; i += L) {
     Vec<T> sums[L] = {}, total = {};
@@ -219,7 +219,7 @@ IVFAST_INLINE void add_row_sums(T* out, const T* K, int64_t rows, int64_t cols) 
 
 // out_j += Σ_i K_ij
 template <class T>
-IVFAST_INLINE void add_column_sums(T* out, const T* K, int64_t rows, int64_t cols) {
+void add_column_sums(T* out, const T* K, int64_t rows, int64_t cols) {
   constexpr int L = lanes<T>;
   for (int64_t j = 0; j < cols; j += L) {
     Vec<T> sum = {};

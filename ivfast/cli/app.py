@@ -10,6 +10,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from .._extra import PACKAGES, PackageNotFound, check, not_found
+
+NEEDED = ("torchvision", "sklearn", "safetensors", "matplotlib", "tensorboard")  # by every command but info
+
 app = typer.Typer(
     name="ivfast",
     no_args_is_help=True,
@@ -44,16 +48,26 @@ def fail(error: object) -> NoReturn:
     raise typer.Exit(2) from None
 
 
-def friendly(command: Callable) -> Callable:
+def friendly(command: Callable, name: str = "") -> Callable:
     """Errors in one line and exit code 2, Ctrl-C in one line and 130 (SIGTERM: 143); under --debug with a traceback."""
+    name = name or command.__name__
 
     @functools.wraps(command)
     def wrapped(*args, debug: bool = False, **options):
         try:
+            if name != "info":  # before an hour of training rather than after it
+                check(f"ivfast {name}", *NEEDED)
             return command(*args, debug=debug, **options)
         except KeyboardInterrupt as stop:
             errors.print(f"\n[yellow]stopped[/yellow] {escape(str(stop).removeprefix('stopped '))}".rstrip())
             raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if debug or package not in PACKAGES:
+                raise
+            said = error if isinstance(error, PackageNotFound) else not_found(f"ivfast {name}", package)
+            errors.print(f"[bold red]error:[/bold red] {escape(str(said))}", soft_wrap=True)
+            raise typer.Exit(2) from None
         except (TypeError, ValueError, OSError, ArithmeticError, RuntimeError) as error:
             if debug or isinstance(error, typer.Exit):  # Exit is a RuntimeError
                 raise

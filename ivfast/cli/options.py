@@ -38,7 +38,7 @@ def declared(train: Callable, kind: type[Settings], defaults: Mapping[str, objec
     parameters = sorted([*made, *own], key=_panel)
     command.__signature__ = inspect.Signature(parameters)
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = train.__doc__
+    command.__name__, command.__doc__ = train.__name__, train.__doc__
     return command
 
 

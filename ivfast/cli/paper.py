@@ -1,5 +1,6 @@
 """`ivfast paper`: a command for each experiment."""
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -79,7 +80,7 @@ command goes on. The report is [b]report.md[/b], its numbers [b]report.json[/b].
 """
 
     @paper.command(experiment.name, help=about, short_help=f"{experiment.source}. {experiment.about}")
-    @friendly
+    @functools.partial(friendly, name="paper")
     def command(
         full: Annotated[
             bool, option("--full", help="The paper's size and data; where those are missing, says so and runs small.")

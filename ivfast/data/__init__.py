@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._extra import needs
 from . import decoded
 from .sources import DATASETS, DataNotFound, Encoded, Read
 
@@ -35,6 +36,7 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...]  # one name per label
 
 
+@needs("ivfast.data.load")
 def load(
     name: str,
     root: str | Path = "data",

@@ -9,8 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .._extra import needs
+
+with needs("ivfast.data"):
+    from safetensors import SafetensorError, safe_open
 
 _NAMES = {torch.uint8: "U8", torch.int64: "I64"}
 

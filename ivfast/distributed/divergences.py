@@ -41,7 +41,7 @@ def mmd(
         whole = (gather_rows(z, its) for z, its in zip((x, y), rows, strict=True))
         return one_mmd.mmd(*whole, kernel=kernel, scales=scales, bandwidth=bandwidth, unbiased=unbiased)
     _check.choice("kernel", kernel, one_mmd.KERNELS)
-    scales = one_mmd.SCALES[kernel] if scales is None else one_mmd._checked(scales)
+    factors = list(one_mmd.SCALES[kernel]) if scales is None else one_mmd._checked(scales)
     if bandwidth is None:
         bandwidth = 2.0 * x.shape[-1] if kernel == "imq" else "median"
     if isinstance(bandwidth, str):
@@ -54,7 +54,7 @@ def mmd(
     else:
         _check.number("bandwidth", bandwidth, positive=True)
         h = arithmetic(x).new_full(x.shape[:-2], bandwidth)
-    return _Mmd.apply(x, y, h, kernel == "imq", scales, unbiased, *rows)
+    return _Mmd.apply(x, y, h, kernel == "imq", factors, unbiased, *rows)
 
 
 def as_distance(
@@ -82,7 +82,7 @@ def as_distance(
     _check.choice("kernel", kernel, one_as.KERNELS)
     _check.choice("measure", measure, one_as.MEASURES)
     if gathers(exchange, *rows):
-        whole = []
+        whole: list[Tensor] = []
         for mu, logvar, its in ((mu_r, logvar_r, rows[0]), (mu_g, logvar_g, rows[1])):
             whole += gather_rows(torch.cat((mu, logvar), -1), its).chunk(2, -1)
         return one_as.as_distance(*whole, kernel=kernel, measure=measure, log=log, unbiased=unbiased)

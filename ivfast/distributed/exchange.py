@@ -1,9 +1,10 @@
 """Rows spread over the ranks of a group: how many each rank holds, gathering all on every rank, and a ring of
 blocks."""
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ TILE, TILE_ON_DEVICE = 1 << 20, 1 << 25
 class Rows(NamedTuple):
     """Rows `[..., n, d]` spread over the ranks of `group`, in the order of the ranks."""
 
-    group: object
+    group: Any
     rank: int
     counts: tuple[int, ...]
 
@@ -55,10 +56,10 @@ def rows_of(group, even: bool, at_least: int = 1, **tensors: Tensor) -> list[Row
     if even:
         return _enough(tensors, [Rows(group, rank, (x.shape[-2],) * world) for x in tensors.values()], at_least)
     first = next(iter(tensors.values()))
-    table = first.new_empty(world, len(tensors), 7, dtype=torch.int64)
+    gathered = first.new_empty(world, len(tensors), 7, dtype=torch.int64)
     own = torch.tensor([_description(x) for x in tensors.values()], device=first.device)
-    _collectives.all_gather(table.view(world * len(tensors), 7), own, group)
-    table = table.tolist()
+    _collectives.all_gather(gathered.view(world * len(tensors), 7), own, group)
+    table = gathered.tolist()
     for k, name in enumerate(tensors):
         for other, row in enumerate(table):
             if row[k][1:] != table[0][k][1:]:
@@ -227,6 +228,7 @@ def centred(group, *tensors: tuple[Tensor, Rows]) -> tuple[Tensor, list[Tensor]]
     """The mean `[..., 1, d]` of all rows of all tensors, the same on every rank, and the tensors minus that mean."""
     working = [arithmetic(x.detach()) for x, _ in tensors]
     n = sum(rows.total for _, rows in tensors)
-    centre = summed(sum(x.sum(-2, keepdim=True, dtype=torch.float64) for x in working), group) / n
+    sums = (x.sum(-2, keepdim=True, dtype=torch.float64) for x in working)
+    centre = summed(functools.reduce(torch.add, sums), group) / n
     centre = centre.to(working[0].dtype)
     return centre, [x - centre for x in working]

@@ -93,8 +93,10 @@ def svgd_bridge(
     (rows,) = rows_of(group, even, z=z)
     draws = prior_draws(z, draws, generator, leading=((t - 1) * iterations + 1,))
     if gathers(exchange, rows):
-        numbers = {"iterations": iterations, "step_size": step_size, "scale": scale, "noise": noise}
-        return rows.own(_bridge_of_one(gather_rows(z, rows), t, draws=gather_rows(draws, rows), **numbers))
+        whole, drawn = gather_rows(z, rows), gather_rows(draws, rows)
+        return rows.own(
+            _bridge_of_one(whole, t, iterations=iterations, step_size=step_size, scale=scale, noise=noise, draws=drawn)
+        )
     x, bridges = arithmetic(z), [z]
     for step, draw in enumerate(draws[:-1].unbind(0)):
         h = scale * _Median.apply(x.detach(), rows, "paper")

@@ -7,6 +7,7 @@ returns; systems without an encoder have no `encode`.
 raises ImportError if torchmetrics is not installed.
 """
 
+from .._extra import needs
 from .classes import Modes, accuracy, classifier_score, conditional_accuracy, modes, point_modes, probabilities
 from .features import (
     InceptionFeatures,
@@ -60,10 +61,6 @@ __all__ = [
 def __getattr__(name: str):
     if name not in ("FrechetInceptionDistance", "FrechetLatentDistance"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needs(f"{__name__}.{name}"):
         from . import torchmetrics
-    except ModuleNotFoundError as error:
-        if error.name != "torchmetrics":
-            raise
-        raise ImportError(f"{__name__}.{name} needs torchmetrics: pip install torchmetrics", name=error.name) from error
     return getattr(torchmetrics, name)

@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .._extra import needs
 from ..data import Dataset
+
+with needs("ivfast.metrics"):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
 
 FEATURES = 128
 RECIPE = "conv-bn-2"  # changes with the network or its training, so that old files are never mistaken for new ones

@@ -6,6 +6,8 @@ from unittest import mock
 import torch
 from torch import nn
 
+from .._extra import needs
+
 FEATURES = (64, 192, 768, 2048)
 
 
@@ -13,6 +15,7 @@ class WeightsNotFound(FileNotFoundError):
     """Inception's weights are not on this machine; the message says where they were expected."""
 
 
+@needs("Inception")
 def inception(weights: str | Path | None = None, *, download: bool = False, features: int = 2048) -> nn.Module:
     """Inception v3 as defined for FID: images `[n, 3, H, W]` in [0, 1] to one feature map.
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._extra import needs
 from ..ops.gaussian_statistics import GaussianStatistics
 from .features import distance_between
 
@@ -21,6 +22,7 @@ def latent_frechet_distance(z: Tensor) -> float:
     return float(distance_to_prior(GaussianStatistics(z.shape[1]).update(z.double())))
 
 
+@needs("ivfast.metrics.kl_to_prior")
 def kl_to_prior(z: Tensor, neighbours: int = 5) -> float:
     """KL(q(z) ‖ N(0, I)) in nats for codes `[n, d]` drawn from q, from the distances r to the k-th nearest neighbours:
 

@@ -96,13 +96,14 @@ def frechet_factor_trace_reference(c1: Tensor, c2: Tensor | None, gradients: boo
     """‖C₁C₂ᵀ‖_* and its gradients in C₁ and C₂ (empty unless requested); C₂ None is the identity."""
     # C = QR:  C₁C₂ᵀ = Q₁ R₁R₂ᵀ Q₂ᵀ, so a polar factor with min(n, d) rows and columns is enough
     Q1, R1 = torch.linalg.qr(c1)
-    Q2, R2 = (None, None) if c2 is None else torch.linalg.qr(c2)
-    trace, P = _polar(R1 if c2 is None else R1 @ R2.mT)
     empty = c1.new_empty(0)
+    if c2 is None:
+        trace, P = _polar(R1)
+        return trace, Q1 @ P if gradients else empty, empty.clone()
+    Q2, R2 = torch.linalg.qr(c2)
+    trace, P = _polar(R1 @ R2.mT)
     if not gradients:
         return trace, empty, empty.clone()
-    if c2 is None:
-        return trace, Q1 @ P, empty
     return trace, Q1 @ (P @ R2), Q2 @ (P.mT @ R1)
 
 

@@ -15,6 +15,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -135,12 +136,13 @@ class GaussianStatistics:
     def _add_between(self, n: int, rows: int, means: Tensor) -> None:
         """Add Σ_i n_i (m_i − m)(m_i − m)ᵀ for `self` and the chunks of n samples, whose scatters are already in."""
         counts = means.new_full((len(means) + 1,), rows)  # made on the device, without synchronising
-        counts[0], counts[-1] = self.count, n - rows * (len(means) - 1)
-        base = self.mean if self.count else means[0]
+        seen = self.count or 0
+        counts[0], counts[-1] = seen, n - rows * (len(means) - 1)
+        base = self.mean if seen else means[0]
         deltas = F.pad(
             means - base, (0, 0, 1, 0)
         )  # small even where means are large; the delta of `self` is 0 or has no weight
-        self.count += n
+        self.count = seen + n
         shift = (counts / self.count) @ deltas
         self._add_products((deltas - shift) * counts.sqrt().unsqueeze(1))
         self.mean = base + shift
@@ -181,9 +183,9 @@ class GaussianStatistics:
         ranks = dist.get_world_size(group)
         with _state():
             own = torch.tensor([d, -1 if self.count is None else self.count], device=device)
-            table = own.new_empty(ranks, 2)
-            _collectives.all_gather(table.view(-1), own, group)
-            table = table.tolist()
+            gathered = own.new_empty(ranks, 2)
+            _collectives.all_gather(gathered.view(-1), own, group)
+            table = gathered.tolist()
             for rank, (other_d, count) in enumerate(table):
                 if other_d != table[0][0]:
                     raise ValueError(f"d must match that of rank 0: {table[0][0]}, got {other_d} on rank {rank}")
@@ -199,7 +201,7 @@ class GaussianStatistics:
             # a rank that has seen nothing has mean 0 and no weight
             shift = sum((mean - base) * (count / total) for count, mean in zip(counts, means, strict=True))
             merged = copy.deepcopy(self)  # a failure leaves `self` unchanged
-            merged._add_products(((self.mean - base - shift) * math.sqrt(self.count)).unsqueeze(0))
+            merged._add_products(((self.mean - base - shift) * math.sqrt(self.count or 0)).unsqueeze(0))
             _collectives.all_reduce(merged._upper, group=group)
             self._upper, self.mean, self.count = merged._upper, base + shift, total
         return self
@@ -257,7 +259,7 @@ class GaussianStatistics:
         path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"path must end in .npz, by which pytorch-fid tells statistics, got {path}")
-        arrays = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
+        arrays: dict[str, Any] = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
         if self.count is not None:
             arrays["count"] = np.int64(self.count)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -339,4 +341,5 @@ def _one_pass(x: Tensor) -> bool:
 
 def _exact_products() -> bool:
     """Whether PyTorch multiplies float32 on the CPU in float32 rather than in bfloat16 or TF32."""
-    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # set by torch at import
+    return matmul.fp32_precision in ("none", "ieee")

@@ -4,6 +4,7 @@ MMD² = mean k(x, x') + mean k(y, y') − 2 mean k(x, y),  k = Σ_s s b/(s b + r
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -50,26 +51,27 @@ def mmd(
     """
     _check.two_samples("x", x, "y", y, at_least=2 if unbiased else 1)
     _check.choice("kernel", kernel, KERNELS)
-    scales = SCALES[kernel] if scales is None else _checked(scales)
+    factors = list(SCALES[kernel]) if scales is None else _checked(scales)
     if bandwidth is None:
         bandwidth = 2.0 * x.shape[-1] if kernel == "imq" else "median"
+    b = None
     if isinstance(bandwidth, str | Tensor):
-        bandwidth = _bandwidth(x, y, bandwidth)
+        b = _bandwidth(x, y, bandwidth)
     else:  # a number is folded into the scales, which saves filling a tensor
         _check.number("bandwidth", bandwidth, positive=True)
-        bandwidth, scales = None, [s * bandwidth for s in scales]
+        factors = [s * bandwidth for s in factors]
     if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _Mmd.apply(x, y, bandwidth, kernel == "imq", scales, unbiased)
-    return _forward(x, y, bandwidth, kernel == "imq", scales, unbiased, False, False)[0]
+        return _Mmd.apply(x, y, b, kernel == "imq", factors, unbiased)
+    return _forward(x, y, b, kernel == "imq", factors, unbiased, False, False)[0]
 
 
-def _checked(scales: tuple[float, ...]) -> list[float]:
-    scales = [float(s) for s in scales]
-    if not scales:
+def _checked(scales: Iterable[float]) -> list[float]:
+    factors = [float(s) for s in scales]
+    if not factors:
         raise ValueError("scales must hold at least one factor, got none")
-    for s in scales:
+    for s in factors:
         _check.number("scales", s, positive=True)
-    return scales
+    return factors
 
 
 def _bandwidth(x: Tensor, y: Tensor, bandwidth: Tensor | str) -> Tensor:

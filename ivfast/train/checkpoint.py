@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .._extra import needs
 from . import files
 from .phase import System
 from .settings import Settings
+
+with needs("ivfast.train"):
+    import safetensors.torch
+    from safetensors import SafetensorError, safe_open
 
 FORMAT = 1
 LAST = Path("checkpoints") / "last.safetensors"
