@@ -156,7 +156,9 @@ def test_a_command_that_lacks_one_package_names_it(missing, tmp_path):
     code = without(*missing) + f"import sys; sys.argv = {arguments!r}; from ivfast.__main__ import main; main()"
     result = python(code, COLUMNS="200")
     assert result.returncode == 2, result.stderr
-    assert re.fullmatch(r'error: ivfast[ .]\w+ needs [\w-]+: pip install "ivfast\[train\]"\n', result.stderr), result.stderr
+    assert re.fullmatch(r'error: ivfast[ .]\w+ needs [\w-]+: pip install "ivfast\[train\]"\n', result.stderr), (
+        result.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
