@@ -224,7 +224,7 @@ def test_error_in_one_line(arguments, message):
         (("evaluate", "--metrics", "modes"), r"modes needs a stacked data set or a mixture, got digits"),
         (
             ("evaluate", "--metrics", "fid", "--inception-weights", "none.pth"),
-            r"none\.pth is not there.*classifier-dis",
+            r"none\.pth does not exist.*classifier-dis",
         ),
     ],
 )
