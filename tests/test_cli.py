@@ -239,7 +239,7 @@ def test_damaged_checkpoint_in_one_line(run, tmp_path):
     (tmp_path / "broken" / "checkpoints").mkdir(parents=True)
     (tmp_path / "broken" / "config.json").write_bytes((run / "config.json").read_bytes())
     (tmp_path / "broken" / LAST).write_bytes((run / LAST).read_bytes()[:5000])
-    assert re.search(r"error: .*last\.safetensors: it is not a whole", command("sample", "broken", code=2))
+    assert re.search(r"error: .*last\.safetensors: it is not a complete", command("sample", "broken", code=2))
 
 
 def test_debug_shows_the_traceback():

@@ -293,7 +293,7 @@ def test_settings_go_through_json_and_reject_what_makes_no_sense(tmp_path):
 
 def test_fit_refuses_what_it_cannot_do(images, tmp_path):
     settings = small(steps=2)
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="the file does not exist"):
         train(settings, images, tmp_path / "new", resume=True)
     train(settings, images, tmp_path / "run")
     with pytest.raises(FileExistsError, match="holds a run already"):
