@@ -138,7 +138,11 @@ class Op:
         key = {"cuda": "CUDA", "cpu": "CPU"}.get(device)  # CPU: the shim of tests/simt
         if key and self._has_kernel(f"{self.name}.cuda", key):
             return None
-        return _no_kernel(self.name, "_cuda", "CUDA C++") if key == "CUDA" else f"CUDA C++ does not run on {device} tensors"
+        return (
+            _no_kernel(self.name, "_cuda", "CUDA C++")
+            if key == "CUDA"
+            else f"CUDA C++ does not run on {device} tensors"
+        )
 
     @staticmethod
     def _has_kernel(name: str, key: str) -> bool:

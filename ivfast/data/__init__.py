@@ -77,7 +77,9 @@ def load(
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
     recipe, root = DATASETS[family], Path(root).expanduser()
     if recipe.size is None and (image_size, channels) != (None, None):
-        raise ValueError(f"image_size and channels must be None for {name}, which holds points, got {image_size}, {channels}")
+        raise ValueError(
+            f"image_size and channels must be None for {name}, which holds points, got {image_size}, {channels}"
+        )
     size = recipe.size if image_size is None else image_size
     channels = recipe.channels if channels is None else channels
     if size is not None:
