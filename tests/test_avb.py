@@ -108,7 +108,7 @@ def test_four_points_are_their_own_bernoulli_outcomes():
         p = torch.sigmoid(copy.deepcopy(system.modules["generator"]).double()(z.double()))
         assert error(system.surprise(x, z), -(x * p.log() + (1 - x) * (1 - p).log()).sum(1)) < 2e-5
         assert error(system.decode(z), p) < 2e-5
-        with pytest.raises(ValueError, match="data must hold only 0 and 1, got ring"):
+        with pytest.raises(ValueError, match=f"data must hold only 0 and 1 for {name}, got ring"):
             build(small(system=name, data="ring"), (2,))
 
 

@@ -77,9 +77,7 @@ def load(
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
     recipe, root = DATASETS[family], Path(root).expanduser()
     if recipe.size is None and (image_size, channels) != (None, None):
-        raise ValueError(
-            f"image_size and channels must be None for {name}, which holds points, got {image_size}, {channels}"
-        )
+        raise ValueError(f"image_size and channels must be None for points ({name}), got {image_size}, {channels}")
     size = recipe.size if image_size is None else image_size
     channels = recipe.channels if channels is None else channels
     if size is not None:
@@ -178,7 +176,8 @@ def target_of(dataset: Dataset, target: str, root: str | Path = "data", *, downl
     other = load(target, root, size, channels, download=download)
     if len(other.classes) != len(dataset.classes):
         raise ValueError(
-            f"target must have the {len(dataset.classes)} classes of {dataset.name}, got {target} with {len(other.classes)}"
+            f"target must have the {len(dataset.classes)} classes of {dataset.name}, got {target}, which has "
+            f"{len(other.classes)}"
         )
     return other
 

@@ -50,7 +50,7 @@ def _state(weights: str | Path | None, url: str, download: bool) -> dict:
         if weights or not download:
             raise WeightsNotFound(
                 f"FID needs pytorch-fid's Inception weights, and {path.absolute()} does not exist. Give the file with "
-                "--inception-weights, fetch it (91 MB) with --download, or use classifier-distance, which needs no weights."
+                "--inception-weights, fetch it (91 MB) with --download, or use classifier-distance, which needs none."
             )
         try:
             return torch.hub.load_state_dict_from_url(url, check_hash=True, map_location="cpu", weights_only=True)

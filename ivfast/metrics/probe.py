@@ -43,9 +43,8 @@ def probe(
     """
     for what, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
         if labels is None or len(labels) != len(features):
-            raise ValueError(
-                f"{what}_labels must hold one label per feature: {len(features)}, got {0 if labels is None else len(labels)}"
-            )
+            got = "none" if labels is None else len(labels)
+            raise ValueError(f"{what}_labels must hold one label per feature: {len(features)}, got {got}")
     known, judged = train_labels >= 0, test_labels >= 0
     x, y = train[known].float().to(device), train_labels[known].to(device)
     x_test, y_test = test[judged].float().to(device), test_labels[judged].to(device)

@@ -47,7 +47,7 @@ class WaeGanSettings(DiscriminatorSettings, AutoEncoderSettings):
 class IvaaeSettings(DiscriminatorSettings, AutoEncoderSettings):
     t: int = setting(
         4,
-        help="Bridges after the code itself; the discriminator tells T + 1 distributions apart.",
+        help="Bridges after the code itself; D tells T + 1 distributions apart.",
         at_least=1,
         metavar="T",
     )

@@ -97,9 +97,7 @@ def load_weights(system: System, weights: Mapping[str, Tensor], path: Path) -> N
         if name not in weights:
             raise CheckpointError(path, f"the weight {name} is missing")
         if name not in own:
-            raise CheckpointError(
-                path, f"it has a weight {name}, which the system {system.settings.system} does not have"
-            )
+            raise CheckpointError(path, f"it has a weight {name}, which {system.settings.system} does not have")
         if own[name].shape != weights[name].shape:
             raise CheckpointError(
                 path, f"the weight {name} must have shape {tuple(own[name].shape)}, got {tuple(weights[name].shape)}"

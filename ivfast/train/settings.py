@@ -83,7 +83,7 @@ class Settings:
     betas: tuple[float, float] = setting((0.9, 0.999), help="Adam's two decay rates.", panel=OPTIMIZER, at_least=0)
     milestones: dict[int, float] = setting(  # noqa: RUF009
         {},
-        help="Factors on every learning rate, each by the epoch at which it starts. Factors multiply.",
+        help="Factors on every learning rate, by the epoch at which each starts. They multiply.",
         panel=OPTIMIZER,
     )
     device: str = setting(
