@@ -55,7 +55,7 @@ def two_samples(x_name: str, x: Tensor, y_name: str, y: Tensor, *, at_least: int
     samples(y_name, y, at_least=at_least)
     alike(y_name, y, x_name, x)
     if x.shape[:-2] != y.shape[:-2] or x.shape[-1] != y.shape[-1]:
-        raise ValueError(f"{y_name} must match {x_name} but for n: {tuple(x.shape)}, got {tuple(y.shape)}")
+        raise ValueError(f"{y_name} must match {x_name} except for n: {tuple(x.shape)}, got {tuple(y.shape)}")
 
 
 def choice(name: str, value: str, choices: tuple[str, ...]) -> None:

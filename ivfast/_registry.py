@@ -128,17 +128,21 @@ class Op:
             return None if self._has_kernel(self.name, "CPU") else _no_kernel(self.name, "_C", "C++")
         if name == "triton":
             if self.triton is None:
-                return "no Triton kernel is written for it"
+                return f"{self.name} has no Triton kernel"
             if importlib.util.find_spec("triton") is None:
                 return "the package triton is not installed"
             interpreted = os.environ.get("TRITON_INTERPRET") == "1"
             return None if device == "cuda" or interpreted else f"Triton does not run on {device} tensors"
         if not self.cuda:
-            return "no CUDA C++ kernel is written for it"
+            return f"{self.name} has no CUDA C++ kernel"
         key = {"cuda": "CUDA", "cpu": "CPU"}.get(device)  # CPU: the shim of tests/simt
         if key and self._has_kernel(f"{self.name}.cuda", key):
             return None
-        return _no_kernel(self.name, "_cuda", "CUDA C++") if key == "CUDA" else f"CUDA does not run on {device} tensors"
+        return (
+            _no_kernel(self.name, "_cuda", "CUDA C++")
+            if key == "CUDA"
+            else f"CUDA C++ does not run on {device} tensors"
+        )
 
     @staticmethod
     def _has_kernel(name: str, key: str) -> bool:
@@ -180,11 +184,11 @@ def instruction_set(wanted: str | None = None) -> str:
     index = -1 if wanted is None else INSTRUCTION_SETS.index(wanted)
     found = INSTRUCTION_SETS[choose(index)]
     if wanted not in (None, found):
-        raise ValueError(f"this CPU does not have {wanted}: {found} is the most")
+        raise ValueError(f"this CPU does not have {wanted}; the most it has is {found}")
     return found
 
 
 def _no_kernel(name: str, module: str, language: str) -> str:
     if module in EXTENSION_ERRORS:
-        return f"the extension ivfast.{module} is not there ({EXTENSION_ERRORS[module]})"
-    return f"no {language} kernel is written for {name}"
+        return f"the extension ivfast.{module} is not available ({EXTENSION_ERRORS[module]})"
+    return f"{name} has no {language} kernel"

@@ -182,4 +182,4 @@ def _unexpected(distribution: str, expected: str, found: str) -> RuntimeError:
         version = importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         version = "of unknown version"
-    return RuntimeError(f"{distribution} {version}: looked for {expected}, but {found}; nothing is patched")
+    return RuntimeError(f"{distribution} {version}: expected {expected}, but {found}; nothing was patched")

@@ -169,7 +169,7 @@ def _target(log_prob, score, x0: Tensor) -> Callable[[Tensor], Tensor] | None:
     if isinstance(log_prob, Distribution):
         event, d = tuple(log_prob.event_shape), x0.shape[-1]
         if event not in ((), (d,)):
-            raise ValueError(f"log_prob must be a distribution over (d,) = ({d},) or (), as x0, got {event}")
+            raise ValueError(f"log_prob must be a distribution over ({d},), as x0, or over (), got {event}")
         coordinates = event == ()
     density = getattr(log_prob, "log_prob", log_prob)
     if not callable(density):
@@ -270,7 +270,7 @@ class _Run:
         if bad := int(bad_scores):
             what = f"the score is not finite at {bad} of {count} particles"
         else:
-            what = f"the step took some of {count} particles out of the range of {x.dtype}: a smaller one may help"
+            what = f"the step moved some of {count} particles out of the range of {x.dtype}; try a smaller step"
         self.state = _State(steps, x, good, bad_scores)
         message = f"step {steps + 1}: {what}; `result` of this error holds the particles of step {steps}"
         raise NonFiniteParticles(message, steps + 1, self.result(interrupted=False))

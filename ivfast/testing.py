@@ -109,7 +109,7 @@ def compare(case: Case, tensors: list[Tensor], implementation: str | None = None
 def check(case: Case, tensors: list[Tensor], implementation: str | None = None) -> None:
     """Raise AssertionError if `compare` finds an error above 1."""
     wrong = {name: ratio for name, ratio in compare(case, tensors, implementation).items() if not ratio <= 1}
-    assert not wrong, f"{case} in {tensors[0].dtype}, times what is allowed: {wrong}"
+    assert not wrong, f"{case} in {tensors[0].dtype}, error / tolerance: {wrong}"
 
 
 def _normal(*shapes: tuple[int, ...], scale: float = 1.0, shift: float = 0.0):

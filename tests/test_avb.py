@@ -108,7 +108,7 @@ def test_four_points_are_their_own_bernoulli_outcomes():
         p = torch.sigmoid(copy.deepcopy(system.modules["generator"]).double()(z.double()))
         assert error(system.surprise(x, z), -(x * p.log() + (1 - x) * (1 - p).log()).sum(1)) < 2e-5
         assert error(system.decode(z), p) < 2e-5
-        with pytest.raises(ValueError, match="ring is not of 0 and 1"):
+        with pytest.raises(ValueError, match=f"data must hold only 0 and 1 for {name}, got ring"):
             build(small(system=name, data="ring"), (2,))
 
 
@@ -286,7 +286,7 @@ def test_kl_to_prior_is_that_of_gaussians():
         # the noise of the mean of log q/p + d log r, and a bias that grows with d
         assert metrics.kl_to_prior(z) == pytest.approx(truth, abs=0.05 if d < 6 else 0.15)
     assert metrics.kl_to_prior(torch.zeros(10, 2)) == math.inf
-    with pytest.raises(ValueError, match="codes must be more than neighbours = 5, got 5"):
+    with pytest.raises(ValueError, match="codes must hold n > neighbours = 5 samples, got n = 5"):
         metrics.kl_to_prior(torch.randn(5, 2))
     with pytest.raises(ValueError, match="codes must be finite"):
         metrics.kl_to_prior(torch.full((9, 2), math.nan))

@@ -287,21 +287,21 @@ class Faulty(WaeMmd):
 
 
 FAULTS = {
-    "item": (r"Tensor\.item", "brings values to the host"),
+    "item": (r"Tensor\.item", "copies values to the host"),
     "branch": (r"Tensor\.__bool__", "reads a value on the host"),
-    "cpu": (r"Tensor\.cpu", "brings values to the host"),
-    "numpy": (r"Tensor\.numpy", "brings values to the host"),
+    "cpu": (r"Tensor\.cpu", "copies values to the host"),
+    "numpy": (r"Tensor\.numpy", "copies values to the host"),
     "mask": (r"aten\.index\.Tensor", "takes a mask"),
     "nonzero": (r"aten\.nonzero\.default", "has a shape that depends on values"),
     "svd": (r"aten\._linalg_svd\.default", "waits for its error code"),
     "waiting": (r"ivfast_test\.waiting\.default", "waits for the device"),
-    "counting": (r"aten\.mul\.Tensor", "got 3, and 2 in the step before: what changes must stand in a tensor"),
-    "course": (r"aten\.\w+\.\w+", "is called where the step before called"),
-    "longer": (r"aten\.\w+\.\w+", "is called where the step before called|was not called in the step before"),
-    "moving": (r"aten\.\w+\.\w+", "reads a tensor that is not where the step before read it"),
+    "counting": (r"aten\.mul\.Tensor", "got 3, and 2 in the previous step: put a value that changes into a tensor"),
+    "course": (r"aten\.\w+\.\w+", "is called where the previous step called"),
+    "longer": (r"aten\.\w+\.\w+", "is called where the previous step called|was not called in the previous step"),
+    "moving": (r"aten\.\w+\.\w+", "reads a tensor that has moved since the previous step"),
     "growing": (r"aten\.clone\.default", "made a tensor that is still held after the next step"),
     "constant": (r"torch\.tensor", "makes a tensor from values on the host"),
-    "generator": (r"aten\.randn\.generator", "draws from a generator of its own"),
+    "generator": (r"aten\.randn\.generator", "draws from its own generator"),
 }
 
 
@@ -349,9 +349,7 @@ def test_a_capture_that_the_device_refuses_says_where(images, tapes, tmp_path, m
         monkeypatch.setattr(run_module, "CudaGraphs", lambda device: Stubborn())
         with pytest.raises(CannotCapture) as caught:
             train(small(steps=9), images, tmp_path)
-    expected = (
-        r"capture \(test_capture.py:\d+\) failed: operation not permitted when stream is capturing; without capture"
-    )
+    expected = r"capture \(test_capture.py:\d+\) failed: operation not permitted when stream is capturing; the system trains with --no-capture"
     assert re.search(expected, str(caught.value))
     assert "Compile" not in str(caught.value)
 
@@ -367,7 +365,7 @@ def test_a_rate_that_is_a_number_is_refused_where_milestones_would_change_it(ima
     settings = small("wae-mmd", milestones={1: 0.5}, steps=9)
     with tapes() as made:
         _, history = train(settings, images, tmp_path / "a", Descent)
-        assert "in phase 'autoencoder', SGD has a number as learning rate" in history[0]["why"]
+        assert "in phase 'autoencoder', SGD has a number as its learning rate" in history[0]["why"]
         _, history = train(dataclasses.replace(settings, milestones={}), images, tmp_path / "b", Descent)
         assert history[0]["captured"] is True
     assert [tape.recorded for tape in made] == [0, 1]
@@ -413,17 +411,17 @@ def test_a_rate_in_a_tensor_gives_the_bits_of_a_number(images):
 def test_the_default_follows_the_device_and_says_why(images, tmp_path):
     gpu = small(device="cuda")
     assert choose(gpu) == (True, "the default on CUDA: one launch per step")
-    assert choose(dataclasses.replace(gpu, capture=False)) == (False, "turned off")
-    assert choose(dataclasses.replace(gpu, capture=True, compile=True)) == (True, "asked for")
+    assert choose(dataclasses.replace(gpu, capture=False)) == (False, "turned off by --no-capture")
+    assert choose(dataclasses.replace(gpu, capture=True, compile=True)) == (True, "requested by --capture")
     assert choose(dataclasses.replace(gpu, compile=True))[0] is False
-    with pytest.raises(ValueError, match="capture needs a CUDA device, the run is on cpu; take --no-capture"):
+    with pytest.raises(ValueError, match="capture needs a CUDA device, the run is on cpu; use --no-capture"):
         train(small(capture=True), images, tmp_path / "asked")
     _, history = train(small(steps=2), images, tmp_path / "cpu")
     assert history[0] == {
         "kind": "capture",
         "step": 1,
         "captured": False,
-        "why": "CUDA graphs need a CUDA device, this is cpu",
+        "why": "CUDA graphs need a CUDA device, the run is on cpu",
     }
 
 

@@ -95,7 +95,7 @@ def test_options_reach_the_settings_and_training_improves(run):
         "fld_weight": 0.5, "learning_rates": {"default": 0.002}, "flip": True, "data_memory": 0,
     }  # fmt: skip
     assert {name: saved[name] for name in expected} == expected
-    assert "the 1,497 training images stay on the host, their batches are prefetched" in text
+    assert "the 1,497 training images stay on the host, and their batches are prefetched" in text
     system, _ = load_system("other")
     assert system.image_shape == (1, 12, 12)
 
@@ -181,11 +181,11 @@ ERRORS = {
     "no such setting": (["train", "--set", "widht=3"], r"no setting 'widht'; did you mean width\?"),
     "setting of another system": (
         ["train", "wae-mmd", "--packing", "2"],
-        r"packing does nothing to wae-mmd; it is read by ivdcgan, ivlsgan, dcgan",
+        r"packing has no effect on wae-mmd; it is read by ivdcgan, ivlsgan, dcgan",
     ),
     "setting of most": (
         ["train", "wae-mmd", "--set", "discriminator_width=8"],
-        r"does nothing to wae-mmd; it is read by all but wae-mmd, introvae, s-introvae, as-introvae",
+        r"has no effect on wae-mmd; it is read by all but wae-mmd, introvae, s-introvae, as-introvae",
     ),
     "setting without value": (["train", "--set", "width"], r"--set takes NAME=VALUE, got 'width'"),
     "setting of a wrong type": (["train", "--set", "lam=much"], r"--set lam takes a JSON value like 1.0, got 'much'"),
@@ -196,7 +196,7 @@ ERRORS = {
     "absent device": (["train", "--device", "cuda:99"], r"--device cuda:99 is not there: torch .* use --device cpu"),
     "capture on a CPU": (
         ["train", "--capture", "--device", "cpu"],
-        r"capture needs a CUDA device, .* take --no-capture",
+        r"capture needs a CUDA device, .* use --no-capture",
     ),
     "resume what": (["train", "--resume"], r"--resume needs the run's folder by --out"),
     "resume nothing": (["train", "--resume", "--out", "nope"], r"nope is not the folder of a run"),
@@ -224,7 +224,7 @@ def test_error_in_one_line(arguments, message):
         (("evaluate", "--metrics", "modes"), r"modes needs a stacked data set or a mixture, got digits"),
         (
             ("evaluate", "--metrics", "fid", "--inception-weights", "none.pth"),
-            r"none\.pth is not there.*classifier-dis",
+            r"none\.pth does not exist.*classifier-dis",
         ),
     ],
 )
@@ -239,7 +239,7 @@ def test_damaged_checkpoint_in_one_line(run, tmp_path):
     (tmp_path / "broken" / "checkpoints").mkdir(parents=True)
     (tmp_path / "broken" / "config.json").write_bytes((run / "config.json").read_bytes())
     (tmp_path / "broken" / LAST).write_bytes((run / LAST).read_bytes()[:5000])
-    assert re.search(r"error: .*last\.safetensors: it is not a whole", command("sample", "broken", code=2))
+    assert re.search(r"error: .*last\.safetensors: it is not a complete", command("sample", "broken", code=2))
 
 
 def test_debug_shows_the_traceback():

@@ -206,14 +206,14 @@ def test_what_does_not_fit_raises_on_every_rank(results):
         assert all(result["said"] == messages for result in ranks)
         last = world - 1
         assert messages == [
-            "x must match that of rank 0 but for n: d = 5, torch.float32, without gradient, "
+            "x must match rank 0's except for n: d = 5, torch.float32, without gradient, "
             f"got d = 4, torch.float32, without gradient on rank {last}",
-            "y must match that of rank 0 but for n: d = 2, torch.float32, without gradient, "
+            "y must match rank 0's except for n: d = 2, torch.float32, without gradient, "
             f"got d = 2, torch.float64, without gradient on rank {last}",
-            "z must match that of rank 0 but for n: d = 2, torch.float32, without gradient, "
+            "z must match rank 0's except for n: d = 2, torch.float32, without gradient, "
             f"got d = 2, torch.float32, with gradient on rank {last}",
-            "x must hold n >= 1 samples on all ranks together, got 0",
-            "z must hold n >= 2 samples on all ranks together, got 1",
+            "x must hold n >= 1 samples over all ranks, got 0",
+            "z must hold n >= 2 samples over all ranks, got 1",
             "exchange must be one of 'auto', 'gather', 'ring', got 'none'",
         ]
 

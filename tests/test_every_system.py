@@ -164,7 +164,7 @@ def test_a_setting_changes_every_system_that_has_it(setting):
 def test_a_setting_is_refused_by_every_system_that_does_not_have_it(setting):
     for name, kind in SYSTEMS.items():
         if setting not in kind.Settings.declared():
-            with pytest.raises(ValueError, match=f"^{setting} does nothing to {name}; it is read by "):
+            with pytest.raises(ValueError, match=f"^{setting} has no effect on {name}; it is read by "):
                 dataclasses.replace(preset(name, "digits"), **{setting: 1})
 
 

@@ -246,7 +246,7 @@ class TestErrors:
             ("other", lambda: own.merge(stats)),
             ("self", lambda: stats.scatter),
         ):
-            with pytest.raises(ValueError, match=f"{name} must know its count of samples"):
+            with pytest.raises(ValueError, match=f"{name} must have a count of samples"):
                 call()
         expected = ivfast.frechet_distance(own.mean, own.covariance, stats.mean, torch.eye(3).double())
         assert float(own.frechet_distance(stats)) == float(expected)

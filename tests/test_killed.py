@@ -183,7 +183,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(full_for, serv
     most = last.stat().st_size - 1 if full_for == "checkpoint" else log.stat().st_size + 1
     resource.prlimit(run.process.pid, resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
     text = run.end(2)
-    reason = rf"{checkpoint.LAST}: the checkpoint could not be written .*; the one written before is untouched"
+    reason = rf"{checkpoint.LAST}: the checkpoint could not be written .*; the previous checkpoint is intact"
     if full_for == "everything":  # whichever is written first
         reason += r"|error: .*File too large: .*log\.jsonl"
     assert re.search(reason, text)

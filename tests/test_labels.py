@@ -60,7 +60,7 @@ def test_training_sets_hide_and_drop_what_the_shares_say(digits):
     images, labels = of("ada")
     assert torch.equal(images, torch.cat([digits.train, 255 - digits.train]))
     assert torch.equal(labels, torch.cat([digits.train_labels, torch.full((len(digits.train),), -1)]))
-    with pytest.raises(ValueError, match="label_share does nothing to cgan; it is read by svae, aasvae"):
+    with pytest.raises(ValueError, match="label_share has no effect on cgan; it is read by svae, aasvae"):
         of("cgan", label_share=0.1)
     without = digits._replace(name="celeba", train_labels=None, classes=())
     with pytest.raises(ValueError, match="cgan learns from labels, and celeba has none"):
@@ -75,9 +75,13 @@ def test_fit_refuses_labels_that_the_system_cannot_read(digits, tmp_path):
         fit(build(settings, SHAPE), digits.train[:60], settings, tmp_path, labels=labels, progress=False)
 
     for name, labels, message in (
-        ("gan", torch.zeros(60).long(), "labels must be None: gan reads none"),
+        ("gan", torch.zeros(60).long(), "labels must be None: gan does not read labels"),
         ("cgan", None, "labels must be given: cgan learns from them"),
-        ("cvae", torch.arange(60) % 10 - 1, r"labels must be 0\.\.9, got -1\.\.8, −1 for none, as cvae needs one"),
+        (
+            "cvae",
+            torch.arange(60) % 10 - 1,
+            r"labels must be 0\.\.9, got -1\.\.8; −1 stands for no label, and cvae needs one",
+        ),
         ("svae", torch.arange(60) % 11, r"labels must be -1\.\.9, got 0\.\.10"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -65,7 +65,7 @@ def test_linear_multi_js_is_checked():
     wrong = [
         ((features[:14], weight, bias), r"features must hold n rows for each of weight's C = 5 classes, got \(14, 4\)"),
         ((features[:, :3], weight, bias), r"features must be .* with f = 4 as in weight, got \(15, 3\)"),
-        ((features, weight, bias[:4]), r"bias must have shape \(5,\) as weight's rows, got \(4,\)"),
+        ((features, weight, bias[:4]), r"bias must have shape \(5,\), one entry per row of weight, got \(4,\)"),
         ((features, weight[0], bias), r"weight must be \[C, f\] with C >= 2, got \(4,\)"),
     ]
     for arguments, message in wrong:

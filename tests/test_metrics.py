@@ -258,7 +258,7 @@ def test_fid_without_weights_downloads_nothing_unless_asked(tmp_path, monkeypatc
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("downloaded"))
     with pytest.raises(WeightsNotFound, match=r"checkpoints/pt_inception.*--inception-weights.*--download"):
         inception()
-    with pytest.raises(WeightsNotFound, match=r"nowhere\.pth is not there"):
+    with pytest.raises(WeightsNotFound, match=r"nowhere\.pth does not exist"):
         inception(tmp_path / "nowhere.pth", download=True)
 
     def refuse(*args, **keywords):
@@ -274,7 +274,7 @@ def test_fid_refuses_a_file_of_other_weights(tmp_path):
     with pytest.raises(ValueError, match="does not hold pytorch-fid's Inception"):
         inception(tmp_path / "other.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(ValueError, match="is not a file of weights"):
+    with pytest.raises(ValueError, match="does not hold weights"):
         inception(tmp_path / "text.pth")
     with pytest.raises(ValueError, match="features must be one of 64, 192, 768, 2048, got 100"):
         inception(tmp_path / "other.pth", features=100)

@@ -130,9 +130,9 @@ def test_probe_learns_what_the_features_show_and_nothing_else():
     assert probe(noise[0], labels, noise[1], labels, **options).errors[-1] > 0.4
     hidden = labels.where(torch.arange(300) % 2 == 0, -1)
     assert probe(shown, hidden, shown, labels, **options).errors[-1] == 0
-    with pytest.raises(ValueError, match="train_labels must have one label per feature: 300"):
+    with pytest.raises(ValueError, match="train_labels must hold one label per feature: 300, got 5"):
         probe(shown, labels[:5], shown, labels)
-    with pytest.raises(ValueError, match="two classes"):
+    with pytest.raises(ValueError, match="at least 2 classes, got 1"):
         probe(shown, 0 * labels, shown, 0 * labels)
     encoder = models.build(models.preset("wae-gan", "digits"), (1, 8, 8)).modules["encoder"]
     layer = last_hidden_layer(encoder)(torch.randn(5, 1, 8, 8))

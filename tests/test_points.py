@@ -83,7 +83,7 @@ def test_data_sets_of_points_load_like_the_others(tmp_path):
     assert torch.equal(ring.test, points.load("ring", 10_000, 1))
     assert (ring.train_labels, ring.test_labels, ring.classes) == (None, None, ())
     assert len(load("ring", limit=100).train) == 100
-    with pytest.raises(ValueError, match="ring holds points: image_size and channels must be None, got 8, None"):
+    with pytest.raises(ValueError, match=r"image_size and channels must be None for points \(ring\), got 8, None"):
         load("ring", image_size=8)
     with pytest.raises(ValueError, match="name must be one of 'ring'"):
         points.load("rings", 5)

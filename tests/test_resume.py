@@ -177,7 +177,7 @@ def test_failed_write_keeps_the_old_checkpoint_and_says_so(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))  # like a full disk: the write itself fails
     try:
-        with pytest.raises(CheckpointError, match=r"could not be written .*; the one written before is untouched"):
+        with pytest.raises(CheckpointError, match=r"could not be written .*; the previous checkpoint is intact"):
             checkpoint.write(path, {"weights/a": torch.zeros(2**20)}, {"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -197,16 +197,16 @@ def test_load_system_names_the_file_and_the_reason(images, tmp_path):
 
     whole, saved = path.read_bytes(), checkpoint.read(path)
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"last\.safetensors: it is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"last\.safetensors: it is not a complete safetensors file"):
         load_system(tmp_path)
     path.write_bytes(b"hello")
-    with pytest.raises(CheckpointError, match="it is not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match="it is not a complete safetensors file"):
         load_system(tmp_path)
     safetensors.torch.save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(CheckpointError, match="not a checkpoint of ivfast"):
         load_system(tmp_path)
     path.unlink()
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="the file does not exist"):
         load_system(tmp_path)
 
     about = {k: v for k, v in saved.about.items() if k != "format"}

@@ -75,15 +75,15 @@ def test_a_new_setting_is_checked_wherever_it_comes_from():
 
 @pytest.mark.usefixtures("warmth")
 def test_a_new_setting_is_refused_by_every_other_system():
-    refused = "warmth does nothing to wae-mmd; it is read by wae-gan"
+    refused = "warmth has no effect on wae-mmd; it is read by wae-gan"
     for arguments in (("--warmth", 1), ("--warmth=1",), ("--set", "warmth=1")):
         assert error("train", "wae-mmd", *arguments) == refused
         assert error("train", *arguments, "wae-mmd") == refused
-    assert error("train", "--warmth", 1) == "warmth does nothing to ivaae-rad; it is read by wae-gan"
-    assert error("train", "wae-mmd", "--no-loud") == "loud does nothing to wae-mmd; it is read by wae-gan"
+    assert error("train", "--warmth", 1) == "warmth has no effect on ivaae-rad; it is read by wae-gan"
+    assert error("train", "wae-mmd", "--no-loud") == "loud has no effect on wae-mmd; it is read by wae-gan"
     for name in models.SYSTEMS:
         if name != "wae-gan":
-            with pytest.raises(ValueError, match=f"^warmth does nothing to {name}; it is read by wae-gan$"):
+            with pytest.raises(ValueError, match=f"^warmth has no effect on {name}; it is read by wae-gan$"):
                 dataclasses.replace(models.preset(name, "digits"), warmth=1.0)
     assert error("train", "aae", "--warmht", 1) == "wae-gan has no option --warmht; did you mean --warmth?"
     assert error("train", "aae", "--set", "warmht=1").startswith("there is no setting 'warmht'; did you mean warmth?")
@@ -108,7 +108,7 @@ def test_a_new_setting_is_saved_and_read_back():
         "run/config.json: unknown settings: colour, which wae-gan does not have"
     )
     Path("run/config.json").write_text(json.dumps({**saved, "packing": 2}))
-    assert "packing does nothing to wae-gan; it is read by ivdcgan" in error("evaluate", "run")
+    assert "packing has no effect on wae-gan; it is read by ivdcgan" in error("evaluate", "run")
 
 
 @pytest.mark.usefixtures("warmth")

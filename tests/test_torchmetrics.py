@@ -114,7 +114,7 @@ def test_reset(sets, keep):
     if keep:
         assert metric.compute().item() == expected(real, 2 * fake)
     else:
-        with pytest.raises(RuntimeError, match="real images must be at least 2, got 0"):
+        with pytest.raises(RuntimeError, match="real must hold at least 2 images, got 0"):
             metric.compute()
         metric.update(fake, real=True)
         assert metric.compute().item() == expected(fake, 2 * fake)
@@ -177,7 +177,7 @@ def test_what_does_not_fit(sets):
     with pytest.raises(ValueError, match="num_features must be given"):
         metrics.FrechetInceptionDistance(nn.Identity())
     metric = filled(distance(), sets[0], sets[1][:1])
-    with pytest.raises(RuntimeError, match="fake images must be at least 2, got 1"):
+    with pytest.raises(RuntimeError, match="fake must hold at least 2 images, got 1"):
         metric.compute()
     with pytest.raises(ValueError, match=r"x must have shape \[n, 6\]"):
         metric.update(torch.randn(3, 5), real=True)
@@ -186,7 +186,7 @@ def test_what_does_not_fit(sets):
         metric.compute()
     latent = metrics.FrechetLatentDistance(6)
     latent.update(sets[0][:1])
-    with pytest.raises(RuntimeError, match="codes must be at least 2, got 1"):
+    with pytest.raises(RuntimeError, match="codes must hold at least 2 samples, got 1"):
         latent.compute()
 
 

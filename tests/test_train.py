@@ -277,7 +277,7 @@ def test_settings_go_through_json_and_reject_what_makes_no_sense(tmp_path):
             assert Settings.load(tmp_path / "config.json") == settings
     with pytest.raises(ValueError, match="unknown settings: colour"):
         Settings.from_dict({"colour": "red"})
-    with pytest.raises(ValueError, match="packing does nothing to wae-mmd; it is read by ivdcgan, ivlsgan, dcgan"):
+    with pytest.raises(ValueError, match="packing has no effect on wae-mmd; it is read by ivdcgan, ivlsgan, dcgan"):
         dataclasses.replace(preset("wae-mmd", "digits"), packing=2)
     with pytest.raises(ValueError, match="unknown settings: epoch; did you mean epochs"):
         dataclasses.replace(preset("wae-mmd", "digits"), epoch=2)
@@ -293,19 +293,19 @@ def test_settings_go_through_json_and_reject_what_makes_no_sense(tmp_path):
 
 def test_fit_refuses_what_it_cannot_do(images, tmp_path):
     settings = small(steps=2)
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match="the file does not exist"):
         train(settings, images, tmp_path / "new", resume=True)
     train(settings, images, tmp_path / "run")
-    with pytest.raises(FileExistsError, match="holds a run already"):
+    with pytest.raises(FileExistsError, match="already holds a run"):
         train(settings, images, tmp_path / "run")
     with pytest.raises(ValueError, match=r"settings\.latent_dim must match those in .*last\.safetensors: 8, got 4"):
         train(dataclasses.replace(settings, latent_dim=4), images, tmp_path / "run", resume=True)
-    with pytest.raises(CheckpointError, match="its data order is of 60 images, not 59"):
+    with pytest.raises(CheckpointError, match="its data order is for 60 images, not 59"):
         train(dataclasses.replace(settings, steps=4), images[:59], tmp_path / "run", resume=True)
     with pytest.raises(ValueError, match=r"images must have shape \[N, 1, 8, 8\], got \(60, 1, 8, 4\)"):
         train(settings, images[..., :4], tmp_path / "x")
     with pytest.raises(ValueError, match="images must be on the host or on cpu, got meta"):
         train(settings, images.to("meta"), tmp_path / "x")
     other = dataclasses.replace(settings, seed=settings.seed + 1)
-    with pytest.raises(ValueError, match=r"settings\.seed must match those the system was built from"):
+    with pytest.raises(ValueError, match=r"settings\.seed must match those that the system was built from"):
         fit(build(settings, SHAPE), images, other, tmp_path / "x", progress=False)

@@ -22,7 +22,7 @@ COLUMNS = (("cpu", "cpu", "C++"), ("triton", "cuda", "Triton"), ("cuda", "cuda",
 def missing(op: Op) -> tuple[str | None, ...]:
     """Per column of the table: why the implementation cannot serve, without the op's name; None where it can."""
     reasons = (op.missing(implementation, device) for implementation, device, _ in COLUMNS)
-    return tuple(reason and reason.replace(op.name, "it") for reason in reasons)
+    return tuple(reason and reason.replace(op.name, "the op") for reason in reasons)
 
 
 def served(reasons: tuple[str | None, ...]) -> tuple[str, str]:

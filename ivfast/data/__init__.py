@@ -77,7 +77,7 @@ def load(
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
     recipe, root = DATASETS[family], Path(root).expanduser()
     if recipe.size is None and (image_size, channels) != (None, None):
-        raise ValueError(f"{name} holds points: image_size and channels must be None, got {image_size}, {channels}")
+        raise ValueError(f"image_size and channels must be None for points ({name}), got {image_size}, {channels}")
     size = recipe.size if image_size is None else image_size
     channels = recipe.channels if channels is None else channels
     if size is not None:
@@ -124,7 +124,7 @@ def _decoded(
         with decoded.create(cache, like, {"classes": json.dumps(tuple(read.classes))}) as out:
             fill(out)
     except OSError as error:
-        warnings.warn(f"{cache} could not be written, so the next start decodes again: {error}", stacklevel=3)
+        warnings.warn(f"{cache} could not be written, so the next run decodes the images again: {error}", stacklevel=3)
         out = {key: torch.empty(*size, dtype=dtype) for key, (dtype, size) in like.items()}
         fill(out)
         return _dataset(name, out, read.classes)
@@ -176,7 +176,8 @@ def target_of(dataset: Dataset, target: str, root: str | Path = "data", *, downl
     other = load(target, root, size, channels, download=download)
     if len(other.classes) != len(dataset.classes):
         raise ValueError(
-            f"target must have the classes of {dataset.name}, {len(dataset.classes)}; {target} has {len(other.classes)}"
+            f"target must have the {len(dataset.classes)} classes of {dataset.name}, got {target}, which has "
+            f"{len(other.classes)}"
         )
     return other
 

@@ -63,8 +63,8 @@ def _torchvision(make: Callable, what: str, folder: Path, needs: str, download: 
         if isinstance(error, ImportError):
             raise
         raise DataNotFound(
-            f"{what} is not in {folder.absolute()}: it needs {needs}, whole and undamaged. "
-            "Add --download (download=True) to fetch it, or name by --root the folder that holds it."
+            f"{what} is not in {folder.absolute()}: expected {needs}, complete and undamaged. "
+            "Add --download (download=True) to fetch it, or give the folder that holds it with --root."
         ) from error
 
 
@@ -164,8 +164,8 @@ def _lsun(root: Path, category: str, download: bool) -> Read:
     def split(folder):
         if not (folder / "data.mdb").is_file():
             raise DataNotFound(
-                f"LSUN is not in {root.absolute()}: it needs {folder.name}/data.mdb. torchvision cannot download it; "
-                "fetch a category with github.com/fyu/lsun and name it as lsun:church_outdoor."
+                f"LSUN is not in {root.absolute()}: expected {folder.name}/data.mdb. torchvision cannot download it; "
+                "fetch a category with github.com/fyu/lsun and select it as lsun:church_outdoor."
             )
         environment = lmdb.open(str(folder), readonly=True, lock=False, readahead=False, meminit=False)
         with environment.begin() as transaction:
@@ -196,8 +196,8 @@ def _folder(root: Path, category: str, download: bool) -> Read:
         train = [path for i, path in enumerate(train) if i % 10]
     if not train or not test:
         raise DataNotFound(
-            f"an image folder needs two images or more, found {len(train) + len(test)} in {train_folder.absolute()} "
-            f"({', '.join(SUFFIXES)}). Name by --root the folder that holds them."
+            f"an image folder must hold at least 2 images, found {len(train) + len(test)} in {train_folder.absolute()} "
+            f"({', '.join(SUFFIXES)}). Give the folder that holds them with --root."
         )
 
     def class_of(path):
@@ -209,7 +209,7 @@ def _folder(root: Path, category: str, download: bool) -> Read:
     classes = sorted({class_of(path) for path in train})
     unknown = sorted({class_of(path) for path in test} - set(classes))
     if unknown:
-        raise ValueError(f"{test_folder} holds classes that {train_folder} does not: {', '.join(unknown)}")
+        raise ValueError(f"{test_folder} has classes that {train_folder} does not have: {', '.join(unknown)}")
     labels = (torch.tensor([classes.index(class_of(path)) for path in split]) for split in (train, test))
     return Read(Encoded(train, Image.open), next(labels), Encoded(test, Image.open), next(labels), classes)
 

@@ -64,14 +64,14 @@ def rows_of(group, even: bool, at_least: int = 1, **tensors: Tensor) -> list[Row
         for other, row in enumerate(table):
             if row[k][1:] != table[0][k][1:]:
                 wanted, got = _said(table[0][k]), _said(row[k])
-                raise ValueError(f"{name} must match that of rank 0 but for n: {wanted}, got {got} on rank {other}")
+                raise ValueError(f"{name} must match rank 0's except for n: {wanted}, got {got} on rank {other}")
     return _enough(tensors, [Rows(group, rank, tuple(r[k][0] for r in table)) for k in range(len(tensors))], at_least)
 
 
 def _enough(names: Iterable[str], rows: list[Rows], at_least: int) -> list[Rows]:
     for name, its in zip(names, rows, strict=True):
         if its.total < at_least:
-            raise ValueError(f"{name} must hold n >= {at_least} samples on all ranks together, got {its.total}")
+            raise ValueError(f"{name} must hold n >= {at_least} samples over all ranks, got {its.total}")
     return rows
 
 

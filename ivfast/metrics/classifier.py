@@ -61,7 +61,7 @@ def classifier_of(dataset: Dataset, *, device: str = "cpu", cache: Path | None =
     """
     if dataset.train_labels is None or len(dataset.classes) < 2:
         raise ValueError(
-            f"a classifier needs labels of two classes or more, and {dataset.name} has none; sort an image folder into "
+            f"a classifier needs labels of at least 2 classes, and {dataset.name} has none; sort an image folder into "
             "one subfolder per class"
         )
     with torch.random.fork_rng(devices=[]):

@@ -49,8 +49,8 @@ def _state(weights: str | Path | None, url: str, download: bool) -> dict:
     if not path.is_file():
         if weights or not download:
             raise WeightsNotFound(
-                f"FID needs pytorch-fid's Inception weights, and {path.absolute()} is not there. Name the file by "
-                "--inception-weights, fetch it (91 MB) by --download, or ask for classifier-distance, which needs none."
+                f"FID needs pytorch-fid's Inception weights, and {path.absolute()} does not exist. Give the file with "
+                "--inception-weights, fetch it (91 MB) with --download, or use classifier-distance, which needs none."
             )
         try:
             return torch.hub.load_state_dict_from_url(url, check_hash=True, map_location="cpu", weights_only=True)
@@ -59,4 +59,4 @@ def _state(weights: str | Path | None, url: str, download: bool) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"{path} is not a file of weights: {error}") from error
+        raise ValueError(f"{path} does not hold weights: {error}") from error

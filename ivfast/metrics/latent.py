@@ -41,7 +41,7 @@ def kl_to_prior(z: Tensor, neighbours: int = 5) -> float:
     n, d = z.shape
     _check.count("neighbours", neighbours)
     if n <= neighbours:
-        raise ValueError(f"codes must be more than neighbours = {neighbours}, got {n}")
+        raise ValueError(f"codes must hold n > neighbours = {neighbours} samples, got n = {n}")
     if not bool(z.isfinite().all()):
         raise ValueError("codes must be finite; the encoder has diverged")
     z = z.double().cpu()

@@ -68,7 +68,7 @@ def quadrature_log_likelihood(system, x: Tensor, *, span: float = 6.0, cells: in
     """
     d = system.latent_dim
     if d > 2:
-        raise ValueError(f"quadrature is over codes of one or two dimensions, got {d}")
+        raise ValueError(f"quadrature needs codes of one or two dimensions, got {d}")
     with evaluating(system) as device:
         axis = torch.linspace(-span, span, cells + 1, dtype=torch.float64, device=device)
         z = torch.cartesian_prod(*[axis] * d).view(-1, d)

@@ -43,13 +43,14 @@ def probe(
     """
     for what, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
         if labels is None or len(labels) != len(features):
-            raise ValueError(f"{what}_labels must have one label per feature: {len(features)}")
+            got = "none" if labels is None else len(labels)
+            raise ValueError(f"{what}_labels must hold one label per feature: {len(features)}, got {got}")
     known, judged = train_labels >= 0, test_labels >= 0
     x, y = train[known].float().to(device), train_labels[known].to(device)
     x_test, y_test = test[judged].float().to(device), test_labels[judged].to(device)
     classes = int(max(y.max(), y_test.max())) + 1 if len(y) else 0
     if classes < 2:
-        raise ValueError("train_labels must be of two classes or more")
+        raise ValueError(f"train_labels must hold at least 2 classes, got {classes}")
     order = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)

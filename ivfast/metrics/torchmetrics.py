@@ -83,7 +83,7 @@ class FrechetInceptionDistance(GaussianMetric):
         self.feature = feature
         d = getattr(feature, "num_features", None) if num_features is None else num_features
         if d is None:
-            raise ValueError("num_features must be given, for feature has no attribute of this name")
+            raise ValueError("num_features must be given, because feature has no attribute num_features")
         _check.count("num_features", d)
         self.add_side("real", d)
         self.add_side("fake", d)
@@ -96,7 +96,7 @@ class FrechetInceptionDistance(GaussianMetric):
     def compute(self) -> Tensor:
         for name, state in (("real", self.real), ("fake", self.fake)):
             if state[0, 0] < 2:
-                raise RuntimeError(f"{name} images must be at least 2, got {int(state[0, 0])}")
+                raise RuntimeError(f"{name} must hold at least 2 images, got {int(state[0, 0])}")
         return distance_between(_view(self.real), _view(self.fake))
 
     def forward(self, images: Tensor, real: bool) -> Tensor:
@@ -139,7 +139,7 @@ class FrechetLatentDistance(GaussianMetric):
 
     def compute(self) -> Tensor:
         if self.codes[0, 0] < 2:
-            raise RuntimeError(f"codes must be at least 2, got {int(self.codes[0, 0])}")
+            raise RuntimeError(f"codes must hold at least 2 samples, got {int(self.codes[0, 0])}")
         return distance_to_prior(_view(self.codes))
 
 

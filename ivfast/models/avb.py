@@ -39,11 +39,11 @@ class AvbSettings(DiscriminatorSettings, Settings):
     )
     contrast: str = setting(
         "prior",
-        help="What the discriminator tells codes from: the prior, or a Gaussian with the mean and variance of each "
+        help="What the discriminator compares codes with: the prior, or a Gaussian with the mean and variance of each "
         "posterior (adaptive).",
         choices=("prior", "adaptive"),
     )
-    contrast_draws: int = setting(8, help="Draws of ε behind the moments of adaptive contrast.", at_least=2)
+    contrast_draws: int = setting(8, help="Draws of ε per image for the moments of adaptive contrast.", at_least=2)
     divergence: str = setting(
         "js", help="The discriminator's objective: a GAN's (js), or an f-GAN's (kl, S4 Eq. 5.10).", choices=("js", "kl")
     )

@@ -54,7 +54,7 @@ class SoftIntroVaeSettings(IntrospectiveSettings):
 @dataclass(frozen=True)
 class AsIntroVaeSettings(SoftIntroVaeSettings):
     anneal_steps: int = setting(
-        1000, help="Steps in which the AS-Distance gives way to the KL; S5 takes a fifth of all. 0: Soft-IntroVAE.",
+        1000, help="Steps over which the AS-Distance gives way to the KL, a fifth of all in S5; 0 is Soft-IntroVAE.",
         panel=LENGTH, at_least=0,
     )  # fmt: skip
     as_kernel: str = setting(

@@ -27,7 +27,7 @@ class AutoEncoderSettings(Settings):
     fld_weight: float = setting(
         0.0,
         help="Add W times the Fréchet latent distance of the batch's codes (S1, section 4) to the encoder's loss. "
-        "Take batches several times as large as the latent dimension: smaller ones shrink the codes.",
+        "Use batches several times as large as the latent dimension: smaller ones shrink the codes.",
         at_least=0,
         metavar="W",
     )
@@ -46,7 +46,10 @@ class WaeGanSettings(DiscriminatorSettings, AutoEncoderSettings):
 @dataclass(frozen=True)
 class IvaaeSettings(DiscriminatorSettings, AutoEncoderSettings):
     t: int = setting(
-        4, help="Bridges after the code itself; the discriminator names T + 1 distributions.", at_least=1, metavar="T"
+        4,
+        help="Bridges after the code itself; D tells T + 1 distributions apart.",
+        at_least=1,
+        metavar="T",
     )
     lam: float = setting(1.0, help="λ, the weight of the reconstruction.", at_least=0, metavar="LAMBDA")
     mu1: float | None = setting(
@@ -57,7 +60,7 @@ class IvaaeSettings(DiscriminatorSettings, AutoEncoderSettings):
     )
     encoder_loss: str = setting(
         "ascent",
-        help="The encoder climbs the cross-entropy (ascent, as in the paper) or descends to the uniform label "
+        help="The encoder maximises the cross-entropy (ascent, as in the paper) or fits uniform labels "
         "(confusion, which is bounded).",
         choices=("ascent", "confusion"),
     )

@@ -29,7 +29,7 @@ from .networks import DiscriminatorSettings
 @dataclass(frozen=True)
 class GanSettings(DiscriminatorSettings, Settings):
     packing: int = setting(
-        1, help="Samples that the discriminator judges side by side; divides the batch size.", at_least=1, metavar="M"
+        1, help="Samples that the discriminator judges together; must divide the batch size.", at_least=1, metavar="M"
     )
     instance_noise: float = setting(
         0.0, help="Standard deviation of the noise on everything that the discriminator sees.", at_least=0
@@ -69,12 +69,12 @@ class IvDcganSettings(GanSettings):
     mu: float = setting(0.5, help="μ, the weight of the classifier's cross-entropy.", at_least=0, metavar="MU")
     encoder_loss: str = setting(
         "ascent",
-        help="The encoder climbs the cross-entropy (ascent, as in the paper) or descends to the uniform label "
+        help="The encoder maximises the cross-entropy (ascent, as in the paper) or fits uniform labels "
         "(confusion, which is bounded).",
         choices=("ascent", "confusion"),
     )
     code_reconstruction: str = setting(
-        "prior", help="The codes that E(G(w)) has to recover: O_i(z) (prior) or O_i(E x) (codes).",
+        "prior", help="The codes that E(G(w)) must recover: O_i(z) (prior) or O_i(E x) (codes).",
         choices=("prior", "codes"),
     )  # fmt: skip
 

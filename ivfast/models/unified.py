@@ -115,7 +115,7 @@ class Bernoulli(Generative):
         super().__init__(settings, image_shape)
         known = POINTS.get(settings.data)
         if known is not None and settings.data != "four-points":
-            raise ValueError(f"{settings.system} decodes to Bernoulli means, and {settings.data} is not of 0 and 1")
+            raise ValueError(f"data must hold only 0 and 1 for {settings.system}, got {settings.data}")
 
     def image(self, logits: Tensor) -> Tensor:
         return (0.5 * logits).tanh() if logits.dim() > 2 else logits.sigmoid()  # 2 σ(l) − 1

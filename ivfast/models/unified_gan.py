@@ -28,7 +28,7 @@ class InfoGanSettings(UnifiedSettings):
 
 @dataclass(frozen=True)
 class AdaSettings(LabelledSettings):
-    lam: float = setting(1.0, help="λ, the weight of the domains in G's loss.", at_least=0, metavar="LAMBDA")
+    lam: float = setting(1.0, help="λ, the weight of the domain term in G's loss.", at_least=0, metavar="LAMBDA")
     target: str = setting(
         "negative", help="Target domain: a data set, or negative for the negatives of the images.", panel=DATA
     )

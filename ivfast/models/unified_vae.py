@@ -24,7 +24,7 @@ ALPHA = 0.1  # of the classifier's cross-entropy (Kingma et al. 2014, section 3.
 @dataclass(frozen=True)
 class SvaeSettings(LabelledSettings):
     label_share: float = setting(
-        1.0, help="Share of the training images whose labels are seen, the same for each class.", panel=DATA,
+        1.0, help="Share of the training images whose labels are used, the same for each class.", panel=DATA,
         above=0, at_most=1, metavar="P",
     )  # fmt: skip
 

@@ -90,8 +90,8 @@ def _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, log, unbiased):
         for name, mu in (("mu_r", mu_r), ("mu_g", mu_g)):
             if mu.shape[-2] < 2:
                 raise ValueError(
-                    f"{name} must hold n >= 2 samples for unbiased=True, which leaves out pairs of a sample with "
-                    f"itself and so has no pair left, got {tuple(mu.shape)}"
+                    f"{name} must hold n >= 2 samples for unbiased=True, which leaves out the pairs of a sample "
+                    f"with itself, got {tuple(mu.shape)}"
                 )
     tensors = mu_r, logvar_r, mu_g, logvar_g
     differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -258,7 +258,7 @@ class GaussianStatistics:
         """
         path = Path(path)
         if path.suffix != ".npz":
-            raise ValueError(f"path must end in .npz, by which pytorch-fid tells statistics, got {path}")
+            raise ValueError(f"path must end in .npz, by which pytorch-fid recognises statistics, got {path}")
         arrays: dict[str, Any] = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
         if self.count is not None:
             arrays["count"] = np.int64(self.count)
@@ -314,7 +314,7 @@ class GaussianStatistics:
     def _growing(self, name: str) -> None:
         if self.count is None:
             raise ValueError(
-                f"{name} must know its count of samples, got statistics of mu and sigma alone, for distances"
+                f"{name} must have a count of samples, got statistics of mu and sigma only, which serve distances"
             )
 
 

@@ -86,7 +86,7 @@ def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     if bias is not None:
         _check.alike("bias", bias, "features", features)
         if bias.shape != (classes,):
-            raise ValueError(f"bias must have shape ({classes},) as weight's rows, got {tuple(bias.shape)}")
+            raise ValueError(f"bias must have shape ({classes},), one entry per row of weight, got {tuple(bias.shape)}")
     return classes
 
 

@@ -89,7 +89,7 @@ def check_weights(weights: Tensor, classes: int, like: Tensor) -> Tensor:
     if weights.shape != (classes,):
         raise ValueError(f"weights must have shape ({classes},), got {tuple(weights.shape)}")
     if weights.device != like.device:
-        raise ValueError(f"weights must be on {like.device} as the rest is, got {weights.device}")
+        raise ValueError(f"weights must be on {like.device}, as the other arguments are, got {weights.device}")
     return weights.detach().to(torch.promote_types(like.dtype, torch.float32))
 
 

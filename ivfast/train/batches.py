@@ -68,7 +68,7 @@ class Order:
         """Raises ValueError where the state is of a data set of another size."""
         rows = state["order"]
         if len(rows) not in (0, self.n):
-            raise ValueError(f"its data order is of {len(rows)} images, not {self.n}")
+            raise ValueError(f"its data order is for {len(rows)} images, not {self.n}")
         self.generator.set_state(state["generator"].cpu())
         self.rows, self.position = rows.to(self.device), int(state["position"])
 

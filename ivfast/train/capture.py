@@ -28,24 +28,24 @@ def choose(settings: Settings) -> tuple[bool, str]:
     """Whether to capture, and why; ValueError where it is asked for and the device has no graphs."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         if settings.capture:
-            raise ValueError("capture is for one process: the exchange between ranks is not captured")
-        return False, "several ranks exchange between kernels"
+            raise ValueError("capture works in one process only: the exchange between ranks is not captured")
+        return False, "ranks exchange data between the kernels"
     if torch.device(settings.device).type != "cuda":
         if settings.capture:
-            raise ValueError(f"capture needs a CUDA device, the run is on {settings.device}; take --no-capture")
-        return False, f"CUDA graphs need a CUDA device, this is {settings.device}"
+            raise ValueError(f"capture needs a CUDA device, the run is on {settings.device}; use --no-capture")
+        return False, f"CUDA graphs need a CUDA device, the run is on {settings.device}"
     if settings.capture is None and settings.compile:
-        return False, "compiled phases are captured only where --capture asks for it"
+        return False, "compiled phases are captured only with --capture"
     if settings.capture is None:
         return True, "the default on CUDA: one launch per step"
-    return settings.capture, "asked for" if settings.capture else "turned off"
+    return settings.capture, "requested by --capture" if settings.capture else "turned off by --no-capture"
 
 
 def fixed_rate(system: System) -> CannotCapture | None:
     """An optimizer whose learning rate is a number, which a graph would keep whatever the milestones say."""
     for phase in system.phases if system.settings.milestones else ():
         if not all(isinstance(group["lr"], Tensor) for group in phase.optimizer.param_groups):
-            reason = "has a number as learning rate, and milestones are to change it: make it a tensor"
+            reason = "has a number as its learning rate, which milestones change: make it a tensor"
             return CannotCapture(f"phase {phase.name!r}", type(phase.optimizer).__name__, reason)
     return None
 
@@ -136,7 +136,7 @@ class Captured:
             # no way back: a capture that failed leaves PyTorch's generator in the middle of it
             first = error.__context__ or error  # ending such a capture fails too
             at = traceback.extract_tb(first.__traceback__)[-1]
-            reason = f"failed: {str(first).partition(chr(10))[0]}; without capture (--no-capture) the system trains"
+            reason = f"failed: {str(first).partition(chr(10))[0]}; the system trains with --no-capture"
             op = f"{at.name} ({Path(at.filename).name}:{at.lineno})"
             raise CannotCapture(self.where(), op, reason) from error
 

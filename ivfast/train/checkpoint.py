@@ -56,7 +56,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, object]
     try:
         files.replace(path, data)
     except OSError as error:
-        kept = "the one written before is untouched" if path.exists() else "there was none before"
+        kept = "the previous checkpoint is intact" if path.exists() else "there was no previous checkpoint"
         raise CheckpointError(path, f"the checkpoint could not be written ({error}); {kept}") from error
 
 
@@ -64,18 +64,18 @@ def read(path: Path) -> Checkpoint:
     """Raises CheckpointError for a file that is missing, truncated, foreign or of another format."""
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(path, "there is no such file")
+        raise CheckpointError(path, "the file does not exist")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  not a dict
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(path, f"it is not a whole safetensors file ({error})") from error
+        raise CheckpointError(path, f"it is not a complete safetensors file ({error})") from error
     if "ivfast" not in metadata:
         raise CheckpointError(path, "it is a safetensors file, but not a checkpoint of ivfast")
     about = json.loads(metadata["ivfast"])
     if about["format"] != FORMAT:
-        raise CheckpointError(path, f"it has format {about['format']}, this version of ivfast reads {FORMAT}")
+        raise CheckpointError(path, f"it has format {about['format']}, and this version of ivfast reads {FORMAT}")
     return Checkpoint(tensors, about)
 
 
@@ -97,10 +97,10 @@ def load_weights(system: System, weights: Mapping[str, Tensor], path: Path) -> N
         if name not in weights:
             raise CheckpointError(path, f"the weight {name} is missing")
         if name not in own:
-            raise CheckpointError(path, f"it has a weight {name}, which the system {system.settings.system} has not")
+            raise CheckpointError(path, f"it has a weight {name}, which {system.settings.system} does not have")
         if own[name].shape != weights[name].shape:
             raise CheckpointError(
-                path, f"the weight {name} must have shape {tuple(own[name].shape)}, it has {tuple(weights[name].shape)}"
+                path, f"the weight {name} must have shape {tuple(own[name].shape)}, got {tuple(weights[name].shape)}"
             )
     with torch.no_grad():
         for name, value in own.items():

@@ -81,11 +81,11 @@ def fit(
         Interrupted: a KeyboardInterrupt, after Ctrl-C or SIGTERM; a further Ctrl-C stops at once.
     """
     out = Path(out)
-    same_settings(settings, system.settings, "those the system was built from", RESUMABLE - {"device"})
+    same_settings(settings, system.settings, "those that the system was built from", RESUMABLE - {"device"})
     _check_images(images, system)
     _check_labels(labels, system)
     if not resume and (out / checkpoint.LAST).exists():
-        raise FileExistsError(f"{out} holds a run already: resume it, or choose another folder")
+        raise FileExistsError(f"{out} already holds a run: resume it, or choose another folder")
     with torch.random.fork_rng(devices=cuda_devices(settings.device)):
         run = Run(system, images, settings, out, labels)
         if resume and ((out / checkpoint.LAST).exists() or not (out / "config.json").exists()):
@@ -106,7 +106,7 @@ def _check_labels(labels: Tensor | None, system: System) -> None:
     name = system.settings.system
     if system.labels == "none":
         if labels is not None:
-            raise ValueError(f"labels must be None: {name} reads none")
+            raise ValueError(f"labels must be None: {name} does not read labels")
         return
     if labels is None:
         raise ValueError(f"labels must be given: {name} learns from them")
@@ -114,7 +114,7 @@ def _check_labels(labels: Tensor | None, system: System) -> None:
     lowest, highest = int(labels.min()), int(labels.max())
     least = 0 if system.labels == "all" else -1
     if not least <= lowest <= highest < classes:
-        unknown = f", −1 for none, as {name} needs one for every image" if lowest == -1 else ""
+        unknown = f"; −1 stands for no label, and {name} needs one for every image" if lowest == -1 else ""
         raise ValueError(f"labels must be {least}..{classes - 1}, got {lowest}..{highest}{unknown}")
 
 
@@ -132,7 +132,9 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
         _Interrupt() as interrupt,
     ):
         if run.batches.stream_to is not None:
-            bar.note(f"the {len(run.batches.images):,} training images stay on the host, their batches are prefetched")
+            bar.note(
+                f"the {len(run.batches.images):,} training images stay on the host, and their batches are prefetched"
+            )
 
         def look_is_due() -> bool:
             return run.step == total or run.step % (per_epoch * settings.evaluate_every) == 0

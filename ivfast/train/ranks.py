@@ -41,11 +41,11 @@ class Ranks:
         if settings.batch_size % self.world:
             raise ValueError(f"batch_size must be a multiple of the {self.world} ranks, got {settings.batch_size}")
         if settings.compile:
-            raise ValueError("compile is for one process: the exchange between ranks is not compiled")
+            raise ValueError("compile works in one process only: the exchange between ranks is not compiled")
         for name, module in system.modules.items():
             if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
                 if torch.device(settings.device).type != "cuda":
-                    raise ValueError(f"{name} normalises over the batch, which is over all ranks on CUDA devices alone")
+                    raise ValueError(f"{name} normalises over the batch, which works across ranks only on CUDA devices")
                 system.modules[name] = nn.SyncBatchNorm.convert_sync_batchnorm(module)
         system.ops = Ops(self)
 
@@ -110,7 +110,7 @@ class Ops:
             setattr(self, name, functools.partial(getattr(distributed, name), even=True))
 
     def __getattr__(self, name: str):
-        raise NotImplementedError(f"{name} is not written for a batch that is spread over ranks")
+        raise NotImplementedError(f"{name} does not support a batch that is split over ranks")
 
     def blockwise_bridge(self, z: Tensor, t: int) -> Tensor:
         return ivfast.blockwise_bridge(z, t, draws=self.randn_like(z))

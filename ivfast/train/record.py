@@ -16,7 +16,7 @@ class NonFiniteLoss(ArithmeticError):
 
     def __init__(self, term: str, phase: str, step: int, value: float, checkpoint=None):
         self.term, self.phase, self.step, self.value, self.checkpoint = term, phase, step, value, checkpoint
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written before"
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written before"
         super().__init__(f"the term {term!r} of phase {phase!r} became {value} at step {step}; {kept}")
 
 

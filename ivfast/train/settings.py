@@ -33,7 +33,7 @@ class Settings:
     image_size: int | None = setting(
         None, help="Resize images to S x S pixels.", panel=DATA, at_least=1, metavar="S", none="the data set's own size"
     )
-    flip: bool = setting(False, help="Mirror training images at random, left to right. No paper does.", panel=DATA)
+    flip: bool = setting(False, help="Mirror training images at random, left to right. The papers do not.", panel=DATA)
     data_share: float = setting(
         1.0, help="Share of the training images to use, the same for each class.", panel=DATA, above=0, at_most=1,
         metavar="P",
@@ -44,7 +44,7 @@ class Settings:
         panel=DATA,
         at_least=0,
         metavar="GIB",
-        none="half of what is free",
+        none="half of the free memory",
         resumable=True,
     )
     epochs: int = setting(300, help="Passes over the data.", panel=LENGTH, at_least=1, resumable=True)
@@ -69,7 +69,7 @@ class Settings:
     depth: int = setting(2, help="Hidden layers of an mlp.", panel=NETWORKS, at_least=0)
     ema: float = setting(
         0.0,
-        help="Decay of the moving average of the weights, as in 0.999; 0 turns it off.",
+        help="Decay of the moving average of the weights, such as 0.999; 0 turns it off.",
         panel=OPTIMIZER,
         at_least=0,
         below=1,
@@ -82,13 +82,15 @@ class Settings:
     )  # fmt: skip
     betas: tuple[float, float] = setting((0.9, 0.999), help="Adam's two decay rates.", panel=OPTIMIZER, at_least=0)
     milestones: dict[int, float] = setting(  # noqa: RUF009
-        {}, help="Factor on every learning rate from an epoch on, by the epoch. Factors multiply.", panel=OPTIMIZER
+        {},
+        help="Factors on every learning rate, by the epoch at which each starts. They multiply.",
+        panel=OPTIMIZER,
     )
     device: str = setting(
-        "cpu", help="cpu, cuda or cuda:N; presets take a GPU where there is one.", panel=MACHINE, resumable=True
+        "cpu", help="cpu, cuda or cuda:N; presets use a GPU if there is one.", panel=MACHINE, resumable=True
     )
     precision: str = setting(
-        "fp32", help="bf16 is autocast: weights stay in fp32.", panel=MACHINE, choices=("fp32", "bf16")
+        "fp32", help="bf16 uses autocast: weights stay in fp32.", panel=MACHINE, choices=("fp32", "bf16")
     )
     compile: bool = setting(
         False, help="Compile the forward pass and the losses with torch.compile.", panel=MACHINE, resumable=True
@@ -97,15 +99,15 @@ class Settings:
         None,
         help="Run each step as one CUDA graph.",
         panel=MACHINE,
-        none="on a GPU, where the system allows it, without --compile",
+        none="on a GPU if the system allows it, without --compile",
         resumable=True,
     )
-    seed: int = setting(0, help="Fixes weights, noise and the order of the data.", panel=RUN, metavar="S")
-    log_every: int = setting(50, help="Steps from one line of the log to the next.", panel=RUN, at_least=1)
+    seed: int = setting(0, help="Seed of the weights, the noise and the order of the data.", panel=RUN, metavar="S")
+    log_every: int = setting(50, help="Steps between lines of the log.", panel=RUN, at_least=1)
     evaluate_every: int = setting(
-        10, help="Epochs from one evaluation, with pictures, to the next.", panel=RUN, at_least=1, resumable=True
+        10, help="Epochs between evaluations, which also draw pictures.", panel=RUN, at_least=1, resumable=True
     )
-    save_every: int = setting(10, help="Epochs from one checkpoint to the next.", panel=RUN, at_least=1, resumable=True)
+    save_every: int = setting(10, help="Epochs between checkpoints.", panel=RUN, at_least=1, resumable=True)
     tensorboard: bool = setting(True, help="Write TensorBoard event files.", panel=RUN, resumable=True)
 
     def __new__(cls, *values, **named):
@@ -194,7 +196,7 @@ def register(systems: dict[str, type]) -> None:
 def kind_of(system: str) -> type[Settings]:
     """The settings class of a system; ValueError for one that does not exist."""
     if not _systems:
-        raise ValueError(f"the settings of {system} are in ivfast.models, which has to be imported first")
+        raise ValueError(f"the settings of {system} are in ivfast.models: import it first")
     if system not in _systems:
         raise ValueError(f"system must be one of {', '.join(_systems)}, got {system!r}")
     return _systems[system].Settings
@@ -219,7 +221,7 @@ def refusal(names: Iterable[str], system: str | None, kind: type[Settings]) -> V
     for name in names:
         reading = readers(name)
         if reading:
-            return ValueError(f"{name} does nothing to {whose}; it is read by {one_of(reading, _systems)}")
+            return ValueError(f"{name} has no effect on {whose}; it is read by {one_of(reading, _systems)}")
     near = difflib.get_close_matches(names[0], kind.declared(), 1, 0.75)
     hint = f"; did you mean {near[0]}?" if near else f", which {whose} does not have"
     return ValueError(f"unknown settings: {', '.join(names)}{hint}")

@@ -37,11 +37,11 @@ class CannotCapture(RuntimeError):
 
 
 _WAITS = {
-    **dict.fromkeys((Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu), "brings values to the host"),
+    **dict.fromkeys((Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.cpu), "copies values to the host"),
     **dict.fromkeys((Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__), "reads a value on the host"),
     **dict.fromkeys(
         (torch.tensor, torch.as_tensor, torch.from_numpy),
-        "makes a tensor from values on the host, which a graph would keep for ever: make it once, before the steps",
+        "makes a tensor from values on the host, which a graph would repeat: make it once, before the steps",
     ),
 }
 # They look at an error code on the host.
@@ -74,12 +74,12 @@ class Watch(TorchDispatchMode):
         with _heard() as self.heard, _Host(self), self:
             body()
         if self.before is not None and len(self.calls) < len(self.before):
-            self.object(*self.before[len(self.calls)][:2], "was not called again, as it was in the step before")
+            self.object(*self.before[len(self.calls)][:2], "was called in the previous step and not in this one")
         if any(not made.expired() for made, *_ in earlier):
             gc.collect()
         for made, place, op in earlier:
             if not made.expired():
-                reason = "made a tensor that is still held after the next step: keep its values by copy_"
+                reason = "made a tensor that is still held after the next step: keep its values with copy_"
                 self.object(place, op, reason)
         self.before = self.calls
 
@@ -112,15 +112,15 @@ class Watch(TorchDispatchMode):
         if self.before is None or self.objection:
             return None
         if index >= len(self.before):
-            return "was not called in the step before"
+            return "was not called in the previous step"
         _, old_op, old = self.before[index]
         if op != old_op or len(arguments) != len(old):
-            return f"is called where the step before called {old_op}: the course of a step must not change"
+            return f"is called where the previous step called {old_op}: every step must make the same calls"
         for now, then in zip(arguments, old, strict=True):
             if now[0] != then[0]:
-                return f"got {now[0]}, and {then[0]} in the step before: what changes must stand in a tensor"
+                return f"got {now[0]}, and {then[0]} in the previous step: put a value that changes into a tensor"
             if now[1] != then[1]:
-                return "reads a tensor that is not where the step before read it: keep it in place, by copy_"
+                return "reads a tensor that has moved since the previous step: update it in place with copy_"
         return None
 
     def _described(self, x: object) -> tuple[str, object]:
@@ -186,13 +186,13 @@ def _unfit(function: torch._ops.OpOverload, args: tuple, leaves: list) -> str | 
     if name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"):
         masks = any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
         fills = name != "index" and args[2].numel() == 1 if len(args) > 2 else False
-        return "takes a mask, and waits to count it" if masks and not fills else None
+        return "takes a mask and waits to count its entries" if masks and not fills else None
     if any(tag in function.tags for tag in _DEPENDS):
         return "reads a value on the host" if _DEPENDS[0] in function.tags else "has a shape that depends on values"
     if name in _CHECKED:
         return "waits for its error code"
     if any(isinstance(x, torch.Generator) for x in leaves):
-        return "draws from a generator of its own, which would draw the same in every step"
+        return "draws from its own generator, which would repeat the same draws in every step"
     devices = {x.device for x in tensors} | {torch.device(x) for x in leaves if isinstance(x, torch.device)}
     if name in ("copy_", "_to_copy") and len({device.type for device in devices}) > 1:
         return f"copies between {' and '.join(sorted(map(str, devices)))}"
