@@ -314,7 +314,7 @@ def test_ctrl_c_leaves_what_was_measured_and_resume_goes_on(tmp_path, monkeypatc
     monkeypatch.setattr(session.Session, "_group", interrupted)
     monkeypatch.setattr(measure, "limits", lambda *_: limits())
     output = ivfast_bench(*arguments, code=130)
-    assert "--resume goes on" in output
+    assert "--resume continues" in output
     (path,) = tmp_path.glob("*.json")
     before = json.loads(path.read_text())["rows"]
     assert {(tuple(r["size"]), r["pass"]) for r in before} == {((8, 3), FORWARD), ((8, 3), BACKWARD)}
@@ -360,7 +360,7 @@ def test_threads_bind_every_provider():
     code = "import os, torch; from ivfast.bench.harness import machine; machine.use_threads(1)"
     code += "; assert torch.get_num_threads() == len(os.sched_getaffinity(0)) == 1; machine.use_threads(10_000)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
-    assert "--threads must be at most 1, the processors of this process, got 10000" in run.stderr
+    assert "--threads must be at most 1, the processors open to this process, got 10000" in run.stderr
 
 
 def test_help_teaches():
