@@ -73,7 +73,7 @@ def without_cuda() -> str | None:
     if ASKED is False:
         return "IVFAST_CUDA=0"
     if not ASKED and not ARCHITECTURES:
-        return "no GPU was in sight when ivfast was installed"
+        return "no GPU was found when ivfast was installed"
     if not TOOLKIT:
         return "no CUDA toolkit was found (CUDA_HOME, /usr/local/cuda, nvcc)"
     return "torch is a CPU build" if torch.version.cuda is None else None

@@ -12,7 +12,7 @@ SECONDS = 0.5  # per benchmark
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="bench: also the sizes whose calls take seconds")
+    parser.addoption("--long", action="store_true", help="benchmarks: include the sizes whose calls take seconds")
 
 
 def pytest_generate_tests(metafunc):

@@ -27,9 +27,9 @@ REFUSAL = re.compile(r"implementation here|in (CUDA C\+\+|Triton) (computes in f
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a dry run")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a dry run (default: cuda)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: bench/results; none for cpu)")
-    parser.add_argument("--minutes", type=float, default=8.5, help="for everything, including the build (8.5)")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for everything, including the build (default: 8.5)")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="benchmarks to run (default: all)")
     parser.add_argument("--no-sanitizer", action="store_true")
     parser.add_argument("--tune", action="store_true", help="sweep the tiles of the Triton kernels at the end")
@@ -169,7 +169,7 @@ def sanitizer(seconds: float) -> dict:
         try:
             run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=share)
         except subprocess.TimeoutExpired:
-            results[tool] = {"status": f"did not end in {share:.0f} s"}
+            results[tool] = {"status": f"did not finish in {share:.0f} s"}
             continue
         # a tool that cannot attach prints its own message and finds nothing
         could_not = run.returncode != 0 and "Device not supported" in run.stdout + run.stderr

@@ -84,7 +84,7 @@ def forward(x):
     """Rows per chunk (the last may have fewer), the means `[k, d]` of the chunks of x `[n, d]`, and the sum `[d, d]` of
     their scatters, upper triangle only; in float64."""
     if x.dtype not in ACCEPTED:
-        raise TypeError(f"x in Triton must be float32, bfloat16 or float16, got {x.dtype}")
+        raise TypeError(f"GaussianStatistics in Triton takes float32, bfloat16 or float16, got {x.dtype}")
     n, d = x.shape
     x = x.float()  # Triton 3.6 fails for Blackwell where products take what was loaded in half precision
     blocks = triton.cdiv(d, BLOCK)

@@ -179,7 +179,7 @@ class _Shape(NamedTuple):
 
 def _shape(logits) -> _Shape:
     if logits.dtype not in ACCEPTED:
-        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+        raise TypeError(f"multi_js_loss in Triton takes float32, float64, bfloat16 or float16, got {logits.dtype}")
     C, batch = logits.shape[-1], logits.shape[:-3]  # () for [C·n, C] too
     n = logits.shape[-2] if logits.dim() > 2 else logits.shape[0] // C
     return _Shape(batch.numel(), n, C * n, C, torch.promote_types(logits.dtype, torch.float32))
@@ -226,7 +226,7 @@ def rows(logits, weights, label_smoothing, first, n, gradient):
     """What rows [first, first + len(logits)) of C blocks of n rows add to the loss; overwrites logits with
     ∂loss/∂logits."""
     if logits.dtype not in ACCEPTED:
-        raise TypeError(f"logits must be float32, float64, bfloat16 or float16, got {logits.dtype}")
+        raise TypeError(f"multi_js_loss in Triton takes float32, float64, bfloat16 or float16, got {logits.dtype}")
     R, C = logits.shape
     shape = _Shape(1, n, R, C, torch.promote_types(logits.dtype, torch.float32))
     loss = torch.empty((), dtype=shape.arithmetic, device=logits.device)

@@ -119,7 +119,7 @@ def test_resume_goes_on_where_the_run_stood(run):
             torch.testing.assert_close(half[name], whole[name], rtol=0, atol=0)
     steps = [record["step"] for record in log("half") if record["kind"] == "metrics"]
     assert steps == sorted(set(steps))
-    assert "complete already" in command("train", "--resume", "--out", "half")
+    assert "already complete" in command("train", "--resume", "--out", "half")
 
 
 def test_threads_are_one_for_small_networks_unless_named():
@@ -187,20 +187,24 @@ ERRORS = {
         ["train", "wae-mmd", "--set", "discriminator_width=8"],
         r"has no effect on wae-mmd; it is read by all but wae-mmd, introvae, s-introvae, as-introvae",
     ),
+    "JSON of another type": (["train", "--betas", "3"], r"--betas takes JSON like \[0\.9, 0\.999\], got '3'"),
     "setting without value": (["train", "--set", "width"], r"--set takes NAME=VALUE, got 'width'"),
     "setting of a wrong type": (["train", "--set", "lam=much"], r"--set lam takes a JSON value like 1.0, got 'much'"),
     "setting that is no JSON": (["train", "--set", "tensorboard=False"], r"tensorboard takes .*like true, got 'False'"),
     "batch too large": (["train", "--batch-size", "5000"], r"batch_size must be at most .*1497, got 5000"),
     "one code": (["train", "--fld-weight", "1", "--batch-size", "1"], r"fld_weight needs a batch_size of at least 2"),
     "no such device": (["train", "--device", "gpu"], r"--device must be cpu, cuda or cuda:N, got 'gpu'"),
-    "absent device": (["train", "--device", "cuda:99"], r"--device cuda:99 is not there: torch .* use --device cpu"),
+    "absent device": (
+        ["train", "--device", "cuda:99"],
+        r"--device cuda:99 is not available: torch .* use --device cpu",
+    ),
     "capture on a CPU": (
         ["train", "--capture", "--device", "cpu"],
         r"capture needs a CUDA device, .* use --no-capture",
     ),
-    "resume what": (["train", "--resume"], r"--resume needs the run's folder by --out"),
+    "resume what": (["train", "--resume"], r"--resume needs --out, the folder of the run"),
     "resume nothing": (["train", "--resume", "--out", "nope"], r"nope is not the folder of a run"),
-    "sample nothing": (["sample", "nope"], r"nope is not the folder of a run.*ivfast train makes one"),
+    "sample nothing": (["sample", "nope"], r"nope is not the folder of a run.*Make one with ivfast train\."),
     "evaluate nothing": (["evaluate", "nope"], r"nope is not the folder of a run"),
 }
 
@@ -219,7 +223,7 @@ def test_error_in_one_line(arguments, message):
     [
         (("train", "wae-mmd", "--resume", "--out"), r"--system: .* has ivaae-rad, .* cannot change it to wae-mmd"),
         (("train", "--latent-dim", "3", "--resume", "--out"), r"--latent-dim: the run .* has 16"),
-        (("train", "--out"), r"holds a run already; add --resume"),
+        (("train", "--out"), r"already holds a run; add --resume"),
         (("evaluate", "--metrics", "flt"), r"no metric 'flt'; did you mean fld\?"),
         (("evaluate", "--metrics", "modes"), r"modes needs a stacked data set or a mixture, got digits"),
         (
@@ -299,6 +303,14 @@ def test_help_lists_every_system_data_set_and_metric():
         assert re.search(rf"^ *.*\b{re.escape(name)}\b", train, re.MULTILINE)
     for name in evaluation.METRICS:
         assert f"  {name} " in evaluate
+
+
+@pytest.mark.parametrize(("name", "entries"), [("train", cli.SYSTEMS), ("train", cli.DATA), ("evaluate", cli.METRICS)])
+def test_lists_of_the_help_fit_80_columns(name, entries):
+    text = CliRunner().invoke(cli.app, [name, "--help"], env={"COLUMNS": "80"}).output
+    lines, wide = [line.rstrip() for line in text.splitlines()], max(map(len, entries))
+    for entry, about in entries.items():
+        assert f"   {entry:{wide}}  {about}" in lines
 
 
 def test_bare_command_teaches():

@@ -55,5 +55,5 @@ class TestTriton:
         x = normal(100, 6, torch.float32).to(device)
         assert equal(of(x[::2, ::2]), of(x[::2, ::2].contiguous()))
         assert gaussian_statistics.forward(x[:0])[1].shape == (0, 6)
-        with pytest.raises(TypeError, match="x in Triton must be float32, bfloat16 or float16"):
+        with pytest.raises(TypeError, match="GaussianStatistics in Triton takes float32, bfloat16 or float16"):
             gaussian_statistics.forward(x.double())

@@ -285,7 +285,7 @@ def test_builds_what_can_be_built(repository, environment, said):
 # without a compiler, what is tried fails at once and what is not tried is known by its reason
 @pytest.mark.parametrize(
     ("environment", "reason"),
-    [({"IVFAST_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "9.0"}, "IVFAST_CUDA=0"), ({}, "no GPU was in sight")],
+    [({"IVFAST_CUDA": "0", "TORCH_CUDA_ARCH_LIST": "9.0"}, "IVFAST_CUDA=0"), ({}, "no GPU was found")],
     ids=["told-not-to", "no-gpu"],
 )
 def test_cuda_is_left_alone_unless_there_is_a_gpu_or_it_is_asked_for(repository, environment, reason):
@@ -312,7 +312,7 @@ def test_a_switch_that_is_neither_0_nor_1_is_refused(repository):
 
 def test_the_report_names_what_was_left_out_and_how_to_build_it(tmp_path):
     record = tmp_path / "_build.py"
-    record.write_text("BUILT = {}\nLEFT_OUT = {'_cuda': 'no GPU was in sight when ivfast was installed'}\n")
+    record.write_text("BUILT = {}\nLEFT_OUT = {'_cuda': 'no GPU was found when ivfast was installed'}\n")
     code = without("ivfast._cuda") + (
         "import runpy, sys, types\n"
         "import ivfast\n"
@@ -320,4 +320,7 @@ def test_the_report_names_what_was_left_out_and_how_to_build_it(tmp_path):
         "runpy.run_module('ivfast', run_name='__main__')\n"
     )
     report = " ".join(passes(code, COLUMNS="200").split())
-    assert "not built: no GPU was in sight when ivfast was installed; with a CUDA toolkit: IVFAST_CUDA=1 pip" in report
+    assert (
+        "not built: no GPU was found when ivfast was installed; to build with a CUDA toolkit: IVFAST_CUDA=1 pip"
+        in report
+    )

@@ -110,6 +110,6 @@ def test_command_line_hands_labels_to_what_needs_them(name, measured, tmp_path, 
         again = json.loads(Path("run/metrics.json").read_text())
         assert {m: again[m] for m in measured} == pytest.approx({m: values[m] for m in measured}, rel=1e-4)
     if name == "ada":
-        assert "generates no images" in command("sample", "run", code=2)
+        assert "does not generate images" in command("sample", "run", code=2)
     else:
         command("sample", "run", "-n", 20)

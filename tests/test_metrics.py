@@ -278,3 +278,34 @@ def test_fid_refuses_a_file_of_other_weights(tmp_path):
         inception(tmp_path / "text.pth")
     with pytest.raises(ValueError, match="features must be one of 64, 192, 768, 2048, got 100"):
         inception(tmp_path / "other.pth", features=100)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 17, 12), (1, 28, 28)])
+def test_ssim_is_torchmetrics(shape):
+    functional = pytest.importorskip("torchmetrics.functional.image")
+    x = torch.rand(5, *shape)
+    y = (x + 0.2 * torch.randn_like(x)).clamp(0, 1)
+    theirs = functional.structural_similarity_index_measure(x, y, data_range=1.0, reduction="none")
+    torch.testing.assert_close(metrics.structural_similarity(x, y), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 9, 20), (3, 4, 6)])
+def test_ssim_by_its_definition(shape):
+    x, y = torch.rand(2, *shape).double(), torch.rand(2, *shape).double()
+    reach = min(5, shape[1] - 1)
+    weight = torch.exp(-(torch.arange(-reach, reach + 1) ** 2) / 4.5).double()
+    weight = torch.outer(weight, weight) / weight.sum() ** 2
+    a, b = (np.pad(v.numpy(), [(0, 0), (0, 0), (reach, reach), (reach, reach)], mode="reflect") for v in (x, y))
+    values = np.zeros(2)
+    for i in range(shape[1]):
+        for j in range(shape[2]):
+            part = np.s_[:, :, i : i + 2 * reach + 1, j : j + 2 * reach + 1]
+            mean_a, mean_b = ((weight.numpy() * v[part]).sum((2, 3), keepdims=True) for v in (a, b))
+            da, db = a[part] - mean_a, b[part] - mean_b
+            va, vb, cov = ((weight.numpy() * u).sum((2, 3)) for u in (da * da, db * db, da * db))
+            mean_a, mean_b = mean_a[..., 0, 0], mean_b[..., 0, 0]
+            top = (2 * mean_a * mean_b + 1e-4) * (2 * cov + 9e-4)
+            values += (top / ((mean_a**2 + mean_b**2 + 1e-4) * (va + vb + 9e-4))).mean(1)
+    values = torch.from_numpy(values) / (shape[1] * shape[2])
+    torch.testing.assert_close(metrics.structural_similarity(x, y), values)
+    torch.testing.assert_close(metrics.structural_similarity(x, x), torch.ones(2).double())

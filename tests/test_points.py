@@ -135,7 +135,7 @@ def test_looks_at_points_while_training_and_after(system, tmp_path):
     found = {value.name: value.value for name in evaluation.default() for value in evaluation.run(name)}
     expected = metrics.point_modes(metrics.generate(network, 300), POINTS["ring"])
     assert [found[name] for name in ("modes", "modes_kl", "modes_confident")] == list(expected)
-    with pytest.raises(ValueError, match="classifier-score is of images, and ring holds points"):
+    with pytest.raises(ValueError, match="classifier-score needs images, and ring holds points"):
         evaluation.run("classifier-score")
 
 
@@ -149,7 +149,7 @@ def test_the_command_line_trains_samples_and_evaluates(tmp_path, monkeypatch, th
     _, settings = load_system("run")
     assert (settings.k, settings.mu, settings.lam, settings.packing) == (2, 0.25, 0.5, 4)
     assert "100 samples of 2 coordinates in run/samples.png" in command("sample", "run", "-n", 100)
-    assert "points are drawn into one picture" in command("sample", "run", "--out", "folder", code=2)
+    assert "--out must end in .png for points" in command("sample", "run", "--out", "folder", code=2)
     command("evaluate", "run", "--samples", 500)
     assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == {
         "fld", "modes", "modes_kl", "modes_confident", "histogram_kl", "histogram_jsd", "histogram_js", "samples", "seed",

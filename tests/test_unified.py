@@ -325,17 +325,6 @@ def test_importance_weights_favour_what_fools_the_discriminator():
     assert torch.equal(w.argsort(), logits.argsort())
 
 
-GRID = torch.linspace(-14, 14, 20001, dtype=torch.float64)
-
-
-def integral(values):
-    return torch.trapezoid(values, GRID)
-
-
-def kl(p, q):
-    return integral(p * (p.log() - q.log()))
-
-
 def test_presets_are_dcgans_settings():
     for name in FAMILY:
         mnist = preset(name, "mnist")

@@ -70,7 +70,7 @@ def bench(
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch sees no GPU here")
+        raise ValueError("--device cuda is not available: torch sees no GPU; use --device cpu")
     for op in ops or []:
         if op not in names():
             raise unknown("benchmark", op, names())
@@ -92,7 +92,7 @@ def bench(
     try:
         measure(console, session, results, memory and not quick and device == "cpu")
     except KeyboardInterrupt:
-        where = f"(what was measured is in {results.path}; --resume goes on)" if here else ""
+        where = f"(the results so far are in {results.path}; --resume continues)" if here else ""
         raise KeyboardInterrupt(where) from None
     finally:
         if results.rows:
@@ -139,7 +139,7 @@ def finish(console: Console, session: Session, results: Results) -> list[Path]:
     for op in results.session["ops"]:
         console.print(tables.terminal(report, op))
     for text in session.not_started:
-        console.print(f"[yellow]not started, the time was up: {text}[/yellow]")
+        console.print(f"[yellow]not started for lack of time: {text}[/yellow]")
     if results.path is None:
         return []
     written = [results.path, results.path.with_suffix(".md")]

@@ -56,7 +56,7 @@ def use_threads(threads: int | None) -> None:
         return
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if threads > available:
-        raise ValueError(f"--threads must be at most {available}, the processors of this process, got {threads}")
+        raise ValueError(f"--threads must be at most {available}, the processors open to this process, got {threads}")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     torch.set_num_threads(threads)

@@ -164,7 +164,7 @@ class Session:
         """Why a call is not tried: memory or time."""
         needs, free = provider.needs(group.size, group.what, group.dtype), measure.free_memory(self.device)
         if needs > 0.8 * free:
-            return f"needs {needs / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+            return f"needs {needs / 1e9:.0f} GB, {free / 1e9:.0f} GB is free"
         seconds = self.expected(group, provider)
         if seconds * (3 if provider.compiles else 1) > SLOWEST:  # compiled, called again, timed
             return f"about {seconds:.0f} s per call"

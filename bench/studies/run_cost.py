@@ -82,7 +82,7 @@ def measure(system: str, setting: str, epochs: int, every: int | None) -> tuple[
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, help="of each run (default: 250 of digits, 6 of 4,096 images of 64 × 64)")
+    parser.add_argument("--epochs", type=int, help="of each run (default: 250 on digits, 6 on 4,096 images of 64 × 64)")
     options = parser.parse_args(arguments)
     print(f"{machine.describe('cpu')['name']}: % of a run's time\n")
     print(f"| system | data | epochs | metrics and checkpoints every | seconds | {' | '.join(PARTS)} | start and end |")

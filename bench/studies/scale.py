@@ -319,10 +319,10 @@ def draw(report: dict, path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="at most, for everything (default: %(default)g)")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="limit for everything (default: %(default)g)")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results, page and picture")
-    parser.add_argument("--redraw", type=Path, metavar="JSON", help="page and picture from earlier results")
+    parser.add_argument("--redraw", type=Path, metavar="JSON", help="make page and picture from earlier results")
     options = parser.parse_args(arguments)
     template = Path("docs/scale.md")
     if not template.is_file():

@@ -265,10 +265,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("jobs", nargs="*", metavar="SYSTEM[:SETTING]", help="such as ivaae-svgd:mnist (default: all)")
     parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="end the turn and start no more jobs after this time"
+        "--minutes", type=float, default=math.inf, help="finish the current job after this time and start no more"
     )
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each provider; fewer are written only with --out")
-    parser.add_argument("--threads", type=int, help="default: as `ivfast train`, 1 for small networks")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each provider; fewer are saved only with --out")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: as in `ivfast train`, 1 for small networks)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results")
     options = parser.parse_args(arguments)
     every = [(system, setting) for setting in SETTINGS for system in SCRIPTS]

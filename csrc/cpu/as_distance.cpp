@@ -64,11 +64,11 @@ struct Inputs {
   Inputs(const Tensor& mu_r, const Tensor& logvar_r, const Tensor& mu_g, const Tensor& logvar_g, bool unbiased)
       : tensors{as_contiguous(mu_r), as_contiguous(logvar_r), as_contiguous(mu_g), as_contiguous(logvar_g)},
         r(mu_r), g(mu_g), dtype(mu_r.scalar_type()), wide(arithmetic(dtype)), unbiased(unbiased) {
-    STD_TORCH_CHECK(r.d == g.d && r.sets == g.sets, "both batches must have the same dimensions");
+    STD_TORCH_CHECK(r.d == g.d && r.sets == g.sets, "mu_g must match mu_r except for n");
     for (int i = 0; i < 4; ++i) {
       const Shape& shape = i < 2 ? r : g;
       STD_TORCH_CHECK(tensors[i].numel() == shape.sets * shape.n * shape.d && tensors[i].scalar_type() == dtype,
-                      "means and log-variances must match");
+                      "logvar_r must match mu_r, and logvar_g mu_g");
       data[i] = Data(tensors[i], shape.n * shape.d, dtype);
     }
   }

@@ -24,7 +24,8 @@ constexpr int64_t flop_per_move = 4;  // approximate cost of moving an element
 Tensor forward(const Tensor& z_, const Tensor& draws_, int64_t t, bool radial) {
   const Rows rows(z_);
   const ScalarType dtype = z_.scalar_type();
-  STD_TORCH_CHECK(t >= 1 && (radial || rows.d % t == 0), "t must divide d = ", rows.d, ", got ", t);
+  STD_TORCH_CHECK(t >= 1 && (radial || rows.d % t == 0),
+                  "t must divide the dimension d = ", rows.d, " of z, got t = ", t);
   const Tensor z = as_contiguous(z_), draws = as_contiguous(draws_);
   STD_TORCH_CHECK(draws.numel() == z.numel() && draws.scalar_type() == dtype, "draws must match z");
   std::vector<int64_t> sizes{t + 1};
@@ -67,11 +68,11 @@ Tensor backward(const Tensor& grad_, int64_t t, bool radial) {
 Tensor substituted(const Tensor& x_, const Tensor* block_, const Tensor& index_, int64_t k) {
   const Rows rows(x_);
   const ScalarType dtype = x_.scalar_type();
-  STD_TORCH_CHECK(k >= 1 && rows.d % k == 0, "k must divide d = ", rows.d, ", got ", k);
+  STD_TORCH_CHECK(k >= 1 && rows.d % k == 0, "k must divide the dimension d = ", rows.d, " of z, got k = ", k);
   const Tensor x = as_contiguous(x_), block = block_ ? as_contiguous(*block_) : x, index = as_contiguous(index_);
   const bool wide = index.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(int64_t(index.numel()) == rows.count && (wide || index.scalar_type() == ScalarType::Int),
-                  "index must hold an int64 or int32 per row");
+                  "index must hold one int64 or int32 per row");
   Tensor out = empty_large(x, rows.full, dtype);
   const int64_t size = rows.d * Data::element_size(dtype), width = size / k;
   const char* const from = static_cast<const char*>(x.data_ptr());

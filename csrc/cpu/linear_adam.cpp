@@ -19,10 +19,11 @@ void linear_adam(Tensor weight, Tensor mean, Tensor square, const Tensor& grad_,
   const auto shape = weight.sizes();
   LinearAdam a{grad.sizes()[0], shape[0], shape[1]};
   STD_TORCH_CHECK(grad.numel() == a.count * a.outputs && x.numel() == a.count * a.inputs,
-                  "grad and x must be [n, outputs] and [n, inputs] of the weight");
-  STD_TORCH_CHECK(mean.numel() == weight.numel() && square.numel() == weight.numel(), "the averages must match the weight");
+                  "grad must be [n, outputs] and x [n, inputs] for weight [outputs, inputs]");
+  STD_TORCH_CHECK(mean.numel() == weight.numel() && square.numel() == weight.numel(), "mean and square must match weight");
   for (const Tensor& t : {weight, mean, square, grad, x})
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(), "all must be float32, weights contiguous");
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous(),
+                    "weight, mean, square, grad and x must be contiguous float32");
   const LinearAdamStages stages = IVFAST_BY_ISA(linear_adam_stages);
   const int64_t of_grad = panels(a.outputs, stages.outputs), of_x = panels(a.inputs, stages.inputs);
   float* const packed_grad = static_cast<float*>(

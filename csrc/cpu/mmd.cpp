@@ -40,11 +40,12 @@ std::tuple<Tensor, Tensor, Tensor> mmd(const Tensor& x_, const Tensor& y_, const
   const ScalarType dtype = x_.scalar_type(), wide = arithmetic(dtype);
   const int64_t n = x_shape.n, m = y_shape.n, d = x_shape.d, pooled = n + m, sets = x_shape.sets;
   STD_TORCH_CHECK(y_shape.d == d && y_shape.sets == sets && y_.scalar_type() == dtype,
-                  "y must match x but for the number of samples");
-  STD_TORCH_CHECK(!unbiased || (n >= 2 && m >= 2), "unbiased needs 2 samples of each, got ", n, " and ", m);
+                  "y must match x except for n");
+  STD_TORCH_CHECK(!unbiased || (n >= 2 && m >= 2),
+                  "x and y must hold n, m >= 2 samples for unbiased, got n = ", n, ", m = ", m);
   const Tensor x = as_contiguous(x_), y = as_contiguous(y_), bandwidth = bandwidth_ ? as_contiguous(*bandwidth_) : x;
   STD_TORCH_CHECK(!bandwidth_ || (bandwidth.scalar_type() == wide && int64_t(bandwidth.numel()) == sets),
-                  "bandwidth must be one per pair of samples in the dtype of the arithmetic");
+                  "bandwidth must hold one value per set, in the dtype of the arithmetic");
   Tensor value = empty(x, x_shape.batch, wide);
   Tensor dx = x_gradient ? empty(x, x_shape.full, wide) : empty(x, {0}, wide);
   Tensor dy = y_gradient ? empty(y, y_shape.full, wide) : empty(y, {0}, wide);

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kBridgeThreads) substitute_kernel(
 
 // The size of z, and the blocks of its rows
 Blocks blocks_of(const char* op, int64_t elements, int64_t d, int64_t count) {
-  STD_TORCH_CHECK(count >= 1 && d % count == 0, op, " takes blocks that divide d = ", d, ", got ", count);
+  STD_TORCH_CHECK(count >= 1 && d % count == 0, op, " takes a number of blocks that divides d = ", d, ", got ", count);
   const int columns = elements ? as_int(op, "d", d) : 1;
   return {elements, columns, elements ? columns / static_cast<int>(count) : 1};
 }

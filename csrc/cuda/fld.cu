@@ -281,7 +281,7 @@ void launch_fld(
 }
 
 std::tuple<Tensor, Tensor, Tensor> fld_gram(Tensor z, bool wants_gradient) {
-  STD_TORCH_CHECK(z.dim() >= 2, "fld_gram takes z [..., n, d], got ", z.dim(), " axes");
+  STD_TORCH_CHECK(z.dim() >= 2, "fld_gram takes z [..., n, d], got ", z.dim(), " dimensions");
   std::vector<int64_t> batch(z.sizes().begin(), z.sizes().end());
   const int64_t d = batch.back(), n = batch[batch.size() - 2];
   batch.resize(batch.size() - 2);

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor> inverse_root(Tensor a) {
   std::vector<int64_t> batch(a.sizes().begin(), a.sizes().end());
   const int64_t m = batch.empty() ? 0 : batch.back();
   STD_TORCH_CHECK(
-      batch.size() >= 2 && batch[batch.size() - 2] == m, "inverse_root takes a [..., d, d], got last axes of ",
+      batch.size() >= 2 && batch[batch.size() - 2] == m, "inverse_root takes a [..., d, d], got last dimensions ",
       batch.size() < 2 ? 0 : batch[batch.size() - 2], " and ", m);
   batch.resize(batch.size() - 2);
   int64_t sets = 1;

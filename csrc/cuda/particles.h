@@ -154,9 +154,9 @@ struct Sets {
     for (const int64_t size : batch) count *= size;
     const int64_t n_here = rows.back(), d_here = full.back();
     STD_TORCH_CHECK(
-        n_here >= 1 && d_here >= 1, op, " takes x [..., n, d] of n, d >= 1, got n = ", n_here, ", d = ", d_here);
+        n_here >= 1 && d_here >= 1, op, " takes x [..., n, d] with n, d >= 1, got n = ", n_here, ", d = ", d_here);
     STD_TORCH_CHECK(
-        n_here <= most_n && d_here <= most_d, op, " in CUDA C++ takes x [..., n, d] of n <= ", most_n, " and d <= ",
+        n_here <= most_n && d_here <= most_d, op, " in CUDA C++ takes x [..., n, d] with n <= ", most_n, " and d <= ",
         most_d, ", got n = ", n_here, ", d = ", d_here);
     n = static_cast<int>(n_here), d = static_cast<int>(d_here);
   }

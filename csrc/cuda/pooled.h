@@ -214,11 +214,11 @@ struct TwoSamples {
       : x(op, x_tensor.sizes(), INT32_MAX, INT32_MAX), y(op, y_tensor.sizes(), INT32_MAX, INT32_MAX) {
     STD_TORCH_CHECK(
         x.n <= kMostParticles && y.n <= kMostParticles && x.d <= kWidest, op, " in CUDA C++ takes ", x_name,
-        " [..., n, d] and ", y_name, " [..., m, d] of n, m <= ", kMostParticles, " and d <= ", kWidest, ", got n = ",
+        " [..., n, d] and ", y_name, " [..., m, d] with n, m <= ", kMostParticles, " and d <= ", kWidest, ", got n = ",
         x.n, ", m = ", y.n, ", d = ", x.d);
     STD_TORCH_CHECK(
         x.d == y.d && x.count == y.count && x_tensor.scalar_type() == y_tensor.scalar_type(), op, " takes ", x_name,
-        " and ", y_name, " of one dtype, one batch and one d");
+        " and ", y_name, " of the same dtype, batch and d");
   }
 };
 

@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> svgd_bridge(
   z = as_contiguous(z), draws = as_contiguous(draws);
   STD_TORCH_CHECK(
       draws.scalar_type() == z.scalar_type() && draws.numel() == (steps + 1) * z.numel(), "draws must hold ", steps + 1,
-      " times the elements of z in its dtype");
+      " blocks of z's shape and dtype");
   const auto stack = [&](int64_t count, std::vector<int64_t> sizes, ScalarType dtype) {
     sizes.insert(sizes.begin(), count);
     return empty(z, sizes, dtype);

@@ -30,11 +30,11 @@ def option(*names: str, panel: str | None = None, **keywords):
     return typer.Option(*names, show_default=False, rich_help_panel=panel, **keywords)
 
 
-Run = Annotated[Path, typer.Argument(help="Folder of a run, as [b]ivfast train[/b] wrote it.", show_default=False)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of [b]ivfast train[/b].", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")]
-Device = Annotated[str | None, option(metavar="NAME", help="cpu, cuda or cuda:N; default: a GPU, else the CPU.")]
+Device = Annotated[str | None, option(metavar="NAME", help="cpu, cuda or cuda:N; default: a GPU if there is one.")]
 Root = Annotated[Path | None, option(metavar="DIR", help="Folder that holds the data set; default: the run's.")]
-Download = Annotated[bool, typer.Option("--download", help="Fetch what is missing; without it, nothing is fetched.")]
+Download = Annotated[bool, typer.Option("--download", help="Download what is missing. Nothing else is downloaded.")]
 
 
 def listed(entries: dict[str, str]) -> str:
@@ -73,7 +73,7 @@ def friendly(command: Callable, name: str = "") -> Callable:
                 raise
             text = str(error) or type(error).__name__
             if type(error).__name__ == "OutOfMemoryError":
-                text = f"the GPU's memory does not suffice: take a smaller --batch-size ({text.splitlines()[0]})"
+                text = f"the GPU ran out of memory: use a smaller --batch-size ({text.splitlines()[0]})"
             fail(text)
 
     return wrapped
@@ -83,6 +83,6 @@ def friendly(command: Callable, name: str = "") -> Callable:
 def ivfast() -> None:
     """Train the generative models of the intervention / adversarial auto-encoder family, on fast kernels.
 
-    \b[green]ivfast train[/green]  is the shortest way in: IVAAE on handwritten digits, on a CPU
+    \b[green]ivfast train[/green]         trains IVAAE on handwritten digits, a minute on a CPU
     [green]ivfast train --help[/green]  lists the systems and the data sets
     """

@@ -15,7 +15,7 @@ from .names import METRICS
 @friendly
 def sample(
     run: Run,
-    n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="How many samples.")] = 64,
+    n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="Number of samples.")] = 64,
     out: Annotated[
         Path | None,
         option(metavar="PATH", help="One grid if it ends in .png, else a folder of files; default: RUN/samples.png."),
@@ -36,12 +36,12 @@ def sample(
 
     system, settings = runs.trained(run, device)
     if not hasattr(system, "sample"):
-        raise ValueError(f"{settings.system} generates no images")
+        raise ValueError(f"{settings.system} does not generate images")
     images = metrics.generate(system, n, seed)
     out = out or run / "samples.png"
     points = images.dim() == 2
     if points and out.suffix.lower() != ".png":
-        raise ValueError(f"points are drawn into one picture: --out must end in .png, got {out}")
+        raise ValueError(f"--out must end in .png for points, which are drawn into one picture, got {out}")
     if out.suffix.lower() == ".png":
         out.parent.mkdir(parents=True, exist_ok=True)
         pictures.samples(images, out, columns)
@@ -68,14 +68,15 @@ Measure a trained system; the values also go to RUN/metrics.json.
 def evaluate(
     run: Run,
     metrics: Annotated[
-        str | None, option(metavar="A,B,...", help="Of the above; default: all that apply, except fid and probe.")
+        str | None, option(metavar="A,B,...", help="Metrics to compute; default: all that apply except fid and probe.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, metavar="N", help="Samples drawn; S1 takes 20000 for FID.")] = 10_000,
+    samples: Annotated[int, typer.Option(min=2, metavar="N", help="Samples to draw; S1 uses 20000 for FID.")] = 10_000,
     seed: Annotated[int, typer.Option(metavar="S", help="Seed of the samples.")] = 0,
     root: Root = None,
     device: Device = None,
     inception_weights: Annotated[
-        Path | None, option(metavar="FILE", help="pytorch-fid's pt_inception-2015-12-05-6726825d.pth, for fid.")
+        Path | None,
+        option(metavar="FILE", help="For fid: pytorch-fid's pt_inception-2015-12-05-6726825d.pth."),
     ] = None,
     download: Download = False,
     debug: Debug = False,

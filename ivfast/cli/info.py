@@ -44,7 +44,14 @@ def rows() -> list[tuple[str, tuple[str | None, ...]]]:
 
 
 def ops_table() -> Group:
-    table = Table(title="Operators", title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="Operators",
+        title_justify="left",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+    )
     table.add_column("op", no_wrap=True)
     table.add_column("CPU tensors")
     table.add_column("CUDA tensors")
@@ -61,14 +68,14 @@ def ops_table() -> Group:
     lines = [Text(f"{i}  {reason}", "dim") for i, reason in enumerate(notes, 1)]
     lines.append(
         Text(
-            "The reference is plain PyTorch and serves any device. Where two are named, the shape decides. "
-            "A backward pass has a row only where it is served in another way than its op.",
+            "The reference is plain PyTorch and runs on any device. Where two are named, the shape decides. "
+            "A backward pass has a row only if it is served differently from its op.",
             "dim",
         )
     )
     if not torch.cuda.is_available():
-        lines.append(Text("torch sees no GPU here: the CUDA columns tell what would serve one.", "dim"))
-    return Group(table, *lines)
+        lines.append(Text("torch sees no GPU here; the CUDA columns show what would serve one.", "dim"))
+    return Group(table, Text(""), *lines)
 
 
 def version(package: str) -> str:
@@ -90,7 +97,7 @@ def versions_table() -> Table:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     table.add_row("GPU", ", ".join(gpus) or "none")
     table.add_row(
-        "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+        "CPU", f"{os.cpu_count()} cores, threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
     )
     for package in ("triton", "torchvision", "scikit-learn", "pytorch-fid"):
         table.add_row(package, version(package))
@@ -113,8 +120,8 @@ def kernels(module: str, language: str) -> str:
         return f"{language} kernels, loaded" + (f", for compute capability {architectures}" if architectures else "")
     why = build.LEFT_OUT.get(module) if build else None
     command = "pip install --no-deps --force-reinstall ."
-    how = f"with a C++ compiler: {command}" if module == "_C" else f"with a CUDA toolkit: IVFAST_CUDA=1 {command}"
-    return f"not built: {why}; {how}" if why else f"not loaded: {error}; {how}"
+    how = f"a C++ compiler: {command}" if module == "_C" else f"a CUDA toolkit: IVFAST_CUDA=1 {command}"
+    return f"not built: {why}; to build with {how}" if why else f"not loaded: {error}; to build with {how}"
 
 
 def report(console: Console | None = None) -> None:

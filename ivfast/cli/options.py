@@ -165,5 +165,5 @@ def _refuse(given: Mapping[str, object], command, system: str, kind: type[Settin
                 if entry.option != "" and name in (entry.flag, *_switch(entry)):
                     raise refusal([entry.name], system, kind)
         near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"ivfast train {system} --help lists those it has"
+        hint = f"did you mean {near[0]}?" if near else f"ivfast train {system} --help lists its options"
         raise ValueError(f"{system} has no option {name}; {hint}")

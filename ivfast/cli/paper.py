@@ -6,9 +6,15 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
+from rich.padding import Padding
 
 from ..papers import EXPERIMENTS, Experiment, find
 from .app import Debug, Device, Download, app, console, errors, friendly, option
+
+KEPT = (
+    "Finished runs are kept in the folder's [b]rows.jsonl[/b] and are not repeated, so after Ctrl-C the same command "
+    "continues. The report is [b]report.md[/b]; its numbers are in [b]report.json[/b]."
+)
 
 
 class Experiments(typer.core.TyperGroup):
@@ -35,9 +41,9 @@ app.add_typer(paper, name="paper")
 @paper.callback()
 def experiments(
     context: typer.Context,
-    list_: Annotated[bool, typer.Option("--list", help="The experiments with their sizes, and nothing else.")] = False,
+    list_: Annotated[bool, typer.Option("--list", help="List the experiments with their sizes.")] = False,
 ) -> None:
-    """Repeat an experiment of the papers: their numbers beside ours, and their figure.
+    """Repeat an experiment of the papers, with their numbers next to ours.
 
     \b[bold]Examples[/bold]
       [green]ivfast paper s2-example1[/green]
@@ -47,11 +53,9 @@ def experiments(
     """
     if list_:
         for experiment in EXPERIMENTS.values():
-            console.print(
-                f"[bold cyan]{experiment.name}[/bold cyan]  {experiment.source}\n  {experiment.about}\n"
-                f"  [dim]{experiment.small}; --full: {experiment.full}[/dim]",
-                soft_wrap=True,
-            )
+            sizes = f"[dim]{experiment.small}\n--full: {experiment.full}[/dim]"
+            console.print(f"[bold cyan]{experiment.name}[/bold cyan]  {experiment.source}")
+            console.print(Padding(f"{experiment.about}\n{sizes}", (0, 0, 0, 2)))
         raise typer.Exit
     if context.invoked_subcommand is None:
         console.print(context.get_help())
@@ -72,18 +76,18 @@ def _paper_command(experiment: Experiment) -> None:
     about = f"""
 {experiment.source}. {experiment.about}
 
-\b[bold]Size[/bold]    {experiment.small}
-[bold]--full[/bold]  {experiment.full}
+[bold]Size:[/bold] {experiment.small}.
 
-A finished run is kept in [b]rows.jsonl[/b] of the folder and not run again, so after Ctrl-C the same
-command goes on. The report is [b]report.md[/b], its numbers [b]report.json[/b].
+[bold]With --full:[/bold] {experiment.full}.
+
+{KEPT}
 """
 
     @paper.command(experiment.name, help=about, short_help=f"{experiment.source}. {experiment.about}")
     @functools.partial(friendly, name="paper")
     def command(
         full: Annotated[
-            bool, option("--full", help="The paper's size and data; where those are missing, says so and runs small.")
+            bool, option("--full", help="Use the paper's size and data; if the data is missing, say so and run small.")
         ] = False,
         data: Annotated[
             str | None,
@@ -99,18 +103,18 @@ command goes on. The report is [b]report.md[/b], its numbers [b]report.json[/b].
             str | None,
             option(
                 metavar="N|A,B,..",
-                help=f"How many, or which; default: {experiment.seeds}, with --full {experiment.full_seeds}.",
+                help=f"Number of seeds, or a list; default: {experiment.seeds}, with --full {experiment.full_seeds}.",
             ),
         ] = None,
         steps: Annotated[
-            int | None, option(min=1, metavar="N", help="Steps of every training, in place of the experiment's.")
+            int | None, option(min=1, metavar="N", help="Steps of each training, instead of the experiment's.")
         ] = None,
         samples: Annotated[
-            int | None, option(min=2, metavar="N", help="Samples behind each value, in place of the experiment's.")
+            int | None, option(min=2, metavar="N", help="Samples for each value, instead of the experiment's.")
         ] = None,
         device: Device = None,
         workers: Annotated[
-            int | None, option(min=1, metavar="N", help="Runs side by side; default: one per core, one on a GPU.")
+            int | None, option(min=1, metavar="N", help="Parallel runs; default: one per core, one on a GPU.")
         ] = None,
         out: Annotated[
             Path | None, option(metavar="DIR", help=f"Folder of the report; default: papers/{experiment.name}.")

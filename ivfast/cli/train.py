@@ -19,7 +19,7 @@ Train a system of the papers, with the paper's settings for the data set.
 \b[bold]ivfast train SYSTEM --help[/bold] lists the options of one system, with its
 defaults; below are those that all systems share.
 
-\bA run is a new folder [b]runs/SYSTEM-DATA-N[/b] with config.json, log.jsonl,
+\bA run makes a folder [b]runs/SYSTEM-DATA-N[/b] with config.json, log.jsonl,
 tensorboard/, pictures/ and checkpoints/. Ctrl-C and SIGTERM finish the step,
 save, and print the command that resumes; a killed run resumes from its last
 checkpoint.
@@ -56,7 +56,7 @@ def train(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        option("--set", metavar="NAME=VALUE", panel=declare.RUN, help="A setting as in config.json: --set width=512."),
+        option("--set", metavar="NAME=VALUE", panel=declare.RUN, help="Any setting of config.json: --set width=512."),
     ] = None,
     out: Annotated[
         Path | None, option(metavar="DIR", panel=declare.RUN, help="Folder of the run; default: runs/SYSTEM-DATA-N.")
@@ -129,5 +129,5 @@ def _train(
     trained, _ = runs.load_system(out, settings.device)
     drawn = report.draw(trained, dataset, out)
     if resume and runs.last_step(out) == before:
-        console.print("The run was complete already: more --epochs or --steps would make it go on.")
+        console.print("The run was already complete; to continue it, raise --epochs or --steps.")
     report.print_end(console, settings, out, history, seconds, drawn)

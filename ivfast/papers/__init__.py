@@ -41,7 +41,7 @@ class Experiment(NamedTuple):
 _ROWS = (
     Experiment(
         "s1-fig2", "S1 (IVAAE) Fig. 2",
-        "With encoder E and generator G frozen, discriminator D's loss falls towards 0 for AAE, much less for IVAAE.",
+        "With the encoder and the generator frozen, D's loss falls towards 0 for AAE and much less for IVAAE.",
         "digits", "mnist", 2, 3,
         "50 epochs on digits, then 2,000 steps of D alone; d = 16, 32, 64",
         "50 epochs on MNIST at 64x64 with S1's settings, then 5,000 steps of D alone; d = 16, 32, 64",

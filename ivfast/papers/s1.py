@@ -177,7 +177,7 @@ def best_look(job: Job) -> dict[str, object]:
 
 def _table_figures(session: Session, by_name: dict, kind: str) -> dict:
     curves, heat = session.out / "fig4.png", session.out / "fig6.png"
-    with draw.panels(curves, 2, f"S1 Fig. 4 on {session.data}: looks during training") as axes:
+    with draw.panels(curves, 2, f"S1 Fig. 4 on {session.data}: evaluations during training") as axes:
         for name, rows in by_name.items():
             whole = [row.values for row in rows if "epochs" in row.values]
             for panel, value in zip(axes, ("distance_curve", "fld_curve"), strict=True):

@@ -138,7 +138,7 @@ def gans(at: Session) -> Findings:
         for title, sets, pair in (
             (f"Inception score formula; ours uses a classifier of {at.data} (test images: {score:.3g})",
              ("MNIST", "SVHN", "CIFAR10"), names[:2]),
-            ("Share of conditional samples classified as their class, by a classifier of accuracy "
+            ("Share of conditional samples classified as their class, by a classifier with accuracy "
              f"{classifier.accuracy:.3f}",
              ("MNIST", "SVHN"), names[2:]),
         )
@@ -227,11 +227,11 @@ def _compared(at: Session, jobs: list[Job], value: str, paper: dict, title: str)
                 known = [[] if gain is None else [gain] for gain in printed]
                 draw.points(panel, labels, known, "S3", -0.08, color="0.4")
             panel.axhline(0, color="0.4", linewidth=1)
-            draw.style(panel, f"{activated} less {base}", "share of the data", value)
+            draw.style(panel, f"{activated} − {base}", "share of the data", value)
             panel.legend(fontsize=8)
-    notes = ["The images differ, so that only the sign of the gain compares with S3, not its numbers."]
+    notes = ["The images differ, so only the sign of the gain can be compared with S3, not its size."]
     if any(paper.get(system, {}).get(share) is None for system, share in groups):
-        notes.append("S3's missing numbers cannot be read in our copy of the paper.")
+        notes.append("S3's missing numbers are illegible in our copy of the paper.")
     return Findings([table], {"the gain": path}, notes)
 
 
@@ -277,7 +277,7 @@ def lemma1(at: Session) -> Findings:
             (line,) = curves.plot(thetas, [s.left for s in sides], label=f"left side, {name} D")
             curves.plot(thetas, [s.right for s in sides], "o", color=line.get_color())
         curves.plot([], [], "o", color="0.4", label="right sides, Eq. 10")
-        draw.style(curves, "gradient by θ at θ₀", "θ₀")
+        draw.style(curves, "gradient with respect to θ at θ₀", "θ₀")
         curves.legend(fontsize=8)
     return Findings([table], {"S3 Fig. 2, and both sides": path}, [
         "Eq. 10 holds for every discriminator, Eq. 14 only for the optimal one; a uniform one gives 0, as S3 says. "

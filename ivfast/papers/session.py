@@ -120,13 +120,13 @@ class Session:
         except data.DataNotFound as error:
             if self.data == self.experiment.data:
                 raise
-            self.say(f"{error} On {self.experiment.data} instead, at the small size.")
+            self.say(f"{error} Running on {self.experiment.data} instead, at the small size.")
             self.data, self.full = self.experiment.data, False
             return data.load(self.data)
 
     def need_labels(self, dataset: data.Dataset) -> None:
         if dataset.train_labels is None or len(dataset.classes) < 2:
-            raise ValueError(f"--data: {self.experiment.name} learns labels, and {self.data} has none")
+            raise ValueError(f"--data: {self.experiment.name} needs labels, and {self.data} has none")
 
     def settings(self, system: str, seed: int, **changes: object) -> Settings:
         """The preset for the data with `changes`, and with `steps` if given."""
@@ -150,7 +150,7 @@ class Session:
         texts = [json.dumps(key, sort_keys=True) for key in keys]
         todo = [i for i, text in enumerate(texts) if text not in kept]
         if len(todo) < len(jobs):
-            self.console.print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {path} already", soft_wrap=True)
+            self.console.print(f"{path} already has {len(jobs) - len(todo)} of {len(jobs)} runs", soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with path.open("a") as file, Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task("runs", total=len(todo))
@@ -186,11 +186,11 @@ def start(
     experiment = find(name)
     if data is not None:
         if not experiment.data:
-            raise ValueError(f"--data: {name} is computed, and takes no data set")
+            raise ValueError(f"--data: {name} is computed exactly and takes no data set")
         runs.known_data(data)
     seeds = tuple(range(experiment.full_seeds if full else experiment.seeds) if seeds is None else seeds)
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds must be different numbers, one at least, got {', '.join(map(str, seeds)) or 'none'}")
+        raise ValueError(f"--seeds must be different numbers, at least one, got {', '.join(map(str, seeds)) or 'none'}")
     if steps is not None:
         _check.count("steps", steps)
     if samples is not None:
@@ -259,7 +259,7 @@ def _results(tasks: list, workers: int):
         try:
             yield from map(_call, tasks)
         except KeyboardInterrupt as stop:  # the message from fit names a folder that is gone
-            raise KeyboardInterrupt("what was finished is kept: the same command goes on") from stop
+            raise KeyboardInterrupt("finished runs are kept: the same command continues") from stop
         finally:
             torch.set_num_threads(threads)
         return
@@ -267,7 +267,7 @@ def _results(tasks: list, workers: int):
         try:
             yield from pool.imap_unordered(_call_in_worker, tasks)
         except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt("what was finished is kept: the same command goes on") from stop
+            raise KeyboardInterrupt("finished runs are kept: the same command continues") from stop
 
 
 def _start_worker() -> None:

@@ -54,7 +54,7 @@ def assigned(given: dict[str, object], pairs: Iterable[str], run: Path | None) -
     system = config(run).system if run and "system" not in given else given.get("system", DEFAULT)
     values = assignments(pairs, system_name(str(system)))
     if "system" in values:
-        raise ValueError(f"--set cannot name the system; write: ivfast train {values['system']}")
+        raise ValueError(f"--set cannot change the system; use: ivfast train {values['system']}")
     return values
 
 
@@ -81,7 +81,7 @@ def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
     check_device(settings.device)
     out = out or _next_folder(RUNS, f"{settings.system}-{data.replace(':', '-')}")
     if (out / "config.json").exists():
-        raise FileExistsError(f"{out} holds a run already; add --resume to go on with it, or name another --out")
+        raise FileExistsError(f"{out} already holds a run; add --resume to continue it, or choose another --out")
     return settings, out
 
 
@@ -90,7 +90,7 @@ def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]
     if out is None:
         newest = max(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
         hint = f"; the newest is --out {newest.parent}" if newest else ""
-        raise ValueError(f"--resume needs the run's folder by --out{hint}")
+        raise ValueError(f"--resume needs --out, the folder of the run{hint}")
     settings = config(out)
     if "system" in given:
         given = {**given, "system": system_name(str(given["system"]))}
@@ -99,7 +99,7 @@ def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]
         if has != value and name not in RESUMABLE:
             raise ValueError(
                 f"--{name.replace('_', '-')}: the run in {out} has {has}, and --resume cannot change it to {value}; "
-                "leave the option out, or start a new run"
+                "omit the option, or start a new run"
             )
     settings = dataclasses.replace(settings, **given)
     check_device(settings.device)
@@ -113,7 +113,7 @@ def with_classes(settings: Settings, dataset: Dataset) -> Settings:
     if dataset.train_labels is None or not dataset.classes:
         raise ValueError(
             f"{settings.system} learns from labels, and {dataset.name} has none; sort an image folder into one "
-            "subfolder per class, or take another data set"
+            "subfolder per class, or use another data set"
         )
     return dataclasses.replace(settings, classes=len(dataset.classes))
 
@@ -145,7 +145,7 @@ def config(run: Path) -> Settings:
     """The settings of a run; FileNotFoundError lists the existing runs."""
     if not (run / "config.json").is_file():
         runs = sorted(str(path.parent) for path in RUNS.glob("*/config.json"))
-        hint = f" Runs here: {', '.join(runs[-5:])}." if runs else " ivfast train makes one."
+        hint = f" Runs here: {', '.join(runs[-5:])}." if runs else " Make one with ivfast train."
         raise FileNotFoundError(f"{run} is not the folder of a run: it has no config.json.{hint}")
     try:
         return Settings.load(run / "config.json")
@@ -167,7 +167,7 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device must be cpu, cuda or cuda:N, got {device!r}")
     if kind == "cuda" and (index or 0) >= torch.cuda.device_count():
         found = f"torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-        raise ValueError(f"--device {device} is not there: {found}; use --device cpu, or look at ivfast info")
+        raise ValueError(f"--device {device} is not available: {found}; use --device cpu, or see ivfast info")
 
 
 def use_threads(threads: int | None, settings: Settings) -> None:

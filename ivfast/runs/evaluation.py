@@ -81,7 +81,7 @@ class Evaluation:
     def samples(self) -> Tensor:
         if self._samples is None:
             if not hasattr(self.system, "sample"):
-                raise ValueError(f"metrics: {self.system.settings.system} generates no images")
+                raise ValueError(f"metrics: {self.system.settings.system} does not generate images")
             self._samples = metrics.generate(self.system, self.n, self.seed)
         return self._samples
 
@@ -104,12 +104,12 @@ class Evaluation:
     def run(self, name: str) -> list[Value]:
         """The values of one metric of `METRICS`; ValueError if it does not apply."""
         if name in ("fld", "reconstruction") and not has_encoder(self.system):
-            raise ValueError(f"metrics: {name} needs an encoder, which {self.system.settings.system} has not")
+            raise ValueError(f"metrics: {name} needs an encoder, which {self.system.settings.system} does not have")
         if name not in ("fld", "modes", "kl-to-prior", "histogram") and self.dataset.name in POINTS:
-            raise ValueError(f"metrics: {name} is of images, and {self.dataset.name} holds points")
+            raise ValueError(f"metrics: {name} needs images, and {self.dataset.name} holds points")
         if name in METHODS and not hasattr(self.system, METHODS[name]):
             raise ValueError(
-                f"metrics: {name} needs a system with `{METHODS[name]}`, which {self.system.settings.system} has not"
+                f"metrics: {name} needs a system with `{METHODS[name]}`, and {self.system.settings.system} has none"
             )
         return METRICS[name](self)
 
@@ -153,11 +153,11 @@ class Evaluation:
     def conditional_accuracy(self):
         if not getattr(self.system, "classes", 0):
             raise ValueError(
-                f"metrics: conditional-accuracy needs a system with classes, which {self.system.settings.system} is not"
+                f"metrics: conditional-accuracy needs a system with classes, and {self.system.settings.system} has none"
             )
         classifier = classifier_of(self.dataset, device=self.device)
         value = metrics.conditional_accuracy(classifier, self.samples, self.device)
-        meaning = f"samples of the class they were drawn for, by a classifier of accuracy {classifier.accuracy:.1%}"
+        meaning = f"samples classified as their class, by a classifier with accuracy {classifier.accuracy:.1%}"
         return [Value("conditional_accuracy", value, meaning)]
 
     def fid(self):
@@ -176,7 +176,7 @@ class Evaluation:
         accuracy = f"classifier's accuracy {classifier.accuracy:.1%}"
         return [
             Value("classifier_distance", samples, f"{self.n:,} samples, Fréchet; not FID; {accuracy}"),
-            Value("classifier_distance_test", test, "the same of the test images, for comparison"),
+            Value("classifier_distance_test", test, "the same for the test images, for comparison"),
         ]
 
     def classifier_score(self):
@@ -184,15 +184,15 @@ class Evaluation:
         score, real = (
             metrics.classifier_score(classifier, images, self.device) for images in (self.samples, self.dataset.test)
         )
-        meaning = f"1 to {len(self.dataset.classes)}; test images have {real:.2f}"
+        meaning = f"1 to {len(self.dataset.classes)}; test images score {real:.2f}"
         return [Value("classifier_score", score, meaning)]
 
     def probe(self):
         train, test = self.dataset, self.dataset.test
         if not has_encoder(self.system):
-            raise ValueError(f"metrics: probe needs an encoder, which {self.system.settings.system} has not")
+            raise ValueError(f"metrics: probe needs an encoder, which {self.system.settings.system} does not have")
         if train.train_labels is None or train.test_labels is None or len(train.classes) < 2:
-            raise ValueError(f"metrics: probe learns labels, and {train.name} has none")
+            raise ValueError(f"metrics: probe needs labels, and {train.name} has none")
         z, z_test = (metrics.codes(self.system, images) for images in (train.train, test))
         found = probe(z, train.train_labels, z_test, train.test_labels, seed=self.seed, device=self.device)
         meaning = f"of 2 x 1000 units on the codes, {found.steps[-1]:,} steps of 60 (S1); {len(test):,} test images"
@@ -206,9 +206,9 @@ class Evaluation:
         result, floor = (metrics.histogram_divergence(real, x, reach) for x in (fake, self.dataset.test[-HISTOGRAM:]))
         counted = f"{len(fake):,} samples against {len(real):,} points, 100 x 100 cells on ±{reach:g}"
         return [
-            Value("histogram_kl", result.kl, f"as published, not in nats; test points have {floor.kl:.2g}"),
-            Value("histogram_jsd", result.jsd, f"as published, not in nats; test points have {floor.jsd:.2g}"),
-            Value("histogram_js", result.js, f"nats, 0 to log 2; test points have {floor.js:.2g}; {counted}"),
+            Value("histogram_kl", result.kl, f"as published, not in nats; test points score {floor.kl:.2g}"),
+            Value("histogram_jsd", result.jsd, f"as published, not in nats; test points score {floor.jsd:.2g}"),
+            Value("histogram_js", result.js, f"nats, 0 to log 2; test points score {floor.js:.2g}; {counted}"),
         ]
 
     def modes(self):
@@ -216,7 +216,7 @@ class Evaluation:
         if mixture:
             result = metrics.point_modes(self.samples, mixture)
             return [
-                Value("modes", result.covered, f"of {len(mixture.centers)}, in the good ones of {self.n:,} samples"),
+                Value("modes", result.covered, f"of {len(mixture.centers)}, by {self.n:,} samples"),
                 Value("modes_kl", result.kl, "KL of their histogram to the uniform one, nats"),
                 Value("modes_confident", result.confident, "share of samples within 3 deviations of a mode"),
             ]
@@ -227,9 +227,9 @@ class Evaluation:
         digits = load(base, settings.root, self.dataset.train.shape[-1])
         result = metrics.modes(classifier_of(digits, device=self.device), self.samples, device=self.device)
         return [
-            Value("modes", result.covered, f"of 1,000, in the confident ones of {self.n:,} samples"),
+            Value("modes", result.covered, f"of 1,000, counting confident samples among {self.n:,}"),
             Value("modes_kl", result.kl, "KL of their histogram to the uniform one, nats"),
-            Value("modes_confident", result.confident, "share of samples, all three digits at p >= .9"),
+            Value("modes_confident", result.confident, "share of samples with all three digits at p >= .9"),
         ]
 
 

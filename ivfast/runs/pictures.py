@@ -81,7 +81,7 @@ def interpolations(images: Tensor, path: Path) -> Path:
     """`[rows, columns, C, H, W]`: decoded points on straight lines between the codes of two images."""
     columns = images.shape[1]
     rows = [("", tile(row, columns)) for row in images]
-    title = "Decoded straight lines between the codes of two test images"
+    title = "Decoded interpolations between the codes of two test images"
     return _strips(rows, path, title, ends=("E(first)", "E(second)"))
 
 

@@ -117,6 +117,8 @@ class About:
         """
         try:
             value = self.decode(json.loads(text) if self.kind in (dict, tuple) else self.kind(text))
+            if not isinstance(value, self.kind):
+                raise ValueError
         except ValueError:
             takes = f"JSON like {self.example}" if self.kind in (dict, tuple) else WORDS[self.kind]
             raise ValueError(f"{self.flag} takes {takes}, got {text!r}") from None
