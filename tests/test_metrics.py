@@ -253,6 +253,56 @@ def test_the_metric_of_torchmetrics_is_the_same_fid(weights):
     assert scaled.compute().item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_images_of_another_range_or_dtype_are_refused(weights):
+    """Any of them would give a distance, and a wrong one."""
+    pytest.importorskip("torchmetrics")
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    plain, scaled = (metrics.FrechetInceptionDistance(64, weights=weights, normalize=n) for n in (False, True))
+    for x in (images / 255, images.half(), images.long(), images > 9, images.numpy()):
+        with pytest.raises(TypeError, match="images must be uint8, 0 to 255, got"):
+            plain.update(x, real=True)
+    with pytest.raises(ValueError, match=r"images must have shape \[n, C, H, W\], got \(3, 8, 8\)"):
+        plain.update(images[0], real=True)
+    for x in (images, images.long(), images > 9):
+        with pytest.raises(TypeError, match="images must be floating with normalize=True, got torch"):
+            scaled.update(x, real=True)
+    for x in (
+        images / 127.5 - 1,
+        images / 250,
+        images.float(),
+        images / 255 - 1e-3,
+        torch.full((1, 3, 8, 8), math.nan),
+    ):
+        with pytest.raises(ValueError, match=r"images must be in \[0, 1\] with normalize=True, got"):
+            scaled.update(x, real=False)
+    assert float(plain.real[0, 0] + scaled.fake[0, 0]) == 0
+    for call in (metrics.feature_distance, metrics.frechet_classifier_distance):
+        with pytest.raises(TypeError, match="images must be uint8"):
+            call(nn.Flatten(), images / 255, images)
+
+
+def test_a_network_in_training_mode_is_measured_in_evaluation_mode(digits):
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)).eval()
+
+    class Bytes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(metrics.to_float(x))
+
+    with torch.no_grad():
+        logits = network(metrics.to_float(digits.test))
+        expected = frechet(Bytes()(digits.train), Bytes()(digits.test))
+    before = network[1].running_mean.clone()
+    network.train()
+    assert metrics.feature_distance(Bytes(), digits.train, digits.test) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(metrics.probabilities(network, digits.test), logits.double().softmax(1))
+    assert torch.equal(before, network[1].running_mean)
+    assert all(module.training for module in network.modules())
+
+
 def test_fid_without_weights_downloads_nothing_unless_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: pytest.fail("downloaded"))
