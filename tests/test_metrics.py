@@ -119,6 +119,21 @@ def test_feature_distance_streams_to_the_same_number():
     assert metrics.feature_distance(features, real, real) == pytest.approx(0, abs=1e-9)
 
 
+def test_a_reference_is_computed_once():
+    seen = []
+
+    def features(x):
+        seen.append(len(x))
+        return x.flatten(1).float() / 50
+
+    real, *fakes = (torch.randint(0, 256, (n, 1, 3, 3), dtype=torch.uint8) for n in (40, 30, 20))
+    distance = metrics.ReferenceDistance(features, real)
+    values = [distance(fake) for fake in fakes]
+    assert seen == [40, 30, 20]
+    assert values == [metrics.feature_distance(features, real, fake) for fake in fakes]
+    assert values == pytest.approx([frechet(features(real), features(fake)) for fake in fakes], rel=1e-6)
+
+
 def test_classifier_of_digits_is_accurate_deterministic_and_cached(digits, classifier, tmp_path, monkeypatch):
     assert classifier.accuracy > 0.97
     right = metrics.probabilities(classifier, digits.test).argmax(1) == digits.test_labels

@@ -31,8 +31,22 @@ def feature_distance(features: Callable[[Tensor], Tensor], real: Tensor, fake: T
     Raises:
         TypeError: images that are not uint8.
     """
-    first, second = (feature_statistics(features, images, device) for images in (real, fake))
-    return float(distance_between(first, second))
+    return ReferenceDistance(features, real, device)(fake)
+
+
+class ReferenceDistance:
+    """`feature_distance` to one reference set, whose features are computed once.
+
+    Args:
+        features, real, device: as for `feature_distance`.
+    """
+
+    def __init__(self, features: Callable[[Tensor], Tensor], real: Tensor, device="cpu"):
+        self.features, self.device = features, device
+        self.reference = feature_statistics(features, real, device)
+
+    def __call__(self, fake: Tensor) -> float:
+        return float(distance_between(self.reference, feature_statistics(self.features, fake, self.device)))
 
 
 @torch.no_grad()
@@ -109,4 +123,15 @@ def frechet_classifier_distance(classifier: Classifier, real: Tensor, fake: Tens
     This is not FID and is not comparable with FID or across data sets, because each classifier has its own scale.
     Compare it with the distance between training and test images in the same features.
     """
-    return feature_distance(lambda x: classifier.features(to_float(x)), real, fake, device)
+    return feature_distance(ClassifierFeatures(classifier), real, fake, device)
+
+
+class ClassifierFeatures(nn.Module):
+    """A classifier's penultimate features `[n, FEATURES]` of uint8 images."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier.features(to_float(images))
