@@ -90,6 +90,7 @@ def evaluate(
             raise runs.unknown("metric", name, evaluation.METRICS)
     system, settings = runs.trained(run, device)
     dataset = datasets.load(settings.data, root or settings.root, settings.image_size, download=download)
+    runs.same_classes(system, dataset)
     evaluated = evaluation.Evaluation(
         system, dataset, n=samples, seed=seed, inception_weights=inception_weights, download=download
     )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from . import decoded
 from .recipe import DataNotFound, Encoded, Read
 from .sources import DATASETS
 
-__all__ = ["DATASETS", "DataNotFound", "Dataset", "load", "stratified", "target_of"]
+__all__ = ["DATASETS", "DataNotFound", "Dataset", "load", "same_classes", "stratified", "target_of"]
 
 
 class Dataset(NamedTuple):
@@ -180,11 +180,21 @@ def target_of(dataset: Dataset, target: str, root: str | Path = "data", *, downl
         return dataset._replace(name=f"negative {dataset.name}", train=255 - dataset.train, test=255 - dataset.test)
     _, channels, size, _ = dataset.train.shape
     other = load(target, root, size, channels, download=download)
-    if len(other.classes) != len(dataset.classes):
-        raise ValueError(
-            f"target must have the classes of {dataset.name}, {len(dataset.classes)}; {target} has {len(other.classes)}"
-        )
+    same_classes(f"the target {target}", other.classes, dataset.name, dataset.classes)
     return other
+
+
+def same_classes(what: str, got: Sequence[str], whose: str, wanted: Sequence[str]) -> None:
+    """Raises ValueError unless both number the same classes in the same way."""
+    if tuple(got) == tuple(wanted):
+        return
+    first = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    said = [f"{len(names)} classes, from number {first} on {_named(names[first:])}" for names in (wanted, got)]
+    raise ValueError(f"{what} must have the classes of {whose}: {said[0]}; got {said[1]}")
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
 
 
 def _some(images, labels, limit):
