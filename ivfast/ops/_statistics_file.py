@@ -5,7 +5,7 @@ import math
 import os
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -17,16 +17,10 @@ DEFLATE = 1032  # bytes that one byte of deflate stands for at most
 ROUNDING = 1e-2  # of σ_i σ_j; sums in float32 and storage in float16 move Σ_ij, and Σ's eigenvalues, by less
 
 
-class Statistics(NamedTuple):
-    mean: Tensor  # float64 [d]
-    covariance: Tensor  # float64 [d, d], symmetric
-    count: int | None
-
-
 class _Member(NamedTuple):
     """An array of an .npz file whose header is read and whose size is checked."""
 
-    file: zipfile.ZipExtFile
+    file: IO[bytes]
     shape: tuple[int, ...]
     fortran: bool
     dtype: np.dtype
@@ -36,8 +30,8 @@ class _Member(NamedTuple):
         return values.reshape(self.shape, order="F" if self.fortran else "C")
 
 
-def read(path: str | os.PathLike) -> Statistics:
-    """The statistics in a file.
+def read(path: str | os.PathLike) -> tuple[Tensor, Tensor, int | None]:
+    """Mean `[d]` and symmetric covariance `[d, d]` in float64, and the number of samples if the file has it.
 
     Raises:
         ValueError: it is damaged or holds something else; the message names the file.
@@ -106,7 +100,7 @@ def _check_headers(members: dict[str, _Member], names: set[str]) -> None:
         raise _Refused(f"count must be one integer, got {count.dtype} {list(count.shape)}")
 
 
-def _statistics(arrays: dict[str, np.ndarray]) -> Statistics:
+def _statistics(arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor, int | None]:
     with np.errstate(over="ignore"):  # an extended number beyond float64 becomes infinite, which is refused
         mean, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
     mean = mean.reshape(-1)
@@ -121,7 +115,7 @@ def _statistics(arrays: dict[str, np.ndarray]) -> Statistics:
     _check_covariance(sigma, covariance)
     if not bool((covariance.diagonal() * ((count or 2) - 1)).isfinite().all()):
         raise _Refused(f"sigma must have a finite sum over {count:,} samples, got variances to {covariance.max():g}")
-    return Statistics(mean, covariance, count)
+    return mean, covariance, count
 
 
 def _check_covariance(sigma: Tensor, covariance: Tensor) -> None:
