@@ -54,6 +54,7 @@ def test_names_of_splits(tmp_path, fill, train, test):
 
 def test_an_empty_test_folder(tmp_path, fill):
     fill(tmp_path / "train" / "a")
+    assert len(of(tmp_path).test) == 1  # decoded now, and yet noticed
     (tmp_path / "test").mkdir()
     with pytest.raises(DataNotFound, match=r"test holds no images; fill it, or remove it to test on every tenth image"):
         of(tmp_path)

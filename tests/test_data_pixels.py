@@ -140,6 +140,12 @@ def test_images_are_turned_upright(tmp_path, suffix):
         np.testing.assert_allclose(got.transpose(1, 2, 0), shown[:, 4:20], atol=12 if suffix == ".jpg" else 0)
 
 
+def test_damaged_exif_leaves_an_image_as_it_is_stored(tmp_path):
+    image = Image.fromarray(GREYS.astype(np.uint8))
+    for exif in (b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\xff"):
+        np.testing.assert_allclose(read(tmp_path, saver(image, ".jpg", exif=exif, quality=98), 1)[0], GREYS, atol=3)
+
+
 def test_sixteen_bits_are_turned_upright_too(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 3

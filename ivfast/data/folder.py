@@ -68,7 +68,8 @@ def stamp(root: Path, category: str) -> list:
     if left_out:
         warnings.warn(f"{root}: left out {', '.join(left_out)}; images end in {', '.join(SUFFIXES)}", stacklevel=4)
     status = [(path, path.stat()) for path in images if path.exists()]
-    return [(str(path), found.st_size, found.st_mtime_ns) for path, found in status]
+    split = [str(train_folder), str(test_folder)]  # an empty folder changes them too
+    return [split, *((str(path), found.st_size, found.st_mtime_ns) for path, found in status)]
 
 
 def splits(root: Path) -> tuple[Path, Path | None]:

@@ -1,4 +1,6 @@
-"""What a viewer shows of an image file, as 8-bit pixels. Whatever its depth, transparency and orientation."""
+"""What a viewer shows of an image file, as 8-bit pixels, whatever its depth, transparency and orientation."""
+
+import contextlib
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -21,7 +23,9 @@ def square(file: Image.Image, channels: int, size: int, crop: int | None = None)
         ValueError: greys whose range is not known: 32-bit integers, or floats outside [0, 1].
         Exception: whatever Pillow raises for a damaged file.
     """
-    ImageOps.exif_transpose(file, in_place=True)
+    file.load()
+    with contextlib.suppress(Exception):  # damaged EXIF, with which viewers show an image as it is stored
+        ImageOps.exif_transpose(file, in_place=True)
     image = _opaque(file).convert("L" if channels == 1 else "RGB")
     side = min(*image.size, crop or max(image.size))
     left, top = (image.width - side) // 2, (image.height - side) // 2
