@@ -1,6 +1,7 @@
 """Streaming statistics through files: those of pytorch-fid, and writes that fail."""
 
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -24,6 +25,20 @@ def test_state_dict_through_a_file():
     stats.update(normal(5, 3))
     assert int(state["count"]) == 40
     assert not torch.equal(state["mean"], stats.mean)  # copies
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"count": torch.tensor(2.7)}, "must be one integer, got 2.7"),
+        ({"count": torch.tensor([5, 5])}, "must be one integer"),
+        ({"scatter": torch.eye(3) * 1j}, "must be floating, got torch.complex64"),
+    ],
+)
+def test_a_state_that_is_none_is_refused(changes, said):
+    state = of(normal(40, 3)).state_dict()
+    with pytest.raises(ValueError, match=said):
+        GaussianStatistics(3).load_state_dict({**state, **changes})
 
 
 class TestFiles:
@@ -80,14 +95,85 @@ class TestFiles:
             ({"mu": np.zeros(3)}, r"must hold mu and sigma, got \['mu'\]"),
             ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, r"must be \[d\] and \[d, d\], got \[3, 1\], \[3, 3\]"),
             ({"mu": np.zeros(3), "sigma": np.eye(4)}, r"must be \[d\] and \[d, d\], got \[3\], \[4, 4\]"),
-            ({"mu": np.zeros(3), "sigma": np.eye(3), "count": 1}, "count must be at least 2, got 1"),
-            ({"mu": np.array(["a"] * 3), "sigma": np.eye(3)}, "could not convert"),
+            ({"mu": np.zeros(3), "sigma": np.eye(3), "count": 1}, "count must be at least 2 .*, got 1"),
+            ({"mu": np.array(["a"] * 3), "sigma": np.eye(3)}, "mu must hold real numbers, got <U1"),
+            ({"mu": np.zeros(3), "sigma": np.eye(3, dtype=bool)}, "sigma must hold real numbers, got bool"),
+            ({"mu": np.zeros(3) * 1j, "sigma": np.eye(3)}, "mu must hold real numbers, got complex128"),
+            ({"mu": np.zeros(3), "sigma": np.eye(3) * 1j}, "sigma must hold real numbers, got complex128"),
+            ({"mu": np.array([0, np.inf, 0]), "sigma": np.eye(3)}, "mu must be finite"),
+            ({"mu": np.zeros(3), "sigma": np.eye(3) * np.nan}, "sigma must be finite"),
+            ({"mu": np.zeros(3), "sigma": -np.eye(3)}, "sigma must be a covariance, got the variance -1"),
+            ({"mu": np.zeros(3), "sigma": 1.9 * np.eye(3) - 0.9}, "has a negative eigenvalue"),  # 1.9 − 2.7
+            ({"mu": np.zeros(2), "sigma": np.array([[0.0, 1.0], [1.0, 1.0]])}, "has a negative eigenvalue"),
+            ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.4, 1.0]])}, "sigma must be symmetric"),
+            ({"mu": np.zeros(3), "sigma": np.eye(3), "count": 2.7}, r"count must be one integer, got float64 \[\]"),
+            ({"mu": np.zeros(3), "sigma": np.eye(3), "count": np.inf}, "count must be one integer, got float64"),
+            ({"mu": np.zeros(3), "sigma": np.eye(3), "count": [5, 5]}, r"count must be one integer, got int64 \[2\]"),
+            ({"mu": np.zeros(3), "sigma": np.eye(3), "count": -5}, "count must be at least 2 .*, got -5"),
+            ({"mu": np.zeros(3), "sigma": np.eye(3), "count": 1 << 62}, "count must be at least 2 and at most 2.53"),
+            ({"mu": np.zeros(3), "sigma": 1e305 * np.eye(3), "count": 10**6}, "must have a finite sum over 1,000,000"),
         ],
     )
     def test_refuse_other_arrays(self, tmp_path, arrays, said):
         np.savez(tmp_path / "other.npz", **arrays)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=said) as caught:
             GaussianStatistics.load(tmp_path / "other.npz")
+        assert str(tmp_path / "other.npz") in str(caught.value)
+
+    @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+    def test_a_flipped_bit_is_noticed_or_changes_nothing(self, tmp_path, save):
+        x, path = normal(12, 6).numpy(), tmp_path / "stats.npz"
+        save(path, mu=x.mean(0), sigma=np.cov(x, rowvar=False), count=np.int64(12))
+        good, whole, refused = GaussianStatistics.load(path), path.read_bytes(), 0
+        passed = 0
+        for bit in torch.randint(8 * len(whole), (200,)).tolist():
+            content = bytearray(whole)
+            content[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+            try:
+                stats = GaussianStatistics.load(path)
+            except ValueError as error:
+                refused += str(path) in str(error)
+                continue
+            # a date, or another byte that nobody reads
+            assert stats.count == 12
+            assert torch.equal(stats.mean, good.mean)
+            assert torch.equal(stats.scatter, good.scatter)
+            passed += 1
+        assert refused + passed == 200
+        assert refused > 100
+
+    @pytest.mark.parametrize("lie", ["header", "directory"])
+    def test_a_claim_of_terabytes_is_refused_before_anything_is_allocated(self, tmp_path, lie):
+        path, d = tmp_path / "stats.npz", 10**6
+        claim, file = io.BytesIO(), io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            claim, {"descr": "<f8", "fortran_order": False, "shape": (d, d) if lie == "header" else (3, 3)}
+        )
+        np.save(file, np.zeros(d if lie == "header" else 3))
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("mu.npy", file.getvalue())
+            archive.writestr("sigma.npy", claim.getvalue() + bytes(72))
+            if lie == "directory":
+                archive.getinfo("sigma.npy").file_size = 8 * d * d
+        with pytest.raises(ValueError, match=r"stats\.npz is not an \.npz file of arrays: sigma\.npy claims 8,000,000"):
+            GaussianStatistics.load(path)
+
+    @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, np.longdouble, ">f8", np.int64])
+    def test_honest_rounding_and_other_layouts_are_accepted(self, tmp_path, dtype):
+        x = 20 * normal(30, 40).numpy()  # below full rank: rounding makes eigenvalues negative
+        x[:, 0] = 3  # a feature that never varies
+        mu, sigma = (a.astype(dtype) for a in (x.mean(0), np.cov(x, rowvar=False)))
+        np.savez(tmp_path / "stats.npz", mu=mu, sigma=np.asfortranarray(sigma), arr_0=np.zeros(3), mu_s=mu)
+        stats = GaussianStatistics.load(tmp_path / "stats.npz")
+        np.testing.assert_array_equal(stats.mean, mu.astype(np.float64))
+        np.testing.assert_array_equal(stats.covariance, sigma.astype(np.float64))
+
+    def test_what_is_not_finite_is_not_written(self, tmp_path):
+        stats = of(normal(40, 4)).update(torch.full((1, 4), torch.inf))
+        with pytest.raises(ValueError, match="statistics must be finite"):
+            stats.save(tmp_path / "stats.npz")
+        assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04broken"])
     def test_refuse_other_files(self, tmp_path, content):

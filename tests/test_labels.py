@@ -1,6 +1,7 @@
 """Labels and label shares, from the data set to the systems that read them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,35 @@ def test_command_line_hands_labels_to_what_needs_them(name, measured, tmp_path, 
         assert "does not generate images" in command("sample", "run", code=2)
     else:
         command("sample", "run", "-n", 20)
+
+
+def test_class_names_are_kept_and_compared(tmp_path):
+    """Labels are numbers: of other classes they would be read as if they were of those the run learnt."""
+    from PIL import Image
+
+    root, out = tmp_path / "images", tmp_path / "run"
+    for i, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for k in range(6):
+            Image.new("L", (8, 8), 20 * k + 100 * i).save(root / name / f"{k}.png")
+    options = ("--root", root, "--out", out, "--device", "cpu")
+    fast = ("--image-size", 8, "--batch-size", 4, "--set", "tensorboard=false", "--set", "width=16")
+    command("train", "svae", "--data", "folder", "--steps", 2, *fast, *options)
+    system, _ = runs.load_system(out)
+    assert system.class_names == ("cat", "dog")
+    command("evaluate", out, "--metrics", "accuracy")
+    (root / "dog").rename(root / "ant")  # the numbers change places
+    said = "classes of .*: 2 classes, from number 0 on cat, dog; got 2 classes, from number 0 on ant, cat"
+    for arguments in (("evaluate", out, "--metrics", "accuracy"), ("train", "--resume", "--steps", 3, *options)):
+        assert re.search(said, command(*arguments, code=2))
+
+
+def test_a_target_with_as_many_other_classes_is_refused(digits, monkeypatch):
+    other = digits._replace(name="clothes", classes=(*digits.classes[:9], "boot"))
+    monkeypatch.setattr(data, "load", lambda *_, **__: other)
+    with pytest.raises(
+        ValueError, match=r"the target mnist must have the classes of digits: 10 .* on 9; got 10 .* boot"
+    ):
+        data.target_of(digits, "mnist")
+    monkeypatch.setattr(data, "load", lambda *_, **__: other._replace(classes=digits.classes))
+    assert data.target_of(digits, "mnist").name == "clothes"

@@ -119,6 +119,21 @@ def test_feature_distance_streams_to_the_same_number():
     assert metrics.feature_distance(features, real, real) == pytest.approx(0, abs=1e-9)
 
 
+def test_a_reference_is_computed_once():
+    seen = []
+
+    def features(x):
+        seen.append(len(x))
+        return x.flatten(1).float() / 50
+
+    real, *fakes = (torch.randint(0, 256, (n, 1, 3, 3), dtype=torch.uint8) for n in (40, 30, 20))
+    distance = metrics.ReferenceDistance(features, real)
+    values = [distance(fake) for fake in fakes]
+    assert seen == [40, 30, 20]
+    assert values == [metrics.feature_distance(features, real, fake) for fake in fakes]
+    assert values == pytest.approx([frechet(features(real), features(fake)) for fake in fakes], rel=1e-6)
+
+
 def test_classifier_of_digits_is_accurate_deterministic_and_cached(digits, classifier, tmp_path, monkeypatch):
     assert classifier.accuracy > 0.97
     right = metrics.probabilities(classifier, digits.test).argmax(1) == digits.test_labels
@@ -251,6 +266,56 @@ def test_the_metric_of_torchmetrics_is_the_same_fid(weights):
     scaled.update((real + 0.5) / 255, real=True)  # as in torchmetrics: whole 255ths, rounded down
     scaled.update((fake + 0.5) / 255, real=False)
     assert scaled.compute().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_images_of_another_range_or_dtype_are_refused(weights):
+    """Any of them would give a distance, and a wrong one."""
+    pytest.importorskip("torchmetrics")
+    images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    plain, scaled = (metrics.FrechetInceptionDistance(64, weights=weights, normalize=n) for n in (False, True))
+    for x in (images / 255, images.half(), images.long(), images > 9, images.numpy()):
+        with pytest.raises(TypeError, match="images must be uint8, 0 to 255, got"):
+            plain.update(x, real=True)
+    with pytest.raises(ValueError, match=r"images must have shape \[n, C, H, W\], got \(3, 8, 8\)"):
+        plain.update(images[0], real=True)
+    for x in (images, images.long(), images > 9):
+        with pytest.raises(TypeError, match="images must be floating with normalize=True, got torch"):
+            scaled.update(x, real=True)
+    for x in (
+        images / 127.5 - 1,
+        images / 250,
+        images.float(),
+        images / 255 - 1e-3,
+        torch.full((1, 3, 8, 8), math.nan),
+    ):
+        with pytest.raises(ValueError, match=r"images must be in \[0, 1\] with normalize=True, got"):
+            scaled.update(x, real=False)
+    assert float(plain.real[0, 0] + scaled.fake[0, 0]) == 0
+    for call in (metrics.feature_distance, metrics.frechet_classifier_distance):
+        with pytest.raises(TypeError, match="images must be uint8"):
+            call(nn.Flatten(), images / 255, images)
+
+
+def test_a_network_in_training_mode_is_measured_in_evaluation_mode(digits):
+    network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)).eval()
+
+    class Bytes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(metrics.to_float(x))
+
+    with torch.no_grad():
+        logits = network(metrics.to_float(digits.test))
+        expected = frechet(Bytes()(digits.train), Bytes()(digits.test))
+    before = network[1].running_mean.clone()
+    network.train()
+    assert metrics.feature_distance(Bytes(), digits.train, digits.test) == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(metrics.probabilities(network, digits.test), logits.double().softmax(1))
+    assert torch.equal(before, network[1].running_mean)
+    assert all(module.training for module in network.modules())
 
 
 def test_fid_without_weights_downloads_nothing_unless_asked(tmp_path, monkeypatch):

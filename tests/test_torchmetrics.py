@@ -149,6 +149,71 @@ def test_copies_go_on_where_the_original_was(sets, how):
     assert filled(metric, real[30:], fake[30:]).compute().item() == expected(real, fake)
 
 
+CASTS = {
+    "to": lambda module: module.to(torch.bfloat16),
+    "to the device too": lambda module: module.to("cpu", torch.float16),
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "double": lambda module: module.double(),
+    "type": lambda module: module.type(torch.float32),
+    "as DeepSpeed": lambda module: module._apply(lambda x: x.half() if x.is_floating_point() else x),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_casts_of_the_whole_module_leave_state_and_network_alone(sets, cast):
+    real, fake = sets
+    network = nn.Linear(6, 6)
+    first = network(real.float()).double(), network(fake.float()).double()
+    whole = nn.ModuleDict(
+        {
+            "other": nn.Linear(2, 2),
+            "fid": metrics.FrechetInceptionDistance(network, num_features=6),
+            "fld": metrics.FrechetLatentDistance(6),
+        }
+    )
+    filled(whole["fid"], real[:30].float(), fake[:30].float())
+    whole["fid"].compute()
+    whole["fld"].update(real)
+    CASTS[cast](whole)
+    states = [getattr(metric, name) for metric in (whole["fid"], whole["fld"]) for name in metric._defaults]
+    assert [x.dtype for x in states] == [torch.float64] * 3
+    assert whole["fid"]._computed.dtype == torch.float64
+    assert network.weight.dtype == torch.float32
+    assert filled(whole["fid"], real[30:].float(), fake[30:].float()).compute().item() == pytest.approx(
+        nuclear(*(x.detach().numpy() for x in first)),
+        rel=1e-5,  # features are float32
+    )
+    assert whole["fld"].compute().item() == fld(real)
+
+
+def test_a_rounded_state_is_refused(sets):
+    metric = filled(distance(), *sets)
+    metric.persistent(True)
+    with pytest.raises(ValueError, match=r"real must be float64, got torch\.float16"):
+        distance().load_state_dict({name: x.half() for name, x in metric.state_dict().items()})
+
+
+def test_features_are_computed_in_evaluation_mode_and_the_network_keeps_its_mode(sets):
+    real, fake = sets
+    network = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 4)).double()
+    network[0].running_mean.fill_(0.3)
+    before = copy.deepcopy(network.state_dict())
+    expected_value = nuclear(*(network.eval()(x).detach().numpy() for x in (real, fake)))
+    for feature in (network, network.forward):
+        metric = nn.ModuleDict({"fid": metrics.FrechetInceptionDistance(feature, num_features=4)})
+        metric.train()
+        network.train()
+        network[1].eval()
+        value = filled(metric["fid"], real, fake).compute()
+        assert value.item() == pytest.approx(expected_value, rel=1e-9)
+        assert [module.training for module in network.modules()] == [True, True, False, True]
+    assert all(torch.equal(x, before[name]) for name, x in network.state_dict().items())
+    network.eval()
+    nn.ModuleDict({"fid": metrics.FrechetInceptionDistance(network, num_features=4)}).train()
+    assert not network.training  # it is the metric's, which does not train
+
+
 def test_inference_mode(sets):
     real, fake = sets
     metric = distance()
@@ -176,6 +241,10 @@ def test_collection(sets):
 def test_what_does_not_fit(sets):
     with pytest.raises(ValueError, match="num_features must be given"):
         metrics.FrechetInceptionDistance(nn.Identity())
+    with pytest.raises(TypeError, match="feature must be the width of a layer of Inception or a callable, got '2048'"):
+        metrics.FrechetInceptionDistance("2048", num_features=6)
+    with pytest.raises(TypeError, match="normalize must be True or False, got 'no'"):
+        distance(normalize="no")
     metric = filled(distance(), sets[0], sets[1][:1])
     with pytest.raises(RuntimeError, match="fake must hold at least 2 images, got 1"):
         metric.compute()

@@ -40,7 +40,7 @@ def jobs() -> list[tuple[str, str, int, int]]:
 def run(job: tuple[str, str, int, int]) -> dict:
     from ivfast import models
     from ivfast.data import load
-    from ivfast.papers.s1 import quality
+    from ivfast.papers.s1 import distance_of, quality
     from ivfast.train.loop import NonFiniteLoss, NonFiniteWeights, fit
 
     torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def run(job: tuple[str, str, int, int]) -> dict:
         except (NonFiniteLoss, NonFiniteWeights) as error:
             return {**row, "diverged": str(error)}
     row["seconds"] = round(time.perf_counter() - start, 1)
-    values = quality(system, digits, 5000, seed)
+    values = quality(system, digits, 5000, distance_of(digits, "classifier", real=digits.test), seed)
     return {**row, "fld": values["fld"], "fcd": values["distance"], "psnr": values["psnr"]}
 
 
@@ -71,7 +71,7 @@ def yardstick() -> float:
     from ivfast.papers.s1 import distance_of
 
     digits = load("digits")
-    return distance_of(digits, "classifier")(digits.train)
+    return distance_of(digits, "classifier", real=digits.test)(digits.train)
 
 
 def rows() -> list[dict]:

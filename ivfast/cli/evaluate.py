@@ -91,13 +91,27 @@ def evaluate(
             raise runs.unknown("metric", name, evaluation.METRICS)
     system, settings = runs.trained(run, device)
     dataset = datasets.load(settings.data, root or settings.root, settings.image_size, download=download)
+    runs.same_classes(system, dataset)
     evaluated = evaluation.Evaluation(
         system, dataset, n=samples, seed=seed, inception_weights=inception_weights, download=download
     )
+    chosen = names or evaluated.default()
+    left_out = {} if names else {name: reason for name in chosen if (reason := evaluated.missing(name))}
     values = []
-    for name in names or evaluated.default():
+    for name in chosen:
+        if name in left_out:
+            continue
         with console.status(f"{name} ..."):
             values += evaluated.run(name)
     record = {value.name: value.value for value in values} | {"samples": samples, "seed": seed}
     (run / "metrics.json").write_text(json.dumps(record, indent=2) + "\n")
-    console.print(report.values_table(f"{settings.system} on {settings.data}, {run}", values))
+    if values:
+        console.print(report.values_table(f"{settings.system} on {settings.data}, {run}", values))
+    for reason in left_out.values():
+        console.print(f"left out: {escape(reason)}", soft_wrap=True)
+    judges = {"classifier-distance", "modes", "histogram"}
+    if names is None and hasattr(system, "sample") and not judges.intersection(chosen):
+        console.print(
+            "No metric above judges the samples. --metrics fid does; it needs pytorch-fid's Inception weights.",
+            soft_wrap=True,
+        )

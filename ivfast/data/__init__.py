@@ -8,10 +8,9 @@ workers into a memory-mapped file in `<root>/.ivfast/`, so such a set may be lar
 import difflib
 import hashlib
 import json
-import math
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -22,9 +21,10 @@ from torch import Tensor
 from .. import _check
 from .._extra import needs
 from . import decoded
-from .sources import DATASETS, DataNotFound, Encoded, Read
+from .recipe import DataNotFound, Encoded, Read
+from .sources import DATASETS
 
-__all__ = ["DATASETS", "DataNotFound", "Dataset", "load", "stratified", "target_of"]
+__all__ = ["DATASETS", "DataNotFound", "Dataset", "load", "same_classes", "stratified", "target_of"]
 
 
 class Dataset(NamedTuple):
@@ -65,10 +65,14 @@ def load(
         ValueError: an unknown name, or an invalid size, channel count or limit (points have no size and no channels).
         DataNotFound: the files are not there.
 
+    An image file is shown as a viewer would: upright by its EXIF orientation, transparent pixels on white, greys of 16
+    bits scaled to 8 and floats taken to be in [0, 1]. One that cannot be read raises ValueError with its name.
+
     Splits: for digits, every sixth image is a test image (1,497 and 300); MNIST, CIFAR-10, SVHN, STL-10 and CelebA have
-    their own; points, 50,000 and 10,000; LSUN, `val`; a folder uses its `train` and `test` (or `val`) subfolders,
-    otherwise every tenth image in path order is a test image. CelebA is cropped to the central 140 x 140 pixels as in
-    S1; other files to their central square.
+    their own; points, 50,000 and 10,000; LSUN, `val`; a folder uses its `train` and `test` (or `val`, `validation`)
+    subfolders, otherwise every tenth image in path order is a test image, or the next one whose class keeps another.
+    The subfolders of a split are its classes, unless images lie loose there. CelebA is cropped to the central 140 x 140
+    pixels as in S1; other files to their central square.
     """
     family, _, category = name.partition(":")
     if family not in DATASETS:
@@ -89,7 +93,9 @@ def load(
 
     shape, cache = (channels, size, size), None
     if recipe.stamp is not None:
-        stamp = json.dumps([name, size, channels, limit, *recipe.stamp(root, category)])
+        from .pixels import VERSION
+
+        stamp = json.dumps([VERSION, name, size, channels, limit, *recipe.stamp(root, category)])
         key = hashlib.sha256(stamp.encode()).hexdigest()[:12]
         cache = root / ".ivfast" / f"{name.replace(':', '-')}-{channels}x{size}x{size}-{key}.safetensors"
         if cache.is_file():
@@ -174,12 +180,21 @@ def target_of(dataset: Dataset, target: str, root: str | Path = "data", *, downl
         return dataset._replace(name=f"negative {dataset.name}", train=255 - dataset.train, test=255 - dataset.test)
     _, channels, size, _ = dataset.train.shape
     other = load(target, root, size, channels, download=download)
-    if len(other.classes) != len(dataset.classes):
-        raise ValueError(
-            f"target must have the {len(dataset.classes)} classes of {dataset.name}, got {target}, which has "
-            f"{len(other.classes)}"
-        )
+    same_classes(f"the target {target}", other.classes, dataset.name, dataset.classes)
     return other
+
+
+def same_classes(what: str, got: Sequence[str], whose: str, wanted: Sequence[str]) -> None:
+    """Raises ValueError unless both number the same classes in the same way."""
+    if tuple(got) == tuple(wanted):
+        return
+    first = next((i for i, (a, b) in enumerate(zip(got, wanted, strict=False)) if a != b), min(len(got), len(wanted)))
+    said = [f"{len(names)} classes, from number {first} on {_named(names[first:])}" for names in (wanted, got)]
+    raise ValueError(f"{what} must have the classes of {whose}: {said[0]}; got {said[1]}")
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "none"
 
 
 def _some(images, labels, limit):
@@ -217,8 +232,7 @@ def _luma(images: Tensor) -> Tensor:
 
 def _decode(images: Encoded, out: Tensor, workers: int, title: str | None) -> None:
     """Fill `out`, uint8 `[N, C, S, S]`."""
-    import numpy as np
-    from PIL import Image
+    from . import pixels
 
     channels, size = out.shape[1:3]
 
@@ -226,13 +240,11 @@ def _decode(images: Encoded, out: Tensor, workers: int, title: str | None) -> No
         key = images.keys[row]
         try:
             with images.open(key) as file:
-                side = min(*file.size, images.crop or math.inf)
-                left, top = (file.width - side) // 2, (file.height - side) // 2
-                image = file.convert("L" if channels == 1 else "RGB")
-            image = image.resize((size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side))
-        except OSError as error:
-            raise ValueError(f"{key} is not a readable image: {error}") from error
-        out[row] = torch.from_numpy(np.array(image)).view(size, size, channels).permute(2, 0, 1)
+                found = pixels.square(file, channels, size, images.crop)
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
+            why = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{key} is not a readable image: {why}") from error
+        out[row] = torch.from_numpy(found).view(size, size, channels).permute(2, 0, 1)
 
     def chunk(rows: Iterable[int]) -> int:
         return sum(1 for row in rows if decode(row) is None)

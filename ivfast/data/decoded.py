@@ -1,17 +1,22 @@
 """Decoded data sets on disk: memory-mapped safetensors files, so that a set may be larger than memory."""
 
 import contextlib
-import fcntl
 import glob
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor
 
 from .._extra import needs
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, which does not let go of a file that is open
+    fcntl = None
 
 with needs("ivfast.data"):
     from safetensors import SafetensorError, safe_open
@@ -43,7 +48,7 @@ def create(
     with open(partial, "xb") as file:
         try:
             with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(file)
             file.write(len(text).to_bytes(8, "little") + text)
             file.flush()
             _reserve(file.fileno(), begin + size)
@@ -59,9 +64,19 @@ def create(
 def _sweep(path: Path) -> None:
     """Remove temporary files of `path` left by killed processes; running processes hold a lock on theirs."""
     for partial in path.parent.glob(f"{glob.escape(path.stem)}.*.part"):
-        with contextlib.suppress(OSError), open(partial, "rb+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            partial.unlink()
+        with contextlib.suppress(OSError):
+            if fcntl is None:
+                partial.unlink()
+                continue
+            with open(partial, "rb+") as file:
+                _lock(file)
+                partial.unlink()
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Raises OSError where another process has the lock."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _reserve(file: int, size: int) -> None:

@@ -1,46 +1,15 @@
 """Where each data set is on disk and how it is read: `DATASETS`, the table behind `ivfast.data.load`."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from . import points
+from . import folder, points
+from .recipe import DataNotFound, Encoded, Read, Source
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 STACKED = (60_000, 10_000)  # train and test images of a stacked set
 DRAWN = (50_000, 10_000)  # train and test points of a distribution
-
-
-class DataNotFound(FileNotFoundError):
-    """A data set was not found; the message says where it was expected and how to get it."""
-
-
-class Encoded(NamedTuple):
-    """Images still in their file format."""
-
-    keys: Sequence  # one per image
-    open: Callable  # key -> PIL image
-    crop: int | None = None  # side of the central square; None means the largest one
-
-
-class Read(NamedTuple):
-    train: Tensor | Encoded  # uint8 [N, C, H, W], or points: float32 [N, D]
-    train_labels: Tensor | None  # int64 [N]
-    test: Tensor | Encoded
-    test_labels: Tensor | None
-    classes: Sequence[str]
-
-
-class Source(NamedTuple):
-    read: Callable[[Path, str, bool], Read]  # root, category, download
-    size: int | None  # None for points
-    channels: int | None
-    about: str
-    stamp: Callable[[Path, str], list] | None = None  # changes when the files do; None: too quick to cache
 
 
 def _digits(root: Path, category: str, download: bool) -> Read:
@@ -186,47 +155,6 @@ def _lsun_folders(root: Path, category: str) -> tuple[Path, Path]:
     return root / f"{category}_train_lmdb", root / f"{category}_val_lmdb"
 
 
-def _folder(root: Path, category: str, download: bool) -> Read:
-    from PIL import Image
-
-    train_folder, test_folder = _folder_splits(root)
-    train = _image_files(train_folder)
-    test = _image_files(test_folder) if test_folder else train[::10]
-    if not test_folder:
-        train = [path for i, path in enumerate(train) if i % 10]
-    if not train or not test:
-        raise DataNotFound(
-            f"an image folder must hold at least 2 images, found {len(train) + len(test)} in {train_folder.absolute()} "
-            f"({', '.join(SUFFIXES)}). Give the folder that holds them with --root."
-        )
-
-    def class_of(path):
-        folder = test_folder if test_folder and path.is_relative_to(test_folder) else train_folder
-        return path.relative_to(folder).parts[0]
-
-    if any(path.parent in (train_folder, test_folder) for path in train + test):  # not sorted into class folders
-        return Read(Encoded(train, Image.open), None, Encoded(test, Image.open), None, ())
-    classes = sorted({class_of(path) for path in train})
-    unknown = sorted({class_of(path) for path in test} - set(classes))
-    if unknown:
-        raise ValueError(f"{test_folder} has classes that {train_folder} does not have: {', '.join(unknown)}")
-    labels = (torch.tensor([classes.index(class_of(path)) for path in split]) for split in (train, test))
-    return Read(Encoded(train, Image.open), next(labels), Encoded(test, Image.open), next(labels), classes)
-
-
-def _folder_splits(root: Path) -> tuple[Path, Path | None]:
-    test = next((root / name for name in ("test", "val", "valid") if (root / name).is_dir()), None)
-    return (root / "train", test) if test and (root / "train").is_dir() else (root, None)
-
-
-def _image_files(folder: Path) -> list[Path]:
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]  # .ivfast/ is our own cache
-        found += [Path(parent, name) for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
-    return sorted(found)
-
-
 def _stacked(base: Callable) -> Callable:
     """Three images of `base` as the three channels of one, which gives 1,000 modes (S2); label 100 a + 10 b + c."""
 
@@ -289,9 +217,7 @@ DATASETS = {
         "LSUN, one category: lsun:church_outdoor, lsun:bedroom, ...",
         _stamps(lambda root, category: [folder / "data.mdb" for folder in _lsun_folders(root, category)]),
     ),
-    "folder": Source(
-        _folder, 64, 3, "your own images: every image file below --root", _stamps(lambda root, _: _image_files(root))
-    ),
+    "folder": Source(folder.read, 64, 3, "your own images: every image file below --root", folder.stamp),
     "stacked-digits": Source(_stacked(_digits), 8, 3, "three digits as colour channels, 1,000 modes (S2)"),
     "stacked-mnist": Source(
         _stacked(_mnist("MNIST")), 28, 3, "three MNIST digits as colour channels, 1,000 modes (S2)"

@@ -10,7 +10,9 @@ raises ImportError if torchmetrics is not installed.
 from .._extra import needs
 from .classes import Modes, accuracy, classifier_score, conditional_accuracy, modes, point_modes, probabilities
 from .features import (
+    ClassifierFeatures,
     InceptionFeatures,
+    ReferenceDistance,
     distance_between,
     feature_distance,
     feature_statistics,
@@ -25,10 +27,12 @@ from .systems import BATCH, codes, decoded, generate, posterior_codes, to_bytes,
 
 __all__ = [
     "BATCH",
+    "ClassifierFeatures",
     "HistogramDivergence",
     "InceptionFeatures",
     "Modes",
     "Reconstruction",
+    "ReferenceDistance",
     "accuracy",
     "classifier_score",
     "codes",

@@ -8,13 +8,14 @@ from torch import Tensor
 
 from ..data.points import Mixture
 from .classifier import Classifier
-from .systems import BATCH, evaluating, to_float
+from .systems import BATCH, evaluating, evaluation_mode, to_float
 
 
 @torch.no_grad()
 def probabilities(classifier: Callable[[Tensor], Tensor], images: Tensor, device="cpu") -> Tensor:
-    """Class probabilities `[n, classes]`, float64."""
-    logits = torch.cat([classifier(to_float(x.to(device))).cpu() for x in images.split(BATCH)])
+    """Class probabilities `[n, classes]`, float64, by a network in evaluation mode."""
+    with evaluation_mode(classifier):
+        logits = torch.cat([classifier(to_float(x.to(device))).cpu() for x in images.split(BATCH)])
     return logits.double().softmax(1)
 
 

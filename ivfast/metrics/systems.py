@@ -1,10 +1,10 @@
 """Apply a trained system to images and codes: in evaluation mode, without gradients, in batches."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _check
 
@@ -45,6 +45,20 @@ def evaluating(system, seed: int = 0) -> Iterator[torch.device]:
             yield device
     finally:
         system.train(training)
+
+
+@contextlib.contextmanager
+def evaluation_mode(function: Callable) -> Iterator[None]:
+    """Evaluation mode for a network, or for the network whose method `function` is; each module's mode is restored."""
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    training = [module for module in owner.modules() if module.training] if isinstance(owner, nn.Module) else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def codes(system, images: Tensor) -> Tensor:

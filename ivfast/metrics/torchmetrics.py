@@ -17,10 +17,15 @@ from .. import _check
 from ..ops.gaussian_statistics import GaussianStatistics
 from .features import InceptionFeatures, distance_between
 from .latent import distance_to_prior
+from .systems import evaluation_mode
 
 
 class GaussianMetric(Metric):
-    """A metric of means and covariances."""
+    """A metric of means and covariances.
+
+    Whatever is done to the module that holds it, its state stays float64 and its feature network keeps its dtype and
+    its mode: `to`, `half` and DeepSpeed's casts only move it, and `train` changes nothing.
+    """
 
     higher_is_better = False
     is_differentiable = False
@@ -38,6 +43,25 @@ class GaussianMetric(Metric):
         """Do nothing: the statistics are float64, and the network keeps its dtype."""
         return self
 
+    def train(self, mode: bool = True) -> "GaussianMetric":
+        """Leave the feature network's mode alone; `update` computes features in evaluation mode."""
+        self.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args, **keywords) -> "GaussianMetric":
+        def moved(x: Tensor) -> Tensor:
+            result = fn(x)
+            return result if result.dtype == x.dtype else x.to(result.device)
+
+        return super()._apply(moved, *args, **keywords)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        for name in self._defaults:
+            state = state_dict.get(prefix + name)
+            if state is not None and state.dtype != torch.float64:
+                raise ValueError(f"{prefix + name} must be float64, got {state.dtype}: its samples have been rounded")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
 
 class FrechetInceptionDistance(GaussianMetric):
     """Fréchet distance between the features of real and fake images: FID, or the same distance in any other features.
@@ -48,17 +72,19 @@ class FrechetInceptionDistance(GaussianMetric):
 
     Args:
         feature: width of a layer of pytorch-fid's Inception, 64, 192, 768 or 2048, for uint8 images `[n, C, H, W]` with
-            1 or 3 channels; or a callable that turns the inputs of `update` into features `[n, d]`. `nn.Identity()`,
-            for example, takes the features themselves.
+            1 or 3 channels; or a callable that turns the inputs of `update` into features `[n, d]`, in evaluation mode
+            if it is a network. `nn.Identity()`, for example, takes the features themselves.
         num_features: d; None means the attribute `feature.num_features`.
         reset_real_features: False keeps the real side through `reset`.
-        normalize: inputs for Inception are floats in [0, 1]; other feature modules get images unchanged.
+        normalize: inputs for Inception are floats in [0, 1], rounded down to whole 255ths; other feature modules get
+            images unchanged.
         weights, download: for Inception, as in `ivfast.metrics.inception.inception`.
         keywords: passed to torchmetrics.
 
     Raises:
-        ValueError: d is unknown; on `update`, features that are not `[n, d]`; on `compute`, features that are not
-            finite.
+        TypeError: `feature` is neither; on `update`, images of another dtype for Inception.
+        ValueError: d is unknown; on `update`, images of another range or shape for Inception, or features that are not
+            `[n, d]`; on `compute`, features that are not finite.
         RuntimeError: on `compute`, a side with fewer than two images.
 
     Source: Heusel et al. 2017.
@@ -76,6 +102,11 @@ class FrechetInceptionDistance(GaussianMetric):
         **keywords,
     ):
         super().__init__(**keywords)
+        for name, value in (("normalize", normalize), ("reset_real_features", reset_real_features)):
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        if isinstance(feature, bool) or not (isinstance(feature, int) or callable(feature)):
+            raise TypeError(f"feature must be the width of a layer of Inception or a callable, got {feature!r}")
         self.to_bytes = normalize and isinstance(feature, int)
         self.reset_real_features = reset_real_features
         if isinstance(feature, int):
@@ -90,7 +121,8 @@ class FrechetInceptionDistance(GaussianMetric):
 
     def update(self, images: Tensor, real: bool) -> None:
         """Add a batch of real or fake images."""
-        x = self.feature((images * 255).byte() if self.to_bytes else images)
+        with evaluation_mode(self.feature):
+            x = self.feature(_bytes(images) if self.to_bytes else images)
         self.take_in("real" if real else "fake", x.unsqueeze(0) if x.dim() == 1 else x)
 
     def compute(self) -> Tensor:
@@ -141,6 +173,19 @@ class FrechetLatentDistance(GaussianMetric):
         if self.codes[0, 0] < 2:
             raise RuntimeError(f"codes must hold at least 2 samples, got {int(self.codes[0, 0])}")
         return distance_to_prior(_view(self.codes))
+
+
+def _bytes(images: Tensor) -> Tensor:
+    """Floats in [0, 1] to uint8, rounded down as in torchmetrics, which must leave 0 to 255."""
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        given = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise TypeError(f"images must be floating with normalize=True, got {given}")
+    scaled = images.to(torch.promote_types(images.dtype, torch.float32)) * 255
+    if images.numel():
+        least, most = scaled.aminmax()
+        if not (least >= 0 and most < 256):  # also for NaN
+            raise ValueError(f"images must be in [0, 1] with normalize=True, got {least / 255:g} to {most / 255:g}")
+    return scaled.byte()
 
 
 def _view(state: Tensor) -> GaussianStatistics:

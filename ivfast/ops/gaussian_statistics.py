@@ -12,7 +12,6 @@ import copy
 import importlib.util
 import math
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from . import _statistics_file
 from .frechet import frechet_distance
 
 # A float32 sum of k squares in one chain has a relative error of about ε√k/4, ε = 6e-8: 1e-6 at k = 4096. It reaches
@@ -241,6 +241,10 @@ class GaussianStatistics:
                 raise KeyError(f"state must hold count, mean and scatter, or mean and covariance, got {list(state)}")
             if state[name].shape != own.shape:
                 raise ValueError(f"state[{name!r}] must have shape {tuple(own.shape)}, got {tuple(state[name].shape)}")
+            if not state[name].is_floating_point():
+                raise ValueError(f"state[{name!r}] must be floating, got {state[name].dtype}")
+        if "count" in state and (state["count"].numel() != 1 or state["count"].is_floating_point()):
+            raise ValueError(f"state['count'] must be one integer, got {state['count']}")
         count = int(state["count"]) if "count" in state else None
         if count is not None:
             _check.count("state['count']", count, at_least=0)
@@ -253,13 +257,16 @@ class GaussianStatistics:
         """Write `mu` and `sigma` in pytorch-fid's format, and `count`. A failed write leaves the old file in place.
 
         Raises:
-            ValueError: fewer than 2 samples (use `state_dict` for those), or a path that does not end in .npz.
+            ValueError: fewer than 2 samples (use `state_dict` for those), a sample that was not finite, or a path that
+                does not end in .npz.
             OSError: the file cannot be written.
         """
         path = Path(path)
         if path.suffix != ".npz":
             raise ValueError(f"path must end in .npz, by which pytorch-fid recognises statistics, got {path}")
         arrays: dict[str, Any] = {"mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
+        if not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError("statistics must be finite, got NaN or infinity")
         if self.count is not None:
             arrays["count"] = np.int64(self.count)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -278,30 +285,15 @@ class GaussianStatistics:
         updated.
 
         Raises:
-            ValueError: not an .npz file, or one without `mu [d]` and `sigma [d, d]`.
+            ValueError: not an .npz file, a damaged one, or one without a finite `mu [d]`, a covariance `sigma [d, d]`
+                and, if there is a `count`, an integer of at least 2. The message names the file.
             OSError: the file cannot be read.
         """
-        try:
-            with open(path, "rb") as file, np.load(file) as found:
-                arrays = {name: found[name] for name in ("mu", "sigma", "count") if name in found}
-        except (zipfile.BadZipFile, ValueError, TypeError, EOFError) as error:  # TypeError: an .npy file
-            raise ValueError(f"{path} is not an .npz file of arrays: {error}") from error
-        if not {"mu", "sigma"} <= arrays.keys():
-            raise ValueError(f"{path} must hold mu and sigma, got {sorted(arrays)}")
-        mean, sigma = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in ("mu", "sigma"))
-        sigma = sigma.view(1, 1) if sigma.dim() == 0 else sigma  # numpy.cov of one feature
-        d = mean.numel()
-        if mean.shape != (d,) or d == 0 or sigma.shape != (d, d):
-            raise ValueError(
-                f"{path}: mu and sigma must be [d] and [d, d], got {list(mean.shape)}, {list(sigma.shape)}"
-            )
-        state = {"mean": mean, "covariance": (sigma + sigma.mT) / 2}
-        if "count" in arrays:
-            count = int(arrays["count"])
-            if count < 2:
-                raise ValueError(f"{path}: count must be at least 2, got {count}")
-            state = {"mean": mean, "count": torch.tensor(count), "scatter": state["covariance"] * (count - 1)}
-        stats = cls(d, device=device)
+        mean, covariance, count = _statistics_file.read(path)
+        state = {"mean": mean, "covariance": covariance}
+        if count is not None:
+            state = {"mean": mean, "count": torch.tensor(count), "scatter": covariance * (count - 1)}
+        stats = cls(len(mean), device=device)
         stats.load_state_dict(state)
         return stats
 

@@ -3,14 +3,17 @@
 import dataclasses
 import math
 import tempfile
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from .. import metrics
 from ..data import Dataset
 from ..metrics.classifier import classifier_of
 from ..metrics.inception import WeightsNotFound, inception
 from ..metrics.probe import last_hidden_layer, probe
+from ..runs.evaluation import REFERENCE
 from ..train.loop import fit
 from ..train.phase import System
 from . import draw
@@ -33,6 +36,7 @@ TABLE2 = {
     "ivaae-rad": (0.07, 0.18, 11.8),
     "ivaae-svgd": (5.7, None, None),
 }
+Distance = Callable[[Tensor], float]
 SHORTER = {"epochs": 100, "milestones": {60: 0.5, 80: 0.2}, "evaluate_every": 20}  # the preset's 250, scaled
 
 
@@ -97,23 +101,26 @@ def discriminator_alone(system: System, dataset: Dataset, steps: int) -> list[fl
     return [scale * sum(line["losses"].values()) for line in history if line["kind"] == "losses"]
 
 
-def quality(system: System, dataset: Dataset, samples: int, seed: int = 0, distance: str = "classifier") -> dict:
-    """FLD of the training codes, distance of samples to the test images, PSNR of test images. "distance" is measured as
-    requested, in "classifier" features or as "fid", and never falls back to the other."""
+def quality(system: System, dataset: Dataset, samples: int, distance: Distance, seed: int = 0) -> dict:
+    """FLD of the training codes, distance of samples to real images, PSNR of test images."""
     fake = metrics.generate(system, samples, seed)
     return {
         "fld": metrics.latent_frechet_distance(metrics.codes(system, dataset.train[:60_000])),
-        "distance": distance_of(dataset, distance, system.settings.device)(fake),
+        "distance": distance(fake),
         "psnr": metrics.reconstruction(system, dataset.test).psnr,
     }
 
 
-def distance_of(dataset: Dataset, kind: str, device: str = "cpu"):
-    """uint8 images -> their Fréchet distance to the test images, "fid" or in "classifier" features."""
+def distance_of(dataset: Dataset, kind: str, device: str = "cpu", real: Tensor | None = None) -> Distance:
+    """uint8 images -> their Fréchet distance to the training images, or to `real`, "fid" or in "classifier" features.
+
+    Network and reference are computed once: make it before the looks of a run. It never falls back to the other kind.
+    """
     if kind == "fid":
-        return lambda fake: metrics.frechet_inception_distance(dataset.test, fake, device=device)
-    classifier = classifier_of(dataset, device=device)
-    return lambda fake: metrics.frechet_classifier_distance(classifier, dataset.test, fake, device)
+        features = metrics.InceptionFeatures().to(device)
+    else:
+        features = metrics.ClassifierFeatures(classifier_of(dataset, device=device))
+    return metrics.ReferenceDistance(features, dataset.train[:REFERENCE] if real is None else real, device)
 
 
 def choose_distance(session: Session) -> str:
@@ -136,7 +143,7 @@ def tables(session: Session) -> Findings:
     """As in S1: evaluate during training and report the evaluation with the lowest distance, with its FLD."""
     dataset = session.load("wae-gan")
     kind = choose_distance(session)
-    real = distance_of(dataset, kind, session.device)(dataset.train[:20_000])  # trains the classifier, once
+    real = distance_of(dataset, kind, session.device)(dataset.test)  # trains the classifier, once
     changes = {"evaluate_every": 10} if session.full else SHORTER
     extra = {"distance": kind, "samples": session.count(20_000 if session.full else 5000)}
     jobs = [Job(session.settings(name, seed, **changes), extra) for name in NAMES for seed in session.seeds]
@@ -144,7 +151,7 @@ def tables(session: Session) -> Findings:
     by_name = {name: [row for row in found if row.job.settings.system == name] for name in NAMES}
     here = f"ours, {session.data}"
     first = Table(
-        f"Table 1, samples: S1 reports FID, ours is {called(kind)} (training images: {real:.3g})",
+        f"Table 1, samples: S1 reports FID, ours is {called(kind)} (test images: {real:.3g})",
         ("system", "S1 MNIST", "S1 CelebA", "S1 CIFAR10", here),
         [(NAMES[name], *TABLE1[name], spread(rows, "distance")) for name, rows in by_name.items()],
     )
@@ -161,9 +168,10 @@ def tables(session: Session) -> Findings:
 
 def best_look(job: Job) -> dict[str, object]:
     dataset, looks = dataset_of(job.settings), []
+    distance = distance_of(dataset, job.extra["distance"], job.settings.device)
 
     def evaluate(system):
-        values = quality(system, dataset, job.extra["samples"], job.settings.seed, job.extra["distance"])
+        values = quality(system, dataset, job.extra["samples"], distance, job.settings.seed)
         sigma = torch.cov(metrics.codes(system, dataset.train[:60_000]).double().T)
         looks.append((values, [[round(float(v), 3) for v in row] for row in sigma.abs()]))
         return values

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import data as datasets
 from .. import models
 from ..data import Dataset, stratified, target_of
 from ..data.sources import DATASETS
@@ -119,7 +120,12 @@ def with_classes(settings: Settings, dataset: Dataset) -> Settings:
 
 
 def training_set(system: System, dataset: Dataset, *, download: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Images and labels for `fit`: the share given by the settings, with hidden labels as −1."""
+    """Images and labels for `fit`: the share given by the settings, with hidden labels as −1.
+
+    A system that reads labels is told the names of the classes, which its checkpoints keep.
+    """
+    if system.labels != "none":
+        system.class_names = tuple(dataset.classes)
     settings, images, labels = system.settings, dataset.train, dataset.train_labels
     if settings.data_share < 1:
         rows = stratified(torch.zeros(len(images)) if labels is None else labels, settings.data_share)
@@ -139,6 +145,12 @@ def training_set(system: System, dataset: Dataset, *, download: bool = False) ->
         target = target_of(dataset, settings.target, settings.root, download=download).train
         images, labels = torch.cat([images, target]), torch.cat([labels, labels.new_full((len(target),), -1)])
     return images, labels
+
+
+def same_classes(system: System, dataset: Dataset) -> None:
+    """Raises ValueError where the data set has other classes than the one that a system learnt from."""
+    if system.class_names:
+        datasets.same_classes(dataset.name, dataset.classes, "the run", system.class_names)
 
 
 def config(run: Path) -> Settings:
@@ -219,6 +231,7 @@ def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = 
         system = models.build(settings, tuple(saved.about["image_shape"]))
     except ValueError as error:
         raise checkpoint.CheckpointError(path, f"its system cannot be built: {error}") from error
+    system.class_names = tuple(saved.about.get("class_names", ()))
     weights = saved.part("weights")
     if average:
         weights = {**weights, **saved.part("average")}

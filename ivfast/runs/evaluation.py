@@ -1,5 +1,6 @@
 """Metrics of a trained system on its data set, for `ivfast evaluate`."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,14 +10,16 @@ from torch import Tensor
 from .. import metrics
 from ..data import Dataset, load, target_of
 from ..data.points import POINTS, Mixture
-from ..metrics.classifier import classifier_of
+from ..metrics.classifier import Classifier, classifier_of
 from ..metrics.probe import probe
 from ..models.avb import Avb
 
 CODES = 60_000  # number of codes for FLD (S1, section 4)
 NEAREST = 20_000  # number of codes for the nearest-neighbour estimate of their divergence from the prior
 HISTOGRAM = 5_000  # points per side in the published estimator of S5's Table 1
-REFERENCE = 50_000  # real images behind FID and the classifier distance
+REFERENCE = 50_000  # training images behind FID and the classifier distance
+NEIGHBOURS = 5  # of the nearest-neighbour estimate
+LEAST = {"fld": 2, "kl-to-prior": NEIGHBOURS + 1, "fid": 2, "classifier-distance": 2}  # training images
 
 
 class Value(NamedTuple):
@@ -55,7 +58,8 @@ METHODS = {  # metric -> the method that a system must have for it
 
 
 class Evaluation:
-    """Metrics of a trained system on its data set, each computed on request.
+    """Metrics of a trained system on its data set, each computed on request. Samples, networks and the features of the
+    training images, the one reference of distances, are computed once.
 
     Args:
         n: number of samples drawn from the system.
@@ -75,18 +79,30 @@ class Evaluation:
         self.system, self.dataset, self.n, self.seed = system, dataset, n, seed
         self.inception_weights, self.download = inception_weights, download
         self.device = system.settings.device
-        self._samples: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def samples(self) -> Tensor:
-        if self._samples is None:
-            if not hasattr(self.system, "sample"):
-                raise ValueError(f"metrics: {self.system.settings.system} does not generate images")
-            self._samples = metrics.generate(self.system, self.n, self.seed)
-        return self._samples
+        if not hasattr(self.system, "sample"):
+            raise ValueError(f"metrics: {self.system.settings.system} does not generate images")
+        return metrics.generate(self.system, self.n, self.seed)
+
+    @functools.cached_property
+    def classifier(self) -> Classifier:
+        return classifier_of(self.dataset, device=self.device)
+
+    @functools.cached_property
+    def classifier_reference(self) -> metrics.ReferenceDistance:
+        return metrics.ReferenceDistance(
+            metrics.ClassifierFeatures(self.classifier), self.dataset.train[:REFERENCE], self.device
+        )
+
+    @functools.cached_property
+    def inception_reference(self) -> metrics.ReferenceDistance:
+        extract = metrics.InceptionFeatures(self.inception_weights, download=self.download).to(self.device)
+        return metrics.ReferenceDistance(extract, self.dataset.train[:REFERENCE], self.device)
 
     def default(self) -> list[str]:
-        """The metrics that apply to this system and data set and need no other files."""
+        """The metrics that apply to this system and data set and need no other files; see `missing`."""
         names = ["fld", "reconstruction"] if has_encoder(self.system) else []
         if self.dataset.name in POINTS:
             planar = ["histogram"] if self.system.image_shape == (2,) and hasattr(self.system, "sample") else []
@@ -101,16 +117,23 @@ class Evaluation:
         conditional = ["conditional-accuracy"] if getattr(self.system, "classes", 0) else []
         return [*names, "classifier-distance", "classifier-score", *conditional]
 
+    def missing(self, name: str) -> str | None:
+        """Why a metric of `METRICS` cannot be computed; None if nothing is known to be missing."""
+        system, least = self.system.settings.system, LEAST.get(name, 0)
+        if name in ("fld", "reconstruction") and not has_encoder(self.system):
+            return f"{name} needs an encoder, which {system} does not have"
+        if name not in ("fld", "modes", "kl-to-prior", "histogram") and self.dataset.name in POINTS:
+            return f"{name} needs images, and {self.dataset.name} holds points"
+        if name in METHODS and not hasattr(self.system, METHODS[name]):
+            return f"{name} needs a system with `{METHODS[name]}`, and {system} has none"
+        if len(self.dataset.train) < least:
+            return f"{name} needs {least} training images or more, got {len(self.dataset.train)}"
+        return None
+
     def run(self, name: str) -> list[Value]:
         """The values of one metric of `METRICS`; ValueError if it does not apply."""
-        if name in ("fld", "reconstruction") and not has_encoder(self.system):
-            raise ValueError(f"metrics: {name} needs an encoder, which {self.system.settings.system} does not have")
-        if name not in ("fld", "modes", "kl-to-prior", "histogram") and self.dataset.name in POINTS:
-            raise ValueError(f"metrics: {name} needs images, and {self.dataset.name} holds points")
-        if name in METHODS and not hasattr(self.system, METHODS[name]):
-            raise ValueError(
-                f"metrics: {name} needs a system with `{METHODS[name]}`, and {self.system.settings.system} has none"
-            )
+        if reason := self.missing(name):
+            raise ValueError(f"metrics: {reason}")
         return METRICS[name](self)
 
     def fld(self):
@@ -144,7 +167,7 @@ class Evaluation:
     def kl_to_prior(self):
         z = metrics.posterior_codes(self.system, self.dataset.train[:NEAREST])
         meaning = f"nats, KL(q(z), p) by nearest neighbours, {len(z):,} training codes (S4)"
-        return [Value("kl_to_prior", metrics.kl_to_prior(z), meaning)]
+        return [Value("kl_to_prior", metrics.kl_to_prior(z, NEIGHBOURS), meaning)]
 
     def accuracy(self):
         where = "target's test images" if self.system.labels == "source" else "test images"
@@ -155,34 +178,30 @@ class Evaluation:
             raise ValueError(
                 f"metrics: conditional-accuracy needs a system with classes, and {self.system.settings.system} has none"
             )
-        classifier = classifier_of(self.dataset, device=self.device)
-        value = metrics.conditional_accuracy(classifier, self.samples, self.device)
-        meaning = f"samples classified as their class, by a classifier with accuracy {classifier.accuracy:.1%}"
+        value = metrics.conditional_accuracy(self.classifier, self.samples, self.device)
+        meaning = (
+            f"samples of the class they were drawn for, by a classifier of accuracy {self.classifier.accuracy:.1%}"
+        )
         return [Value("conditional_accuracy", value, meaning)]
 
     def fid(self):
-        real = self.dataset.train[:REFERENCE]
-        value = metrics.frechet_inception_distance(
-            real, self.samples, weights=self.inception_weights, download=self.download, device=self.device
-        )
-        return [Value("fid", value, f"{self.n:,} samples against {len(real):,} training images")]
+        n = min(len(self.dataset.train), REFERENCE)
+        value = self.inception_reference(self.samples)
+        return [Value("fid", value, f"{self.n:,} samples against {n:,} training images")]
 
     def classifier_distance(self):
-        classifier, real = classifier_of(self.dataset, device=self.device), self.dataset.train[:REFERENCE]
-        samples, test = (
-            metrics.frechet_classifier_distance(classifier, real, images, self.device)
-            for images in (self.samples, self.dataset.test)
-        )
-        accuracy = f"classifier's accuracy {classifier.accuracy:.1%}"
-        return [
-            Value("classifier_distance", samples, f"{self.n:,} samples, Fréchet; not FID; {accuracy}"),
-            Value("classifier_distance_test", test, "the same for the test images, for comparison"),
-        ]
+        accuracy = f"classifier's accuracy {self.classifier.accuracy:.1%}"
+        value = self.classifier_reference(self.samples)
+        found = [Value("classifier_distance", value, f"{self.n:,} samples, Fréchet; not FID; {accuracy}")]
+        if len(self.dataset.test) >= 2:
+            test = self.classifier_reference(self.dataset.test)
+            found.append(Value("classifier_distance_test", test, "the same of the test images, for comparison"))
+        return found
 
     def classifier_score(self):
-        classifier = classifier_of(self.dataset, device=self.device)
         score, real = (
-            metrics.classifier_score(classifier, images, self.device) for images in (self.samples, self.dataset.test)
+            metrics.classifier_score(self.classifier, images, self.device)
+            for images in (self.samples, self.dataset.test)
         )
         meaning = f"1 to {len(self.dataset.classes)}; test images score {real:.2f}"
         return [Value("classifier_score", score, meaning)]

@@ -15,7 +15,7 @@ from ..data import Dataset
 from ..data.points import POINTS
 from ..train.settings import Settings
 from . import pictures
-from .evaluation import CODES, Value, accuracy_of, bound_of, has_encoder, mixture_of
+from .evaluation import CODES, LEAST, Value, accuracy_of, bound_of, has_encoder, mixture_of
 
 RECONSTRUCTED = 1_000  # test images per evaluation during training; `ivfast evaluate` takes all
 LOOK = 2_500  # points drawn to count modes during training (Srivastava et al. 2017)
@@ -29,7 +29,8 @@ def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
     def evaluate(system):
         values = {}
         if has_encoder(system):
-            values["fld"] = metrics.latent_frechet_distance(metrics.codes(system, dataset.train[:CODES]))
+            if len(dataset.train) >= LEAST["fld"]:
+                values["fld"] = metrics.latent_frechet_distance(metrics.codes(system, dataset.train[:CODES]))
             if dataset.name not in POINTS:
                 values |= metrics.reconstruction(system, dataset.test[:RECONSTRUCTED])._asdict()
         if mixture_of(dataset):
@@ -68,8 +69,9 @@ def draw(system, dataset: Dataset, out: Path) -> dict[str, Path]:
         drawn["reconstructions"] = pictures.reconstructions(
             x, metrics.decoded(system, z), folder / "reconstructions.png"
         )
-        drawn["interpolations"] = pictures.interpolations(interpolated(system, z), folder / "interpolations.png")
-    if has_encoder(system):
+        if len(z) >= 2:
+            drawn["interpolations"] = pictures.interpolations(interpolated(system, z), folder / "interpolations.png")
+    if has_encoder(system) and len(dataset.train) >= 2:
         codes = metrics.codes(system, dataset.train[:CODES])
         drawn["covariance of the codes"] = pictures.covariance(codes, folder / "covariance.png", title)
     series = _series(Path(out) / "log.jsonl")

@@ -52,12 +52,14 @@ class System:
         settings, image_shape: what it was built from; `(C, H, W)`.
         latent_dim: d, the size of a code.
         modules: name -> network. Weights, EMA and learning rates go by these names.
+        class_names: one per label where it reads labels and they are known; kept in checkpoints.
         phases: run in this order in every step.
         ops: where its losses find what looks at a batch as a whole, and noise: `ivfast`, or the same names over a batch
             that is spread over ranks (`ivfast.train.ranks.Ops`).
     """
 
     labels: str = "none"
+    class_names: tuple[str, ...] = ()
     Settings: type[Settings] = Settings
     modules: dict[str, nn.Module]
     phases: list[Phase]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data import same_classes
 from ..optim import Adam
 from . import checkpoint
 from .average import Average, floating_state
@@ -222,6 +223,7 @@ class Run:
             "seconds": clock.seconds(),
             "settings": self.settings.to_dict(),
             "image_shape": list(self.system.image_shape),
+            "class_names": list(self.system.class_names),
             "record": self.record.description(),
         }
         path = self.out / checkpoint.LAST
@@ -235,6 +237,8 @@ class Run:
         path = self.out / checkpoint.LAST
         saved = checkpoint.read(path)
         same_settings(self.settings, checkpoint.settings_of(saved, path), f"those in {path}", RESUMABLE)
+        if (names := saved.about.get("class_names")) and self.system.class_names:
+            same_classes("the data set", self.system.class_names, str(path), names)
         checkpoint.load_weights(self.system, saved.part("weights"), path)
         if self.average is not None:
             for name, value in saved.part("average").items():
