@@ -122,7 +122,7 @@ class Deferred(nn.Parameter):
     def of(cls, weight: Tensor) -> None:
         """Turn a parameter into one in place; other objects that hold it keep it."""
         weight.__class__ = cls  # type: ignore[assignment]
-        weight.pending = Pending()  # type: ignore[attr-defined]
+        weight.pending = Pending()
 
     def release(self) -> None:
         """Become an ordinary parameter again."""

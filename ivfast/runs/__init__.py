@@ -13,6 +13,7 @@ from .. import models
 from ..data import Dataset, stratified, target_of
 from ..data.sources import DATASETS
 from ..train import checkpoint
+from ..train.average import floating_state
 from ..train.phase import System
 from ..train.run import RESUMABLE
 from ..train.settings import Settings, readers, refusal
@@ -217,11 +218,14 @@ def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = 
     settings = dataclasses.replace(checkpoint.settings_of(saved, path), device=str(device))
     try:
         system = models.build(settings, tuple(saved.about["image_shape"]))
-    except ValueError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise checkpoint.CheckpointError(path, f"its system cannot be built: {error}") from error
     weights = saved.part("weights")
-    if average:
-        weights = {**weights, **saved.part("average")}
+    if average and settings.ema:
+        averaged = saved.part("average")
+        layouts = {name: checkpoint.Layout.of(x) for name, x in floating_state(system).items()}
+        checkpoint.check_layout(averaged, layouts, path)
+        weights = {**weights, **averaged}
     checkpoint.load_weights(system, weights, path)
     system.train(False)
     return system, settings
