@@ -8,9 +8,9 @@ from ._extra import command
 def main() -> None:
     """Entry point of `ivfast`. Without the packages of the extra `train` it says so in one line, with exit code 2."""
     with command("ivfast"):
-        from .cli import app
+        from .cli import main as run
 
-        app()
+        run()
 
 
 if __name__ == "__main__":
@@ -18,6 +18,8 @@ if __name__ == "__main__":
         main()
     else:
         with command("ivfast"):
+            from .cli.app import set_streams
             from .cli.info import report
 
+            set_streams()
             report()

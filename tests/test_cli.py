@@ -255,16 +255,20 @@ def test_divergence_names_the_term():
 
 
 def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path):
-    out = tmp_path / "stopped"
+    out = tmp_path / "a run"
     process = subprocess_of("train", "--epochs", 2000, "--out", out, *SMALL, cwd=tmp_path)
     deadline = time.monotonic() + 60
-    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+    while not (out / "log.jsonl").exists() or '"losses"' not in (out / "log.jsonl").read_text():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    text, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
+    assert {"samples.png", "reconstructions.png", "curves.png"} <= {path.name for path in (out / "pictures").iterdir()}
+    assert f"ivfast sample '{out}' -n 64\n" in text
+    assert f"ivfast train --resume --out '{out}' --epochs 4000\n" in text
+    assert errors.endswith(f"resume with: ivfast train --resume --out '{out}'\n")
     step = int(re.search(r"stopped after step (\d+); resume with: ivfast train --resume --out", errors)[1])
     assert "Traceback" not in errors
     epochs = step // 23 + 1

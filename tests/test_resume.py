@@ -6,7 +6,9 @@ import math
 import os
 import re
 import resource
+import shlex
 import signal
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -18,10 +20,10 @@ from test_train import losses, train
 from ivfast.models import SYSTEMS, build
 from ivfast.models.ivaae import IvaaeRadial
 from ivfast.runs import load_system
-from ivfast.train import checkpoint
+from ivfast.train import checkpoint, lock
 from ivfast.train.batches import as_images
 from ivfast.train.checkpoint import CheckpointError
-from ivfast.train.loop import Interrupted, NonFiniteLoss, NonFiniteWeights, fit
+from ivfast.train.loop import Interrupted, NonFiniteLoss, NonFiniteWeights, RunInUse, fit
 from ivfast.train.run import Run
 
 SHAPE = (1, 8, 8)
@@ -100,13 +102,13 @@ def test_stopped_between_a_checkpoint_and_its_metrics_they_are_made_up_for(looks
 class Failing(IvaaeRadial):
     """A term of the encoder's loss becomes NaN in step `at`, or `at` sends signals."""
 
-    at, signals, seen = 10**9, 0, 0
+    at, signals, seen, number = 10**9, 0, 0, signal.SIGINT
 
     def share(self, x):
         self.seen += 1
         if self.seen == self.at:
             for _ in range(self.signals):
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(self.number)
         return super().share(x)
 
     def autoencoder_loss(self, shared):
@@ -171,6 +173,66 @@ def test_second_ctrl_c_stops_at_once(images, tmp_path):
         fit(failing(settings, 13, signals=2), images, settings, tmp_path, progress=False)
     assert not isinstance(caught.value, Interrupted)
     assert not (tmp_path / checkpoint.LAST).exists()
+
+
+def test_a_folder_is_held_by_one_run_and_free_afterwards(images, tmp_path):
+    settings = small(steps=7, evaluate_every=1)
+
+    def second(system):
+        with pytest.raises(RunInUse, match=rf"{tmp_path} is in use by process {os.getpid()} on \S+ since .*: wait for"):
+            train(settings, images, tmp_path, resume=True)
+        return {"refused": 1.0}
+
+    _, history = train(settings, images, tmp_path, evaluate=second)
+    assert history[-1]["metrics"] == {"refused": 1.0}
+    train(dataclasses.replace(settings, steps=8), images, tmp_path, resume=True)
+
+
+def test_a_folder_is_free_while_a_child_lives_on(tmp_path):
+    with lock.held(tmp_path):
+        child = os.fork()
+        if not child:
+            signal.pause()
+    try:
+        with lock.held(tmp_path), pytest.raises(RunInUse), lock.held(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_what_is_refused_leaves_no_folder(images, tmp_path):
+    settings, out = small(batch_size=61), tmp_path / "run"
+    with pytest.raises(ValueError, match="batch_size must be at most the number of images, 60, got 61"):
+        train(settings, images, out)
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        train(small(), images, out, resume=True)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_hangup_stops_the_run_unless_it_is_ignored_as_under_nohup(ignored, images, tmp_path):
+    settings = small(steps=20)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        system = failing(settings, 13, signals=1)
+        system.number = signal.SIGHUP
+        if ignored:
+            fit(system, images, settings, tmp_path, progress=False)
+        else:
+            with pytest.raises(Interrupted, match="stopped after step 13") as caught:
+                fit(system, images, settings, tmp_path, progress=False)
+            assert caught.value.signal == signal.SIGHUP
+            assert [line["step"] for line in losses(caught.value.history)] == [6, 12]
+        assert signal.getsignal(signal.SIGHUP) == (signal.SIG_IGN if ignored else signal.SIG_DFL)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint.read(tmp_path / checkpoint.LAST).about["step"] == (20 if ignored else 13)
+
+
+def test_the_command_that_resumes_can_be_pasted():
+    command = str(Interrupted(Path("my runs/it's"), 3)).partition("with: ")[2]
+    assert shlex.split(command) == ["ivfast", "train", "--resume", "--out", "my runs/it's"]
 
 
 def test_failed_write_keeps_the_old_checkpoint_and_says_so(tmp_path):
