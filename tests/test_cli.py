@@ -175,7 +175,21 @@ def test_modes_of_a_stacked_run(monkeypatch):
 
 
 ERRORS = {
-    "no such system": (["train", "waegan"], r"no system 'waegan'; did you mean wae-gan\? Known: .*ivaae-rad"),
+    "no such system": (["train", "waegan"], r"no system 'waegan'; did you mean wae-gan\?$"),
+    "half a name": (["train", "wgan"], r"no system 'wgan'; did you mean wgan-gp\?$"),
+    "no name at all": (["train", "zzz"], r"no system 'zzz'; ivfast train --help lists them$"),
+    "data of another kind": (
+        ["train", "vae", "--data", "ring"],
+        r"vae decodes to Bernoulli means, and ring is not of 0 and 1; what can learn from it: wae-mmd, .*introvae$",
+    ),
+    "data without labels": (
+        ["train", "cgan", "--data", "ring"],
+        r"cgan learns from labels, and ring has none; what can learn from it: wae-mmd, .*introvae$",
+    ),
+    "one sample for an unbiased estimate": (
+        ["train", "wae-mmd", "--batch-size", "1"],
+        r"batch_size must be at least 2 for the unbiased MMD, got 1",
+    ),
     "no such data set": (["train", "--data", "celebs"], r"no data set 'celebs'; did you mean celeba\?"),
     "data not there": (["train", "--data", "mnist", "--root", "here"], r"MNIST is not in .*here/MNIST/raw.*--download"),
     "no such setting": (["train", "--set", "widht=3"], r"no setting 'widht'; did you mean width\?"),
