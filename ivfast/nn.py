@@ -121,8 +121,8 @@ class Deferred(nn.Parameter):
     @classmethod
     def of(cls, weight: Tensor) -> None:
         """Turn a parameter into one in place; other objects that hold it keep it."""
-        weight.__class__ = cls  # type: ignore[assignment]
-        weight.pending = Pending()
+        weight.__class__ = cls
+        weight.pending = Pending()  # type: ignore[attr-defined]
 
     def release(self) -> None:
         """Become an ordinary parameter again."""
