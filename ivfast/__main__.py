@@ -10,9 +10,9 @@ def main() -> None:
     """Entry point of `ivfast`. Without the packages of the extra `train` it says so in one line, with exit code 2."""
     _replace_unknown_characters()
     with command("ivfast"):
-        from .cli import app
+        from .cli import main as run
 
-        app()
+        run()
 
 
 def _replace_unknown_characters() -> None:
@@ -28,6 +28,8 @@ if __name__ == "__main__":
     else:
         _replace_unknown_characters()
         with command("ivfast"):
+            from .cli.app import set_streams
             from .cli.info import report
 
+            set_streams()
             report()

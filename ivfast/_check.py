@@ -1,6 +1,7 @@
 """Argument checks whose messages name the argument and both sides; they run before any kernel."""
 
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -70,5 +71,5 @@ def number(name: str, value: float, *, positive: bool = False, non_negative: boo
 
 
 def count(name: str, value: int, *, at_least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")

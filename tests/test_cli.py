@@ -175,7 +175,21 @@ def test_modes_of_a_stacked_run(monkeypatch):
 
 
 ERRORS = {
-    "no such system": (["train", "waegan"], r"no system 'waegan'; did you mean wae-gan\? Known: .*ivaae-rad"),
+    "no such system": (["train", "waegan"], r"no system 'waegan'; did you mean wae-gan\?$"),
+    "half a name": (["train", "wgan"], r"no system 'wgan'; did you mean wgan-gp\?$"),
+    "no name at all": (["train", "zzz"], r"no system 'zzz'; ivfast train --help lists them$"),
+    "data of another kind": (
+        ["train", "vae", "--data", "ring"],
+        r"vae decodes to Bernoulli means, and ring does not hold only 0 and 1; what can learn from it: wae-mmd, .*introvae$",
+    ),
+    "data without labels": (
+        ["train", "cgan", "--data", "ring"],
+        r"cgan learns from labels, and ring has none; what can learn from it: wae-mmd, .*introvae$",
+    ),
+    "one sample for an unbiased estimate": (
+        ["train", "wae-mmd", "--batch-size", "1"],
+        r"batch_size must be at least 2 for the unbiased MMD, got 1",
+    ),
     "no such data set": (["train", "--data", "celebs"], r"no data set 'celebs'; did you mean celeba\?"),
     "data not there": (["train", "--data", "mnist", "--root", "here"], r"MNIST is not in .*here/MNIST/raw.*--download"),
     "no such setting": (["train", "--set", "widht=3"], r"no setting 'widht'; did you mean width\?"),
@@ -259,16 +273,20 @@ def test_divergence_names_the_term():
 
 
 def test_ctrl_c_saves_and_tells_how_to_go_on(tmp_path):
-    out = tmp_path / "stopped"
+    out = tmp_path / "a run"
     process = subprocess_of("train", "--epochs", 2000, "--out", out, *SMALL, cwd=tmp_path)
     deadline = time.monotonic() + 60
-    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+    while not (out / "log.jsonl").exists() or '"losses"' not in (out / "log.jsonl").read_text():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    text, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
+    assert {"samples.png", "reconstructions.png", "curves.png"} <= {path.name for path in (out / "pictures").iterdir()}
+    assert f"ivfast sample '{out}' -n 64\n" in text
+    assert f"ivfast train --resume --out '{out}' --epochs 4000\n" in text
+    assert errors.endswith(f"resume with: ivfast train --resume --out '{out}'\n")
     step = int(re.search(r"stopped after step (\d+); resume with: ivfast train --resume --out", errors)[1])
     assert "Traceback" not in errors
     epochs = step // 23 + 1

@@ -10,6 +10,7 @@ import random
 import re
 import resource
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -67,8 +68,8 @@ def _die(when: str, write: int) -> None:
 
 
 class Started:
-    def __init__(self, server, out: Path, *arguments: object, die=None):
-        self.out, self.output = out, out.with_suffix(".txt")
+    def __init__(self, server, out: Path, *arguments: object, die=None, output: Path | None = None):
+        self.out, self.output = out, output or out.with_suffix(".txt")
         arguments = ["train", "--out", str(out), *map(str, arguments)]
         self.process = server.Process(target=command, args=(arguments, self.output, die), daemon=True)
         self.process.start()
@@ -134,7 +135,7 @@ def logged(out: Path) -> bool:
     return (out / "log.jsonl").exists() and bool((out / "log.jsonl").read_text())
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, server, undisturbed, tmp_path):
     out = tmp_path / "run"
     run = Started(server, out, *SMALL, "--epochs", 10**6)
@@ -145,6 +146,23 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(number, code, se
     step = int(re.search(rf"stopped after step (\d+); resume with: ivfast train --resume --out {out}\n", text)[1])
     assert checkpoint.read(out / checkpoint.LAST).about["step"] == step
     assert "Traceback" not in text
+    assert_goes_on(server, undisturbed, out)
+
+
+def test_a_second_process_is_refused_and_told_of_the_first(server, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    run = Started(server, out, *SMALL, "--epochs", 10**6)
+    run.wait_for((out / checkpoint.LAST).exists)
+    found = {}
+    for resume in ("--resume", "--no-flip"):
+        other = Started(server, out, resume, "--epochs", 10**6, output=tmp_path / f"{resume}.txt")
+        found[resume] = other.end(2)
+    holder = rf"process {run.process.pid} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.search(f"error: {out} is in use by {holder}: wait for it, stop it, or choose another", found["--resume"])
+    assert "already holds a run" in found["--no-flip"]
+    assert run.process.is_alive()
+    run.process.kill()  # which ends the lock
+    run.end(-signal.SIGKILL)
     assert_goes_on(server, undisturbed, out)
 
 

@@ -1,5 +1,6 @@
 """The output of a run in progress, on terminals of any width and without a terminal."""
 
+import errno
 import io
 
 import pytest
@@ -45,3 +46,22 @@ def test_a_silent_run_says_nothing():
         bar.report(5, LOSSES, 1.0)
         bar.note("heard by nobody")
     assert console.file.getvalue() == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_output_that_is_gone_does_not_stop_the_run(terminal, monkeypatch):
+    class Gone(io.StringIO):
+        gone = False
+
+        def write(self, text):
+            if self.gone:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().write(text)
+
+    monkeypatch.setattr(Bar, "EVERY", 0)
+    file = Gone()
+    with Bar(100, 0, shown=True, console=Console(file=file, force_terminal=terminal)) as bar:
+        file.gone = True
+        bar.note("nobody hears")
+        bar.report(50, LOSSES, 1.0)
+        bar.at(100)

@@ -3,6 +3,8 @@ torch.optim.Adam."""
 
 import copy
 import dataclasses
+import io
+import re
 
 import pytest
 import torch
@@ -146,7 +148,7 @@ class TestAdam:
             keywords["lr"] = 1e-2
         one, other = optim.Adam(fused.parameters(), **keywords), torch.optim.Adam(plain.parameters(), **keywords)
         for layer in (fused[0], fused[2], fused[4]):
-            del layer.weight.pending
+            layer.weight.release()
         for _ in range(4):
             x = torch.randn(10, 13)
             for net, optimizer in ((fused, one), (plain, other)):
@@ -235,6 +237,208 @@ class TestAdam:
         net = perceptron()
         with pytest.raises(ValueError, match=rf"{next(iter(changes))} must be (False|0\.0) for a fused step"):
             optim.Adam(net.parameters(), **changes).fuse([net])
+
+
+def clipped(net, optimizer):
+    nn.utils.clip_grad_norm_(net.parameters(), 1e-3)
+    optimizer.step()
+
+
+def clamped(net, optimizer):
+    nn.utils.clip_grad_value_(net.parameters(), 1e-4)
+    optimizer.step()
+
+
+def averaged(net, optimizer):
+    """As code for several ranks does."""
+    for p in net.parameters():
+        p.grad /= 4
+    optimizer.step()
+
+
+def dropped(net, optimizer):
+    net.zero_grad()
+    optimizer.step()
+
+
+def decayed(net, optimizer):
+    optimizer.param_groups[0]["weight_decay"] = 0.3
+    optimizer.step()
+
+
+@pytest.mark.usefixtures("small_layers")
+class TestWhatReadsGradients:
+    """Between backward and step it sees what it would see beside torch.optim.Adam, and what it does counts."""
+
+    @pytest.mark.parametrize("use", [clipped, clamped, averaged, dropped, decayed])
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_it_is_honoured(self, use, fused):
+        (one_net, one), (other_net, other) = pair(fused=fused)
+        for _ in range(3):
+            x = torch.randn(10, 13)
+            for net, optimizer in ((one_net, one), (other_net, other)):
+                optimizer.zero_grad()
+                net(x).square().mean().backward()
+                use(net, optimizer)
+        # Adam divides by the size of the gradient: the averages show it, the weights hardly do
+        for p, q in zip(one_net.parameters(), other_net.parameters(), strict=True):
+            for name, value in other.state[q].items() if q in other.state else ():
+                torch.testing.assert_close(one.state[p][name], value, rtol=1e-4, atol=1e-12)
+        close(one_net, other_net)
+
+    @pytest.mark.parametrize("fused", [True, False])
+    def test_a_scaler_unscales_and_skips_steps_of_infinite_gradients(self, fused):
+        (one_net, one), (other_net, other) = pair(fused=fused)
+        scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in range(2)]
+        for bad in (False, True, False):
+            x = torch.randn(10, 13)
+            x[0, 0] = torch.inf if bad else 1
+            for net, optimizer, scaler in ((one_net, one, scalers[0]), (other_net, other, scalers[1])):
+                optimizer.zero_grad()
+                before = net[0].weight.detach().clone()
+                scaler.scale(net(x).square().mean()).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                assert torch.equal(net[0].weight, before) == bad
+        assert scalers[0].get_scale() == scalers[1].get_scale() == 512
+        for p, q in zip(one_net.parameters(), other_net.parameters(), strict=True):
+            torch.testing.assert_close(one.state[p]["exp_avg_sq"], other.state[q]["exp_avg_sq"], rtol=1e-4, atol=1e-12)
+        close(one_net, other_net)
+
+    def test_hooks_and_autograd_get_the_gradient(self):
+        (one_net, _), (other_net, _) = pair()
+        x, seen = torch.randn(10, 13), []
+        for net in (one_net, other_net):
+            net[0].weight.register_hook(lambda grad: seen.append(grad) or 2 * grad)
+            net[2].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+            net(x).square().mean().backward()
+            seen.append(net[0].weight.grad)
+            seen.append(torch.autograd.grad(net(x).square().mean(), net[4].weight)[0])
+        assert len(seen) == 8
+        for ours, theirs in zip(seen[:4], seen[4:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+    def test_a_gradient_that_nobody_asked_for_is_not_spent_later(self):
+        (one_net, one), (other_net, other) = pair()
+        x = torch.randn(10, 13, requires_grad=True)
+        for net, optimizer in ((one_net, one), (other_net, other)):
+            torch.autograd.grad(net(x).sum(), x)
+            net(x).sum().backward(inputs=[net[4].bias])
+            net(x).square().mean().backward()
+            optimizer.step()
+        close(one_net, other_net)
+
+    @pytest.mark.parametrize("read", [True, False])
+    def test_an_input_that_is_overwritten_before_the_step_is_an_error(self, read):
+        (net, optimizer), _ = pair()
+        x = torch.randn(10, 13)
+        net(x).sum().backward()
+        x.zero_()
+        with pytest.raises(RuntimeError, match="the input of a fused Linear layer was modified in place"):
+            net[0].weight.grad if read else optimizer.step()
+
+    def test_copies_and_pickles_are_ordinary_layers(self):
+        (net, _), _ = pair()
+        net(torch.randn(10, 13)).sum().backward()
+        file = io.BytesIO()
+        torch.save(net, file)
+        file.seek(0)
+        for other in (copy.deepcopy(net), torch.load(file, weights_only=False)):
+            assert {type(p) for p in other.parameters()} == {nn.Parameter}
+            other(torch.randn(10, 13)).sum().backward()
+            assert all(p.grad is not None for p in other.parameters())
+
+    def test_autocast_and_unfusing_lose_no_gradient(self):
+        (net, optimizer), (other, _) = pair()
+        x = torch.randn(10, 13)
+        for one in (net, other):
+            with torch.autocast("cpu", torch.bfloat16):
+                y = one(x)
+            y.float().sum().backward()
+            one(x).square().sum().backward()
+        optimizer.unfuse()
+        for a, b in zip(net.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_hooks_run_once_around_a_step():
+    torch.optim.Adam([nn.Parameter(torch.zeros(1))])  # which wraps torch.optim.Adam.step
+    p, calls = nn.Parameter(torch.ones(1)), []
+    optimizer = optim.Adam([p])
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    p.grad = torch.ones(1)
+    optimizer.step()
+    assert len(calls) == 1
+
+
+def stepped(fused=True, **keywords):
+    p = nn.Parameter(torch.randn(4, 6))
+    optimizer = optim.Adam([nn.Parameter(torch.zeros(2)), p], fused=fused, **keywords)
+    p.grad = torch.randn(4, 6)
+    optimizer.step()
+    return p, optimizer
+
+
+class TestWhatTheFusedKernelTakesForGranted:
+    @pytest.mark.parametrize("fused", [True, False])
+    @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"])
+    @pytest.mark.parametrize("shape", [(3, 3), (6, 4), (24,), (1, 6)])
+    def test_a_state_of_another_shape_is_refused_when_loaded_and_when_used(self, shape, name, fused):
+        p, optimizer = stepped(fused, amsgrad=True)
+        state = copy.deepcopy(optimizer.state_dict())
+        state["state"][1][name] = torch.zeros(shape)
+        message = rf"the state '{name}' of parameter 1 must have shape \(4, 6\), got {re.escape(str(shape))}"
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(state)
+        optimizer.state[p][name] = torch.zeros(shape)
+        with pytest.raises(
+            ValueError, match=rf"the state '{name}' of parameter 1 must match it: \(4, 6\) torch.float32"
+        ):
+            optimizer.step()
+
+    @pytest.mark.parametrize("name", ["step", "exp_avg", "exp_avg_sq"])
+    def test_a_state_that_is_missing_in_part_is_refused(self, name):
+        _, optimizer = stepped()
+        state = copy.deepcopy(optimizer.state_dict())
+        del state["state"][1][name]
+        with pytest.raises(ValueError, match=f"the state '{name}' of parameter 1 is missing"):
+            optimizer.load_state_dict(state)
+
+    @pytest.mark.parametrize("change", [lambda x: x[:2], lambda x: x.double(), lambda x: x.repeat(2, 2)])
+    def test_a_parameter_that_changed_after_backward_is_refused(self, change):
+        p, optimizer = stepped()
+        p.grad = torch.randn(4, 6)
+        p.data = change(p.data)
+        with pytest.raises(ValueError, match="the gradient of parameter 1 must match it"):
+            optimizer.step()
+
+    @pytest.mark.parametrize("p", [torch.zeros(1, 6).expand(4, 6), torch.zeros(4, 12)[:, ::2]])
+    def test_a_parameter_with_gaps_or_overlaps_is_refused(self, p):
+        p = nn.Parameter(p)
+        optimizer = optim.Adam([p], fused=True)
+        p.grad = torch.ones(4, 6)
+        with pytest.raises(ValueError, match=r"parameter 0 must be dense in memory for fused=True, got shape \(4, 6\)"):
+            optimizer.step()
+
+    def test_other_strides_are_followed(self):
+        start, grads = torch.randn(5, 7), torch.randn(3, 5, 7)
+        weights = nn.Parameter(start.t().clone(memory_format=torch.preserve_format)), nn.Parameter(start.clone())
+        optimizers = optim.Adam([weights[0]], 0.1, fused=True), torch.optim.Adam([weights[1]], 0.1)
+        for grad in grads:
+            weights[0].grad, weights[1].grad = grad.t().contiguous(), grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        torch.testing.assert_close(weights[0].t(), weights[1], rtol=1e-5, atol=1e-6)
+
+    def test_decoupled_decay_is_that_of_adamw(self):
+        starts, weights = torch.randn(5, 7), []
+        for kind, keywords in ((optim.Adam, {"decoupled_weight_decay": True}), (torch.optim.AdamW, {})):
+            weights.append(nn.Parameter(starts.clone()))
+            optimizer = kind([weights[-1]], 0.1, weight_decay=0.3, fused=True, **keywords)
+            for _ in range(3):
+                weights[-1].grad = starts.sin()
+                optimizer.step()
+        assert torch.equal(*weights)
 
 
 def test_weights_with_their_channels_last():

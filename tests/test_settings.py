@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import pytest
 from helpers import command
 from typer.testing import CliRunner
@@ -169,6 +171,29 @@ def test_values_of_every_type_come_by_option():
         (("--epoch", "3"), "ivaae-rad has no option --epoch; did you mean --epochs?"),
         (("--zzz",), "ivaae-rad has no option --zzz; ivfast train ivaae-rad --help lists its options"),
         (("--epochs",), "Option '--epochs' requires an argument."),
+        (("--seed", 10**20), f"seed must be at most 2^63 - 1, got {10**20}"),
+        (("--seed", "-1"), "seed must be an integer >= 0, got -1"),
+        (("--seed", "9" * 5000), f"--seed takes an integer, got '{'9' * 79}"),
+        (("--width", 10**20), f"width must be at most 2^63 - 1, got {10**20}"),
+        (("--set", "seed=null"), "seed must be an integer >= 0, got None"),
+        (("--set", "lam=1" + "0" * 400), "lam must be finite and >= 0, got 1" + "0" * 79),
+        (("--set", "betas=[0.5]"), "betas must be a list of 2 numbers, got [0.5]"),
+        (("--betas", "[0.5, 0.9, 0.9]"), "betas must be a list of 2 numbers, got [0.5, 0.9, 0.9]"),
+        (("--set", "betas=[0.5,2]"), "betas[1] must be at least 0 and below 1, got 2"),
+        (("--betas", "[0.5, null]"), "betas[1] must be at least 0 and below 1, got None"),
+        (("--betas", "0.5"), "betas must be a list of 2 numbers, got 0.5"),
+        (("--set", "learning_rates=0.001"), "learning_rates must be an object, got 0.001"),
+        (
+            ("--set", 'learning_rates={"default":null}'),
+            "learning_rates['default'] must be finite and positive, got None",
+        ),
+        (("--set", 'learning_rates={"default":"1"}'), "learning_rates['default'] must be finite and positive, got '1'"),
+        (("--set", 'milestones={"a":0.1}'), "the keys of milestones must be integers >= 0, got ['a']"),
+        (("--milestones", '{"-1":0.1}'), "the keys of milestones must be integers >= 0, got -1"),
+        (("--milestones", '{"1":0.1,"01":0.2}'), "the keys of milestones must differ, got ['1', '01']"),
+        (("--milestones", '{"1":-0.1}'), "milestones[1] must be finite and >= 0, got -0.1"),
+        (("--set", "milestones=[5]"), "milestones must be an object, got [5]"),
+        (("--set", "flip=" + "[" * 5000), f"--set flip takes a JSON value like false, got '{'[' * 79}"),
         (("wae-gan", "wae-mmd"), "train takes one system, got wae-gan and wae-mmd"),
     ],
 )
@@ -215,3 +240,47 @@ def test_help_is_readable_in_a_terminal_of_80_columns():
         assert result.exit_code == 0
         assert max(map(len, result.output.splitlines())) <= 80
         assert "…" not in result.output
+
+
+def test_numbers_of_numpy_are_numbers():
+    settings = models.settings("wae-mmd", seed=numpy.int64(3), lam=numpy.float32(0.5), ema=numpy.float64(0.25))
+    assert settings == models.settings("wae-mmd", seed=3, lam=0.5, ema=0.25)
+    assert json.loads(json.dumps(settings.to_dict()))["seed"] == 3
+    for value in (numpy.bool_(True), numpy.float64("nan"), numpy.float64(1.5)):
+        with pytest.raises(ValueError, match="seed must be an integer >= 0"):
+            models.settings("wae-mmd", seed=value)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", "null", '"ivaae-rad"', '{"system": []}', '{"system": 3}', "[" * 5000, "\xff"]
+)
+def test_a_file_of_settings_that_is_none_is_named(text):
+    Path("run").mkdir()
+    Path("run/config.json").write_bytes(text.encode("latin-1"))
+    for arguments in (("train", "--resume", "--out", "run"), ("sample", "run")):
+        assert error(*arguments).startswith("run/config.json: ")
+
+
+def test_an_error_that_nobody_foresaw_ends_in_one_line_too(monkeypatch):
+    def broken(*_):
+        raise KeyError("a\nb")
+
+    monkeypatch.setattr(runs, "fresh", broken)
+    assert error("train") == "KeyError: 'a\\nb'; --debug shows where it comes from"
+    monkeypatch.setattr(runs, "system_name", broken)
+    assert error("train", "wae-mmd") == "KeyError: 'a\\nb'; --debug shows where it comes from"
+    for arguments in (["train", "--debug"], ["train", "wae-mmd", "--debug"]):
+        assert isinstance(CliRunner().invoke(cli.app, arguments).exception, KeyError)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_stream_that_is_not_utf8_gets_what_it_can_hold(encoding):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    code = "from ivfast.cli import main; main()"
+    for arguments in (["train", "as-introvae", "--help"], ["train", "--out", "λ✓", "--width", "λ"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, check=False
+        )
+        text = (done.stdout + done.stderr).decode(encoding)
+        assert "Traceback" not in text
+        assert "--latent-dim" in text if "--help" in arguments else "--width takes an integer, got '?'" in text

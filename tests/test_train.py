@@ -287,7 +287,9 @@ def test_settings_go_through_json_and_reject_what_makes_no_sense(tmp_path):
         Settings(precision="fp8")
     with pytest.raises(ValueError, match=r"ema must be 0 \(off\) or a decay below 1, got 1"):
         Settings(ema=1.0)
-    with pytest.raises(ValueError, match="system must be one of wae-mmd"):
+    with pytest.raises(
+        ValueError, match=r"there is no system 'iva'; did you mean ivaae-bw or ivaae-rad or ivaae-svgd\?"
+    ):
         preset("iva", "digits")
 
 

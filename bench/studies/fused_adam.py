@@ -28,7 +28,7 @@ def provider(name: str, samples: int, outputs: int, inputs: int) -> Callable[[],
     def call():
         optimizer.zero_grad()
         if name == "ivfast":
-            layer.weight.pending.append((grad, x))
+            layer.weight.pending.leave(grad, x)
         else:
             layer.weight.grad = grad.t() @ x
         optimizer.step()

@@ -3,7 +3,7 @@
 torch is imported inside the commands, so that these files cost the help nothing.
 """
 
-from .app import app
+from .app import app, set_streams
 from .names import DATA, METRICS, SYSTEMS
 
 from . import train, evaluate, paper, bench  # the order of the help  # isort: skip
@@ -13,4 +13,5 @@ __all__ = ["DATA", "METRICS", "SYSTEMS", "app", "bench", "evaluate", "main", "pa
 
 def main() -> None:
     """Entry point of `ivfast`."""
+    set_streams()
     app()

@@ -1,7 +1,10 @@
 """The application, its consoles, the options that commands share, and how errors look."""
 
+import contextlib
 import functools
+import io
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -22,6 +25,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
+UsageError = typer.BadParameter.__base__  # of the click that typer brings
 console, errors = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
@@ -42,10 +46,31 @@ def listed(entries: dict[str, str]) -> str:
     return "\n".join(f"  [cyan]{name:{wide}}[/cyan]  {about}" for name, about in entries.items())
 
 
+def say(to: Console, text: str) -> None:
+    """Print a line, where the stream is still there: a terminal may have been closed."""
+    with contextlib.suppress(OSError):
+        to.print(text, soft_wrap=True)
+
+
 def fail(error: object) -> NoReturn:
     """Print an error as one line and exit with code 2."""
-    errors.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True)
+    text = str(error).partition("\nException raised from ")[0]  # PyTorch's C++ frames
+    say(errors, f"[bold red]error:[/bold red] {escape(' '.join(text.split()))}")
     raise typer.Exit(2) from None
+
+
+def explain(error: Exception, debug: bool) -> NoReturn:
+    """End a command by an exception: one line, or under --debug the exception itself with its traceback."""
+    if debug or isinstance(error, (typer.Exit, typer.Abort)):
+        raise error
+    if isinstance(error, UsageError):
+        fail(error.format_message())
+    text = str(error) or type(error).__name__
+    if type(error).__name__ == "OutOfMemoryError":
+        fail(f"the GPU ran out of memory: use a smaller --batch-size ({text.splitlines()[0]})")
+    if not isinstance(error, (TypeError, ValueError, OSError, ArithmeticError, RuntimeError, PackageNotFound)):
+        text = f"{type(error).__name__}: {text}; --debug shows where it comes from"
+    fail(text)
 
 
 def friendly(command: Callable, name: str = "") -> Callable:
@@ -59,24 +84,24 @@ def friendly(command: Callable, name: str = "") -> Callable:
                 check(f"ivfast {name}", *NEEDED)
             return command(*args, debug=debug, **options)
         except KeyboardInterrupt as stop:
-            errors.print(f"\n[yellow]stopped[/yellow] {escape(str(stop).removeprefix('stopped '))}".rstrip())
+            say(errors, f"\n[yellow]stopped[/yellow] {escape(str(stop).removeprefix('stopped '))}".rstrip())
             raise typer.Exit(128 + getattr(stop, "signal", signal.SIGINT)) from None
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
-            if debug or package not in PACKAGES:
-                raise
-            said = error if isinstance(error, PackageNotFound) else not_found(f"ivfast {name}", package)
-            errors.print(f"[bold red]error:[/bold red] {escape(str(said))}", soft_wrap=True)
-            raise typer.Exit(2) from None
-        except (TypeError, ValueError, OSError, ArithmeticError, RuntimeError) as error:
-            if debug or isinstance(error, typer.Exit):  # Exit is a RuntimeError
-                raise
-            text = str(error) or type(error).__name__
-            if type(error).__name__ == "OutOfMemoryError":
-                text = f"the GPU ran out of memory: use a smaller --batch-size ({text.splitlines()[0]})"
-            fail(text)
+            wanted = package in PACKAGES and not isinstance(error, PackageNotFound)
+            explain(not_found(f"ivfast {name}", package) if wanted and not debug else error, debug)
+        except Exception as error:
+            explain(error, debug)
 
     return wrapped
+
+
+def set_streams() -> None:
+    """Output that a stream's encoding does not have is replaced there, rather than ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            utf8 = stream.encoding.lower().replace("-", "") == "utf8"
+            stream.reconfigure(errors="surrogateescape" if utf8 else "replace")  # names of files may be any bytes
 
 
 @app.callback()

@@ -1,6 +1,5 @@
 """The options of `ivfast train`, made from the declared settings of the system that its arguments name."""
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,15 +8,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ..train.declare import PANELS, About
+from ..train.declare import PANELS, About, did_you_mean
 from ..train.settings import Settings, refusal
-from .app import app, fail, friendly, option
+from .app import app, explain, friendly, option
 from .names import SYSTEMS
 
 HELP = ("-h", "--help")
 # Their defaults are the same for every system and data set: what no preset changes.
 COMMON = ("data", "root", "flip", "data_share", "data_memory", "precision", "compile", "capture", "seed", "tensorboard")
-UsageError = typer.BadParameter.__base__  # of the click that typer brings
 
 
 def declared(train: Callable, kind: type[Settings], defaults: Mapping[str, object]) -> Callable:
@@ -77,10 +75,8 @@ class PerSystem(typer.core.TyperCommand):
                 return super().make_context(info_name, args, parent, **extra)
             command = self.of_system(args, switches)
             return command.make_context(info_name, args, parent, **extra)
-        except (UsageError, ValueError, OSError) as error:
-            if "--debug" in args:
-                raise
-            fail(error.format_message() if isinstance(error, UsageError) else error)
+        except Exception as error:
+            explain(error, "--debug" in args)
 
     def of_system(self, args: Sequence[str], switches: set[str]) -> typer.core.TyperCommand:
         from .. import models
@@ -164,6 +160,5 @@ def _refuse(given: Mapping[str, object], command, system: str, kind: type[Settin
             for entry in other.declared().values():
                 if entry.option != "" and name in (entry.flag, *_switch(entry)):
                     raise refusal([entry.name], system, kind)
-        near = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {near[0]}?" if near else f"ivfast train {system} --help lists its options"
+        hint = did_you_mean(name, known) or f"ivfast train {system} --help lists its options"
         raise ValueError(f"{system} has no option {name}; {hint}")

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from ..train import declare
 from ..train.settings import Settings
-from .app import app, console, friendly, listed, option
+from .app import app, console, errors, friendly, listed, option, say
 from .names import DATA, PAPERS, SYSTEMS
 from .options import COMMON, PerSystem, declared
 
@@ -20,9 +20,9 @@ Train a system of the papers, with the paper's settings for the data set.
 defaults; below are those that all systems share.
 
 \bA run makes a folder [b]runs/SYSTEM-DATA-N[/b] with config.json, log.jsonl,
-tensorboard/, pictures/ and checkpoints/. Ctrl-C and SIGTERM finish the step,
-save, and print the command that resumes; a killed run resumes from its last
-checkpoint.
+tensorboard/, pictures/ and checkpoints/. Ctrl-C, SIGTERM and SIGHUP finish the
+step, save, draw the pictures and print the command that resumes; a second
+Ctrl-C skips the pictures. A killed run resumes from its last checkpoint.
 
 \b[bold]Systems[/bold]
 {listed(SYSTEMS)}
@@ -91,7 +91,7 @@ def _train(
     from .. import models, runs
     from ..runs import report
     from ..train import ranks as processes
-    from ..train.loop import fit
+    from ..train.loop import Interrupted, fit
 
     given = {**given, **runs.assigned(given, assigned, out if resume else None)}
     settings, out = runs.resumed(given, out) if resume else runs.fresh(given, out)
@@ -112,22 +112,33 @@ def _train(
     )
     console.print(f"writing to [bold]{escape(str(out))}[/bold]", soft_wrap=True)
     before, begin = runs.last_step(out) if resume else 0, time.perf_counter()
-    history = fit(
-        network,
-        images,
-        settings,
-        out,
-        resume=resume,
-        evaluate=report.while_training(dataset),
-        draw=report.draw_samples,
-        labels=None if labels is None else labels.to(settings.device),
-    )
+    stopped = None
+    try:
+        history = fit(
+            network,
+            images,
+            settings,
+            out,
+            resume=resume,
+            evaluate=report.while_training(dataset),
+            draw=report.draw_samples,
+            labels=None if labels is None else labels.to(settings.device),
+        )
+    except Interrupted as interrupted:
+        stopped, history = interrupted, interrupted.history
     seconds = time.perf_counter() - begin
     processes.leave()
-    if not ranks.first:
-        return
-    trained, _ = runs.load_system(out, settings.device)
-    drawn = report.draw(trained, dataset, out)
-    if resume and runs.last_step(out) == before:
-        console.print("The run was already complete; to continue it, raise --epochs or --steps.")
-    report.print_end(console, settings, out, history, seconds, drawn)
+    if ranks.first:
+        try:
+            trained, _ = runs.load_system(out, settings.device)
+            drawn = report.draw(trained, dataset, out)
+            if resume and stopped is None and runs.last_step(out) == before:
+                console.print("The run was already complete; to continue it, raise --epochs or --steps.")
+            report.print_end(console, settings, out, history, seconds, drawn)
+        except (Exception, KeyboardInterrupt) as error:
+            if stopped is None:
+                raise
+            if isinstance(error, Exception):  # how to go on is still to be said
+                say(errors, f"[bold red]error:[/bold red] {escape(str(error) or type(error).__name__)}")
+    if stopped is not None:
+        raise stopped

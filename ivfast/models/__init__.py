@@ -2,9 +2,10 @@
 
 import torch
 
+from ..data.points import POINTS
 from ..train.declare import About, table
 from ..train.phase import System
-from ..train.settings import Settings, one_of, register
+from ..train.settings import Settings, no_system, one_of, register
 from .avb import Avb
 from .introvae import AsIntroVae, IntroVae, SoftIntroVae
 from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
@@ -59,7 +60,7 @@ def find(system: str) -> tuple[str, type[System]]:
     """The name in `SYSTEMS` and the factory of a system; ValueError for one that does not exist."""
     name = ALIASES.get(system, system)
     if name not in SYSTEMS:
-        raise ValueError(f"system must be one of {', '.join((*SYSTEMS, *ALIASES))}, got {system!r}")
+        raise ValueError(no_system(system, (*SYSTEMS, *ALIASES)))
     return name, SYSTEMS[name]
 
 
@@ -86,6 +87,19 @@ def preset(system: str, data: str) -> Settings:
     return settings(name, **{"data": data, "device": device, **factory.Settings.own(factory.preset(data))})
 
 
+def check_data(system: str, data: str) -> None:
+    """Raises ValueError for a system that cannot learn from the data set of that name; it says which systems can."""
+    name, factory = find(system)
+    if reason := _misfit(factory, data):
+        fitting = [other for other, its in SYSTEMS.items() if _misfit(its, data) is None]
+        raise ValueError(f"{name} {reason}; what can learn from it: {', '.join(fitting)}")
+
+
+def _misfit(factory: type[System], data: str) -> str | None:
+    unlabelled = factory.labels != "none" and data in POINTS
+    return factory.misfit(data) or (f"learns from labels, and {data} has none" if unlabelled else None)
+
+
 def documentation() -> str:
     """Every setting in Markdown, with the systems that have it."""
     having: dict[About, list[str]] = {}
@@ -102,8 +116,9 @@ def build(settings: Settings, image_shape: tuple[int, ...]) -> System:
     global generators are left as they were.
 
     Raises:
-        ValueError: an unknown system, an image shape that its networks cannot take.
+        ValueError: an unknown system, a data set that it does not fit, an image shape that its networks cannot take.
     """
+    check_data(settings.system, settings.data)
     _, factory = find(settings.system)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.stream("weights"))  # weights are drawn on the CPU, then moved

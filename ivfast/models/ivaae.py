@@ -136,6 +136,8 @@ class WaeMmd(AutoEncoder):
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         super().__init__(settings, image_shape)
+        if settings.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 for the unbiased MMD, got {settings.batch_size}")
         self.phases = [Phase("autoencoder", self.adam("encoder", "decoder"), self.autoencoder_loss)]
 
     def autoencoder_loss(self, shared: Encoded) -> dict[str, Tensor]:

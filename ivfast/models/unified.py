@@ -111,11 +111,11 @@ class Bernoulli(Generative):
     Points are of 0 and 1, and their means σ(l).
     """
 
-    def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
-        super().__init__(settings, image_shape)
-        known = POINTS.get(settings.data)
-        if known is not None and settings.data != "four-points":
-            raise ValueError(f"data must hold only 0 and 1 for {settings.system}, got {settings.data}")
+    @classmethod
+    def misfit(cls, data: str) -> str | None:
+        if data in POINTS and data != "four-points":
+            return f"decodes to Bernoulli means, and {data} does not hold only 0 and 1"
+        return super().misfit(data)
 
     def image(self, logits: Tensor) -> Tensor:
         return (0.5 * logits).tanh() if logits.dim() > 2 else logits.sigmoid()  # 2 σ(l) − 1

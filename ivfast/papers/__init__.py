@@ -3,10 +3,11 @@
 An experiment is a row here and a function `(Session) -> Findings` in its paper's file, imported when it runs.
 """
 
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import NamedTuple
+
+from ..train.declare import did_you_mean
 
 
 class Experiment(NamedTuple):
@@ -136,9 +137,8 @@ EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment
 
 
 def find(name: str) -> Experiment:
-    """The experiment of that name; ValueError names the closest match and all others."""
+    """The experiment of that name; ValueError names the closest match, or all where none is close."""
     if name in EXPERIMENTS:
         return EXPERIMENTS[name]
-    near = difflib.get_close_matches(name, EXPERIMENTS, 1, 0.4)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise ValueError(f"there is no experiment {name!r}{hint} Known: {', '.join(EXPERIMENTS)}")
+    hint = did_you_mean(name, EXPERIMENTS, 0.4) or f"known: {', '.join(EXPERIMENTS)}"
+    raise ValueError(f"there is no experiment {name!r}; {hint}")

@@ -1,8 +1,8 @@
 """The settings and the folder of a command."""
 
 import dataclasses
-import difflib
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,9 +14,11 @@ from .. import models
 from ..data import Dataset, stratified, target_of
 from ..data.sources import DATASETS
 from ..train import checkpoint
+from ..train.average import floating_state
+from ..train.declare import did_you_mean
 from ..train.phase import System
 from ..train.run import RESUMABLE
-from ..train.settings import Settings, readers, refusal
+from ..train.settings import Settings, no_system, readers, refusal
 from .pictures import read_log
 
 RUNS = Path("runs")
@@ -24,11 +26,10 @@ DEFAULT = Settings.declared()["system"].default
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> ValueError:
-    """An error that names the closest known name."""
+    """An error that names the closest known names, or all where none is close."""
     known = list(known)
-    near = difflib.get_close_matches(given, known, 1, 0.4)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    return ValueError(f"there is no {what} {given!r}{hint} Known: {', '.join(known)}")
+    hint = did_you_mean(given, known, 0.4) or f"known: {', '.join(known)}"
+    return ValueError(f"there is no {what} {given!r}; {hint}")
 
 
 def assignments(pairs: Iterable[str], system: str) -> dict[str, object]:
@@ -45,7 +46,7 @@ def assignments(pairs: Iterable[str], system: str) -> dict[str, object]:
             raise refusal([name], system, kind)
         value = _value(text)
         if isinstance(value, str) and known[name].kind is not str:
-            raise ValueError(f"--set {name} takes a JSON value like {known[name].example}, got {text!r}")
+            raise ValueError(f"--set {name} takes a JSON value like {known[name].example}, got {text!r:.80}")
         values[name] = known[name].decode(value)
     return values
 
@@ -62,14 +63,14 @@ def assigned(given: dict[str, object], pairs: Iterable[str], run: Path | None) -
 def _value(text: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits
         return text
 
 
 def system_name(name: str) -> str:
     """The name behind an alias; ValueError for a system that does not exist."""
     if name not in models.SYSTEMS and name not in models.ALIASES:
-        raise unknown("system", name, [*models.SYSTEMS, *models.ALIASES])
+        raise ValueError(no_system(name, [*models.SYSTEMS, *models.ALIASES]))
     return models.find(name)[0]
 
 
@@ -77,6 +78,7 @@ def fresh(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]:
     """Settings and folder of a new run: the paper's settings unless `given` overrides them."""
     name, data = system_name(str(given.get("system", DEFAULT))), str(given.get("data", "digits"))
     known_data(data)
+    models.check_data(name, data)
     defaults = models.preset(name, data)
     settings = dataclasses.replace(defaults, **{**given, "system": name})
     check_device(settings.device)
@@ -90,7 +92,7 @@ def resumed(given: dict[str, object], out: Path | None) -> tuple[Settings, Path]
     """Settings and folder of a run to resume."""
     if out is None:
         newest = max(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
-        hint = f"; the newest is --out {newest.parent}" if newest else ""
+        hint = f"; the newest is --out {shlex.quote(str(newest.parent))}" if newest else ""
         raise ValueError(f"--resume needs --out, the folder of the run{hint}")
     settings = config(out)
     if "system" in given:
@@ -112,9 +114,10 @@ def with_classes(settings: Settings, dataset: Dataset) -> Settings:
     if models.find(settings.system)[1].labels == "none":
         return settings
     if dataset.train_labels is None or not dataset.classes:
+        unlabelled = [name for name, system in models.SYSTEMS.items() if system.labels == "none"]
         raise ValueError(
             f"{settings.system} learns from labels, and {dataset.name} has none; sort an image folder into one "
-            "subfolder per class, or use another data set"
+            f"subfolder per class, or use a system that needs none: {', '.join(unlabelled)}"
         )
     return dataclasses.replace(settings, classes=len(dataset.classes))
 
@@ -159,10 +162,7 @@ def config(run: Path) -> Settings:
         runs = sorted(str(path.parent) for path in RUNS.glob("*/config.json"))
         hint = f" Runs here: {', '.join(runs[-5:])}." if runs else " Make one with ivfast train."
         raise FileNotFoundError(f"{run} is not the folder of a run: it has no config.json.{hint}")
-    try:
-        return Settings.load(run / "config.json")
-    except ValueError as error:
-        raise ValueError(f"{run / 'config.json'}: {error}") from error
+    return Settings.load(run / "config.json")
 
 
 def known_data(data: str) -> None:
@@ -229,12 +229,15 @@ def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = 
     settings = dataclasses.replace(checkpoint.settings_of(saved, path), device=str(device))
     try:
         system = models.build(settings, tuple(saved.about["image_shape"]))
-    except ValueError as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise checkpoint.CheckpointError(path, f"its system cannot be built: {error}") from error
     system.class_names = tuple(saved.about.get("class_names", ()))
     weights = saved.part("weights")
-    if average:
-        weights = {**weights, **saved.part("average")}
+    if average and settings.ema:
+        averaged = saved.part("average")
+        layouts = {name: checkpoint.Layout.of(x) for name, x in floating_state(system).items()}
+        checkpoint.check_layout(averaged, layouts, path)
+        weights = {**weights, **averaged}
     checkpoint.load_weights(system, weights, path)
     system.train(False)
     return system, settings

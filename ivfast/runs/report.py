@@ -1,5 +1,6 @@
 """The output of a run: metrics during training, pictures, tables of results."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,9 +122,10 @@ def print_end(
     files = {**drawn, "log, one JSON record per line": out / "log.jsonl", "settings": out / "config.json"}
     wide = max(len(str(path)) for path in files.values())
     more = f"--steps {2 * settings.steps}" if settings.steps else f"--epochs {2 * settings.epochs}"
-    commands = f"evaluate {out}", f"train --resume --out {out} {more}"
+    run = shlex.quote(str(out))
+    commands = f"evaluate {run}", f"train --resume --out {run} {more}"
     if "samples" in drawn:
-        commands = f"sample {out} -n 64", *commands
+        commands = f"sample {run} -n 64", *commands
     lines = ["[bold]Look at[/bold]"]
     lines += [f"  {escape(f'{path!s:{wide}}')}  [dim]{what}[/dim]" for what, path in files.items()]
     lines += ["", "[bold]Next[/bold]", *(f"  [green]ivfast {escape(command)}[/green]" for command in commands)]

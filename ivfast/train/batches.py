@@ -64,13 +64,31 @@ class Order:
             "position": torch.tensor(self.position),
         }
 
+    def check(self, state: dict[str, Tensor], step: int) -> None:
+        """Raises ValueError for a state, of the right shapes and dtypes, that is not one after `step` batches."""
+        check_generator("batches/generator", state["generator"])
+        rows, position = state["order"], int(state["position"])
+        last = (2 if self.flip else 1) * self.n - 1
+        lowest, highest = int(rows.min()), int(rows.max())
+        if not 0 <= lowest <= highest <= last:
+            raise ValueError(f"the tensor batches/order must be of rows 0..{last}, it is of {lowest}..{highest}")
+        if not bool((torch.bincount(rows % self.n, minlength=self.n) == 1).all()):
+            raise ValueError(f"the tensor batches/order must have each of {self.n} images once, it repeats some")
+        expected = (step - 1) % self.per_epoch + 1
+        if position != expected:
+            raise ValueError(f"the tensor batches/position must be {expected} after step {step}, it is {position}")
+
     def load(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError where the state is of a data set of another size."""
-        rows = state["order"]
-        if len(rows) not in (0, self.n):
-            raise ValueError(f"its data order is for {len(rows)} images, not {self.n}")
         self.generator.set_state(state["generator"].cpu())
-        self.rows, self.position = rows.to(self.device), int(state["position"])
+        self.rows, self.position = state["order"].to(self.device), int(state["position"])
+
+
+def check_generator(name: str, state: Tensor) -> None:
+    """Raises ValueError for bytes that are not the state of a generator."""
+    try:
+        torch.Generator().set_state(state)
+    except RuntimeError as error:
+        raise ValueError(f"the tensor {name} is not the state of a generator ({error})") from error
 
 
 class Batches:
@@ -143,7 +161,6 @@ class Batches:
         return self.order.state()
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Raises ValueError where the state is of a data set of another size."""
         self.close()
         self.order.load(state)
 

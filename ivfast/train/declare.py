@@ -5,11 +5,14 @@ torch, so that the help of the command line stays quick.
 """
 
 import dataclasses
+import difflib
 import json
 import math
+import numbers
+import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,7 @@ DATA, LENGTH, OBJECTIVE, NETWORKS, OPTIMIZER, MACHINE, RUN = PANELS = (
     "Data", "Length", "Objective", "Networks", "Optimizer", "Machine", "Run"
 )  # fmt: skip
 WORDS = {int: "an integer", float: "a number", str: "a word", bool: "true or false", dict: "an object", tuple: "a list"}
+LARGEST = 2**63 - 1  # of an integer in PyTorch
 LETTERS = {int: "N", float: "X", str: "NAME", dict: "JSON", tuple: "JSON"}
 
 
@@ -30,6 +34,7 @@ class About:
     kind: type  # int, float, str, bool, dict or tuple
     optional: bool  # None is a value
     key: type  # of a dict
+    length: int | None  # of a tuple
     help: str
     panel: str
     at_least: float | None
@@ -48,8 +53,13 @@ class About:
         if value is None and self.optional:
             return
         if self.kind in (dict, tuple):
-            if not isinstance(value, dict if self.kind is dict else tuple):
-                raise ValueError(f"{self.name} must be {WORDS[self.kind]}, got {value!r}")
+            if not isinstance(value, self.kind) or (self.length is not None and len(value) != self.length):
+                takes = WORDS[self.kind] + (f" of {self.length} numbers" if self.length else "")
+                raise ValueError(f"{self.name} must be {takes}, got {self.encode(value)!r}")
+            if self.kind is dict and self.key is int:
+                for key in value:
+                    if not _whole(key) or key < 0:
+                        raise ValueError(f"the keys of {self.name} must be integers >= 0, got {key!r}")
             for key, number in value.items() if self.kind is dict else enumerate(value):
                 self._check_number(f"{self.name}[{key!r}]", number)
         elif self.choices:
@@ -61,10 +71,11 @@ class About:
             raise ValueError(f"{self.name} must be {WORDS[self.kind]}, got {value!r}")
 
     def _check_number(self, name: str, value: object) -> None:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        whole = self.kind is not int or isinstance(value, int)
-        if not (number and whole and math.isfinite(value) and self._in_range(value)):
-            raise ValueError(f"{name} must {self.must or f'be {self.range}'}, got {value!r}")
+        number = _whole(value) if self.kind is int else _finite(value)
+        if not (number and self._in_range(value)):
+            raise ValueError(f"{name} must {self.must or f'be {self.range}'}, got {value!r:.80}")
+        if self.kind is int and abs(value) > LARGEST:
+            raise ValueError(f"{name} must be at most 2^63 - 1, got {value!r:.80}")
 
     def _in_range(self, value: float) -> bool:
         return (
@@ -116,12 +127,11 @@ class About:
             ValueError: another type's text, or a value out of range.
         """
         try:
-            value = self.decode(json.loads(text) if self.kind in (dict, tuple) else self.kind(text))
-            if not isinstance(value, self.kind):
-                raise ValueError
-        except ValueError:
+            value = json.loads(text) if self.kind in (dict, tuple) else self.kind(text)
+        except (ValueError, RecursionError):
             takes = f"JSON like {self.example}" if self.kind in (dict, tuple) else WORDS[self.kind]
-            raise ValueError(f"{self.flag} takes {takes}, got {text!r}") from None
+            raise ValueError(f"{self.flag} takes {takes}, got {text!r:.80}") from None
+        value = self.decode(value)
         self.check(value)
         return value
 
@@ -132,10 +142,25 @@ class About:
         return list(value) if isinstance(value, tuple) else value
 
     def decode(self, value: object) -> object:
-        """Inverse of `encode`."""
+        """Inverse of `encode`.
+
+        Raises:
+            ValueError: keys of another type, or two that are the same.
+        """
         if self.kind is dict and isinstance(value, dict):
-            return {self.key(key): entry for key, entry in value.items()}
+            if self.key is int and not all(re.fullmatch("-?[0-9]{1,18}", str(key)) for key in value):
+                raise ValueError(f"the keys of {self.name} must be integers >= 0, got {[*value]}")
+            decoded = {self.key(key): entry for key, entry in value.items()}
+            if len(decoded) < len(value):
+                raise ValueError(f"the keys of {self.name} must differ, got {[*value]}")
+            return decoded
         return tuple(value) if self.kind is tuple and isinstance(value, list) else value
+
+    def plain(self, value: object) -> object:
+        """The value as Python's own number, where it is another library's."""
+        if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+            return int(value)
+        return float(value) if isinstance(value, numbers.Real) and not isinstance(value, bool) else value
 
     def shown(self, value: object) -> str:
         """A value in the help and in tables."""
@@ -146,6 +171,31 @@ class About:
         if isinstance(value, dict | tuple):
             return json.dumps(self.encode(value))
         return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer that no float is near
+        return False
+
+
+def did_you_mean(given: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """A question with the likely names among the `known` ones: but for case and hyphens, by their beginning, by their
+    letters. Empty where none is near."""
+    known, letters = list(known), _letters(given)
+    near = [name for name in known if _letters(name) == letters]
+    near = near or ([name for name in known if _letters(name).startswith(letters)] if len(letters) > 1 else [])
+    near = near or difflib.get_close_matches(given, known, 1, cutoff)
+    return f"did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def _letters(name: str) -> str:
+    return re.sub("[-_ ]", "", name.lower())
 
 
 def table(entries: Mapping[About, str]) -> str:
@@ -209,5 +259,6 @@ def about(field: dataclasses.Field) -> About:
         kind=kind,
         optional=type(None) in kinds,
         key=typing.get_args(full)[0] if kind is dict else str,
+        length=len(typing.get_args(full)) if kind is tuple and ... not in typing.get_args(full) else None,
         **said,
     )

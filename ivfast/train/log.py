@@ -108,7 +108,8 @@ def _kept(path: Path, resume_at: int | None) -> list[dict[str, object]]:
 class Bar:
     """Steps done, rate, time left and the latest losses; nothing at all where `shown` is False.
 
-    What is no terminal, such as a batch job's output, gets a line every `EVERY` seconds.
+    What is no terminal, such as a batch job's output, gets a line every `EVERY` seconds. An output that can no longer
+    be written, such as a closed terminal, does not stop the run.
     """
 
     EVERY = 60.0
@@ -126,38 +127,44 @@ class Bar:
             disable=not shown,
             console=console,
             expand=True,
+            auto_refresh=False,  # by a thread, which would print a traceback where the output is gone
         )
         self.total, self.moved, self.told = total, 0.0, time.perf_counter()
         self.task = self.progress.add_task("train", total=total, completed=done, rate="", losses="")
 
     def __enter__(self) -> "Bar":
-        self.progress.start()
+        with contextlib.suppress(OSError):
+            self.progress.start()
         return self
 
     def __exit__(self, *_) -> None:
-        self.progress.stop()
+        with contextlib.suppress(OSError):
+            self.progress.stop()
 
     def at(self, step: int) -> None:
         now = time.perf_counter()
         if now - self.moved > 0.1 or step == self.total:  # an update costs as much as a few kernel launches
-            self.progress.update(self.task, completed=step)
             self.moved = now
+            with contextlib.suppress(OSError):
+                self.progress.update(self.task, completed=step, refresh=True)
 
     def note(self, text: str) -> None:
         if not self.progress.disable:
-            self.progress.console.print(text, markup=False)
+            with contextlib.suppress(OSError):
+                self.progress.console.print(text, markup=False)
 
     def report(self, step: int, losses: dict[str, float], images_per_second: float) -> None:
         # "discriminator/intervention" as "d/interv": three of them fit into 80 columns
         short = {name: f"{name[0]}/{name.partition('/')[2][:6]}" for name in losses}
         text = "  ".join(f"{short[name]} {value:.3g}" for name, value in losses.items())
         rate = f"{images_per_second:,.0f} images/s"
-        self.progress.update(self.task, losses=text, rate=rate)
         now = time.perf_counter()
         console, due = self.progress.console, step < self.total and now - self.told >= self.EVERY
-        if due and not (console.is_terminal or console.is_jupyter or self.progress.disable):
-            self.told = now
-            console.print(f"step {step:,}/{self.total:,}  {rate}  {text}", markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self.progress.update(self.task, losses=text, rate=rate)
+            if due and not (console.is_terminal or console.is_jupyter or self.progress.disable):
+                self.told = now
+                console.print(f"step {step:,}/{self.total:,}  {rate}  {text}", markup=False, soft_wrap=True)
 
 
 class Clock:

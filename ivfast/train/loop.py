@@ -1,6 +1,7 @@
 """The only training loop. It knows phases, and nothing about models."""
 
 import contextlib
+import shlex
 import signal
 import threading
 from collections.abc import Callable
@@ -9,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, lock
 from .checkpoint import CheckpointError
+from .lock import RunInUse
 from .log import Bar, Clock, Log, Quiet
 from .phase import System
 from .record import NonFiniteLoss
@@ -18,15 +20,18 @@ from .run import RESUMABLE, NonFiniteWeights, Run, cuda_devices, same_settings
 from .settings import Settings
 from .watch import CannotCapture
 
-__all__ = ["CannotCapture", "CheckpointError", "Interrupted", "NonFiniteLoss", "NonFiniteWeights", "fit"]
+__all__ = ["CannotCapture", "CheckpointError", "Interrupted", "NonFiniteLoss", "NonFiniteWeights", "RunInUse", "fit"]
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM: the step was finished and the run saved. `out` and `step` say where it stands."""
+    """Ctrl-C, SIGTERM or SIGHUP: the step was finished and the run saved.
 
-    def __init__(self, out: Path, step: int, number: int = signal.SIGINT):
-        self.out, self.step, self.signal = out, step, number
-        super().__init__(f"stopped after step {step}; resume with: ivfast train --resume --out {out}")
+    Attributes: out, step (where the run stands), signal (its number), history (the lines of the log).
+    """
+
+    def __init__(self, out: Path, step: int, number: int = signal.SIGINT, history: list | None = None):
+        self.out, self.step, self.signal, self.history = out, step, number, history or []
+        super().__init__(f"stopped after step {step}; resume with: ivfast train --resume --out {shlex.quote(str(out))}")
 
 
 def fit(
@@ -75,24 +80,35 @@ def fit(
             no CUDA graphs.
         CannotCapture: `settings.capture` is True and a step cannot be captured, or the device refused to; the message
             says where and why.
-        FileExistsError: `out` holds a run already and `resume` is False.
+        FileExistsError: `out` already holds a run and `resume` is False.
+        RunInUse: another process trains in `out`.
         NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
         CheckpointError: a checkpoint cannot be written or read.
-        Interrupted: a KeyboardInterrupt, after Ctrl-C or SIGTERM; a further Ctrl-C stops at once.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C, SIGTERM or SIGHUP (the terminal was closed); a further Ctrl-C
+            stops at once.
     """
     out = Path(out)
     same_settings(settings, system.settings, "those that the system was built from", RESUMABLE - {"device"})
     _check_images(images, system)
     _check_labels(labels, system)
-    if not resume and (out / checkpoint.LAST).exists():
-        raise FileExistsError(f"{out} already holds a run: resume it, or choose another folder")
+    _check_folder(out, resume)
     with torch.random.fork_rng(devices=cuda_devices(settings.device)):
         run = Run(system, images, settings, out, labels)
-        if resume and ((out / checkpoint.LAST).exists() or not (out / "config.json").exists()):
-            run.load()
-        if run.ranks.first:
-            settings.save(out / "config.json")
-        return _train(run, resume, evaluate, draw, progress)
+        with lock.held(out) if run.ranks.first else contextlib.nullcontext():
+            _check_folder(out, resume)  # as the process left it that held the lock before
+            if resume and (out / checkpoint.LAST).exists():
+                run.load()
+            if run.ranks.first:
+                settings.save(out / "config.json")
+            return _train(run, resume, evaluate, draw, progress)
+
+
+def _check_folder(out: Path, resume: bool) -> None:
+    last = out / checkpoint.LAST
+    if not resume and last.exists():
+        raise FileExistsError(f"{out} already holds a run: resume it, or choose another folder")
+    if resume and not last.exists() and not (out / "config.json").exists():
+        raise CheckpointError(last, "the file does not exist")
 
 
 def _check_images(images: Tensor, system: System) -> None:
@@ -168,7 +184,7 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
             # ranks hear of a signal at different steps, and agree where they wait for each other anyway
             if (ranks.world == 1 or logged) and (number := ranks.largest(interrupt.signal, run.device)):
                 run.save(clock)
-                raise Interrupted(run.out, run.step, number)
+                raise Interrupted(run.out, run.step, number, log.history)
             with clock.paused():
                 if last or run.step % (per_epoch * settings.save_every) == 0:
                     run.save(clock)
@@ -178,7 +194,8 @@ def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[
 
 
 class _Interrupt:
-    """Notes a SIGINT or SIGTERM, so that the step can be finished; a SIGINT after that raises KeyboardInterrupt."""
+    """Notes a SIGINT, SIGTERM or SIGHUP, so that the step can be finished; a SIGINT after that raises
+    KeyboardInterrupt."""
 
     def __init__(self):
         self.signal = 0  # the first one's number
@@ -190,10 +207,13 @@ class _Interrupt:
         self.signal = self.signal or number
 
     def __enter__(self) -> "_Interrupt":
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+            numbers.append(signal.SIGHUP)
         if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self.previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's

@@ -75,6 +75,11 @@ class System:
         """The paper's settings for a data set, as fields of its family's `Settings`."""
         return {}
 
+    @classmethod
+    def misfit(cls, data: str) -> str | None:
+        """Why the system cannot learn from the data set of that name, as a phrase after its own; None where it may."""
+        return None
+
     def share(self, x: Tensor) -> object:
         """The forward pass that a step runs once; every phase of the step gets its result.
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from .phase import Phase
+
 
 class NonFiniteLoss(ArithmeticError):
     """A term of a loss became NaN or infinite.
@@ -84,6 +86,19 @@ class Record:
 
     def description(self) -> dict[str, object]:
         return {"names": [list(name) for name in self.names], "ran": dict(self.ran)}
+
+    def check(self, state: dict[str, Tensor], description: dict, step: int, phases: Iterable[Phase]) -> None:
+        """Raises ValueError for a state, of the right shape, that is not one after `step` steps of `phases`."""
+        values, names, rows = state["values"], [tuple(name) for name in description["names"]], len(state["values"])
+        intervals = {phase.name: phase.interval for phase in phases}
+        if len({*names}) != len(names) or {phase for phase, _ in names} != intervals.keys():
+            raise ValueError(f"the field record.names must be of losses of {[*intervals]}, each once, it is {names}")
+        ran = {phase: sum(i % every == 0 for i in range(step - rows, step)) for phase, every in intervals.items()}
+        ran = {phase: count for phase, count in ran.items() if count}
+        if description["ran"] != ran:
+            raise ValueError(f"the field record.ran must be {ran} after step {step}, it is {description['ran']}")
+        if not bool(values.isfinite().all()):
+            raise ValueError("the tensor record/values must be finite, it has NaN or infinity")
 
     def load(self, state: dict[str, Tensor], description: dict[str, object]) -> None:
         self.names = [(phase, term) for phase, term in description["names"]]

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from ..data import same_classes
 from ..optim import Adam
-from . import checkpoint
+from . import checkpoint, restore
 from .average import Average, floating_state
 from .batches import Batches, fits
 from .capture import Captured, CudaGraphs, choose, fixed_rate
-from .checkpoint import CheckpointError
 from .log import Clock
 from .phase import Phase, System
 from .ranks import Ranks
@@ -211,7 +210,7 @@ class Run:
             kept = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint else "no checkpoint was written"
             raise NonFiniteWeights(f"the weight {name} is not finite after step {self.step}; {kept}")
         tensors = {
-            "weights": torch.nn.ModuleDict(self.system.modules).state_dict(),
+            "weights": checkpoint.weights_of(self.system),
             "average": {} if self.average is None else self.average.values,
             "optimizer": checkpoint.optimizer_tensors(self.system),
             "batches": self.batches.state(),
@@ -225,6 +224,7 @@ class Run:
             "image_shape": list(self.system.image_shape),
             "class_names": list(self.system.class_names),
             "record": self.record.description(),
+            "optimizer": checkpoint.optimizer_indices(self.system),
         }
         path = self.out / checkpoint.LAST
         if self.ranks.first:
@@ -233,21 +233,24 @@ class Run:
         self.checkpoint = path
 
     def load(self) -> None:
-        """Take up the checkpoint in `out`."""
+        """Take up the checkpoint in `out`, after a check of all of it.
+
+        Raises:
+            CheckpointError: it is not one, damaged, or does not fit this run.
+            ValueError: settings that differ from the checkpoint's.
+        """
         path = self.out / checkpoint.LAST
         saved = checkpoint.read(path)
         same_settings(self.settings, checkpoint.settings_of(saved, path), f"those in {path}", RESUMABLE)
         if (names := saved.about.get("class_names")) and self.system.class_names:
             same_classes("the data set", self.system.class_names, str(path), names)
+        restore.check(self, saved, path)
         checkpoint.load_weights(self.system, saved.part("weights"), path)
         if self.average is not None:
             for name, value in saved.part("average").items():
                 self.average.values[name].copy_(value)
         checkpoint.load_optimizers(self.system, saved.part("optimizer"))
-        try:
-            self.batches.load(saved.part("batches"))
-        except ValueError as error:
-            raise CheckpointError(path, str(error)) from error
+        self.batches.load(saved.part("batches"))
         self.record.load(saved.part("record"), saved.about["record"])
         checkpoint.load_random_state(saved.part("random"), self.settings.device)
         self.step, self.seconds, self.checkpoint = saved.about["step"], saved.about["seconds"], path

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 from collections.abc import Iterable, Mapping
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import files
-from .declare import DATA, LENGTH, MACHINE, NETWORKS, OPTIMIZER, RUN, About, about, setting
+from .declare import DATA, LENGTH, MACHINE, NETWORKS, OPTIMIZER, RUN, About, about, did_you_mean, setting
 
 _STREAMS = ("weights", "noise", "order")
 _systems: dict[str, type] = {}
@@ -80,11 +79,14 @@ class Settings:
         {"default": 1e-3}, help='Learning rate of each network by its name; "default" is for the others.',
         panel=OPTIMIZER, above=0,
     )  # fmt: skip
-    betas: tuple[float, float] = setting((0.9, 0.999), help="Adam's two decay rates.", panel=OPTIMIZER, at_least=0)
+    betas: tuple[float, float] = setting(
+        (0.9, 0.999), help="Adam's two decay rates.", panel=OPTIMIZER, at_least=0, below=1
+    )
     milestones: dict[int, float] = setting(  # noqa: RUF009
         {},
         help="Factors on every learning rate, by the epoch at which each starts. They multiply.",
         panel=OPTIMIZER,
+        at_least=0,
     )
     device: str = setting(
         "cpu", help="cpu, cuda or cuda:N; presets use a GPU if there is one.", panel=MACHINE, resumable=True
@@ -102,7 +104,9 @@ class Settings:
         none="on a GPU if the system allows it, without --compile",
         resumable=True,
     )
-    seed: int = setting(0, help="Seed of the weights, the noise and the order of the data.", panel=RUN, metavar="S")
+    seed: int = setting(
+        0, help="Seed of the weights, the noise and the order of the data.", panel=RUN, at_least=0, metavar="S"
+    )
     log_every: int = setting(50, help="Steps between lines of the log.", panel=RUN, at_least=1)
     evaluate_every: int = setting(
         10, help="Epochs between evaluations, which also draw pictures.", panel=RUN, at_least=1, resumable=True
@@ -118,6 +122,7 @@ class Settings:
 
     def __post_init__(self):
         for name, entry in self.declared().items():
+            object.__setattr__(self, name, entry.plain(getattr(self, name)))
             entry.check(getattr(self, name))
 
     @classmethod
@@ -168,8 +173,10 @@ class Settings:
         """Inverse of `to_dict`: the settings of the system that `values` name.
 
         Raises:
-            ValueError: an unknown system, a setting that the system does not have, a value out of range.
+            ValueError: no dictionary, an unknown system, a setting that the system does not have, a value out of range.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings must be an object, got {values!r:.80}")
         kind = kind_of(str(values.get("system", cls.declared()["system"].default))) if cls is Settings else cls
         known = kind.declared()
         return kind(**{name: known[name].decode(value) if name in known else value for name, value in values.items()})
@@ -179,7 +186,11 @@ class Settings:
 
     @classmethod
     def load(cls, path: Path) -> "Settings":
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Raises ValueError that names the file, for what `from_dict` refuses and for what is not JSON."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 @functools.cache
@@ -198,8 +209,12 @@ def kind_of(system: str) -> type[Settings]:
     if not _systems:
         raise ValueError(f"the settings of {system} are in ivfast.models: import it first")
     if system not in _systems:
-        raise ValueError(f"system must be one of {', '.join(_systems)}, got {system!r}")
+        raise ValueError(no_system(system, _systems))
     return _systems[system].Settings
+
+
+def no_system(name: str, known: Iterable[str]) -> str:
+    return f"there is no system {name!r}; {did_you_mean(name, known) or 'ivfast train --help lists them'}"
 
 
 def readers(name: str) -> list[str]:
@@ -222,6 +237,6 @@ def refusal(names: Iterable[str], system: str | None, kind: type[Settings]) -> V
         reading = readers(name)
         if reading:
             return ValueError(f"{name} has no effect on {whose}; it is read by {one_of(reading, _systems)}")
-    near = difflib.get_close_matches(names[0], kind.declared(), 1, 0.75)
-    hint = f"; did you mean {near[0]}?" if near else f", which {whose} does not have"
+    near = did_you_mean(names[0], kind.declared(), 0.75)
+    hint = f"; {near}" if near else f", which {whose} does not have"
     return ValueError(f"unknown settings: {', '.join(names)}{hint}")
