@@ -13,12 +13,13 @@ from . import checkpoint
 from .checkpoint import CheckpointError
 from .log import Bar, Clock, Log, Quiet
 from .phase import System
+from .ranks import RankLost
 from .record import NonFiniteLoss
 from .run import RESUMABLE, NonFiniteWeights, Run, cuda_devices, same_settings
 from .settings import Settings
 from .watch import CannotCapture
 
-__all__ = ["CannotCapture", "CheckpointError", "Interrupted", "NonFiniteLoss", "NonFiniteWeights", "fit"]
+__all__ = ["CannotCapture", "CheckpointError", "Interrupted", "NonFiniteLoss", "NonFiniteWeights", "RankLost", "fit"]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -77,6 +78,7 @@ def fit(
             says where and why.
         FileExistsError: `out` holds a run already and `resume` is False.
         NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
+        RankLost: another rank was killed; the message says how to resume.
         CheckpointError: a checkpoint cannot be written or read.
         Interrupted: a KeyboardInterrupt, after Ctrl-C or SIGTERM; a further Ctrl-C stops at once.
     """
@@ -92,7 +94,8 @@ def fit(
             run.load()
         if run.ranks.first:
             settings.save(out / "config.json")
-        return _train(run, resume, evaluate, draw, progress)
+        with run.ranks.training(out, lambda: run.checkpoint):
+            return _train(run, resume, evaluate, draw, progress)
 
 
 def _check_images(images: Tensor, system: System) -> None:
@@ -119,8 +122,7 @@ def _check_labels(labels: Tensor | None, system: System) -> None:
 
 
 def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[str, object]]:
-    settings, per_epoch = run.settings, run.batches.per_epoch
-    total = settings.steps if settings.steps is not None else settings.epochs * per_epoch
+    settings, per_epoch, total = run.settings, run.batches.per_epoch, run.total
     ranks, log = run.ranks, Quiet()
     if ranks.first:
         log = Log(run.out, tensorboard=settings.tensorboard, resume_at=run.step if resume else None)
