@@ -7,12 +7,12 @@ import math
 
 import pytest
 import torch
-from helpers import assert_equations, command, settings_with, terms_and_gradients
+from helpers import assert_equations, command, drawn_again, settings_with, terms_and_gradients
 from torch import distributions
 
 from ivfast import data, metrics
-from ivfast.data import points
-from ivfast.models import build, preset
+from ivfast.data import points, sources
+from ivfast.models import avb, build, preset
 from ivfast.models.avb import Encoded
 from ivfast.nets import noisy
 from ivfast.papers import s4
@@ -270,6 +270,27 @@ def test_residual_units_are_section_4s_for_faces_and_learn(contrast, digits):
     assert sum(recon[-5:]) < 0.9 * sum(recon[:5])
 
 
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_moments_are_computed_in_chunks_that_change_nothing(net, monkeypatch):
+    """A likelihood's 64 draws for each of 500 images would take 40 GiB at CelebA's preset."""
+    system = build(small(net=net, width=8), SHAPE)
+    x, encoder, sizes = torch.rand(21, *SHAPE) * 2 - 1, system.modules["encoder"], []
+    encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    system.train(False)
+    state = torch.get_rng_state()
+    mean, logvar = system.proposal(x)
+    assert max(sizes) <= avb.ROWS < sum(sizes) == 21 * 64
+    reference = copy.deepcopy(encoder).double()
+    noise = drawn_again(state, 21, 64, system.settings.noise_dim)
+    z = torch.stack([reference(x.double(), noise[:, k]) for k in range(64)])
+    assert error(mean, z.mean(0)) < 1e-5
+    assert error(logvar, z.var(0).log()) < 1e-4  # of deviations, to float32's rounding of z
+    system.train()
+    sizes.clear()
+    system.proposal(x)
+    assert sizes == [21 * 64]  # batch norm looks at all
+
+
 def test_only_avb_has_residual_networks():
     with pytest.raises(ValueError, match=r"^net must be one of 'mlp', 'conv', got 'residual'"):
         build(small(system="vae", net="residual"), SHAPE)
@@ -325,6 +346,10 @@ def test_evaluation_on_images(digits, tmp_path):
 
 def test_presets_build_for_every_kind_of_data():
     shapes = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "celeba": (3, 64, 64), "four-points": (4,)}
+    for name in (*sources.DATASETS, "four-points"):  # T keeps near T*
+        settings = preset("avb", name)
+        assert settings.learning_rate("discriminator") == 5 * settings.learning_rate("encoder")
+        assert settings.learning_rate("generator") == settings.learning_rate("encoder")
     for name, shape in shapes.items():
         settings = dataclasses.replace(preset("avb", name), device="cpu")
         assert settings.image_size == (None if name == "four-points" else shape[-1])

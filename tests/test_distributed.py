@@ -78,6 +78,7 @@ CASES = {
         (5, 4),
         lambda ops, x, **how: ops.multi_js_loss(x, weights=torch.arange(1, 6).to(x) / 15, label_smoothing=0.1, **how),
     ),
+    "importance": (("",), (N,), lambda ops, x, **how: ops.importance_weighted_loss(3 * x[..., 0], **how)),
     "fld": (("gather", "reduce"), (N,), lambda ops, z, **how: ops.fld(z, **how)),
 }
 

@@ -11,7 +11,7 @@ from helpers import assert_equations, command, own, settings_with, terms_and_gra
 from torch import distributions
 
 from ivfast import data
-from ivfast.data import points
+from ivfast.data import points, sources
 from ivfast.models import build, introvae, preset
 from ivfast.papers import s5
 from ivfast.testing import error
@@ -185,9 +185,55 @@ def test_a_system_starts_as_a_vae(name):
 
 
 def test_c_grows_with_the_steps():
-    system = build(small("as-introvae", anneal_steps=8), (2,))
-    c = [float(system.share(batch((2,))).c) for _ in range(11)]
-    assert c == pytest.approx([min(i / 8, 1) for i in range(11)])
+    system = build(small("as-introvae", anneal_steps=8, vae_steps=2), (2,))
+    c = [float(system.share(batch((2,))).c) for _ in range(13)]
+    assert c == pytest.approx([0, 0, *(min(i / 8, 1) for i in range(11))])
+
+
+@pytest.mark.parametrize(("length", "points"), [({"steps": 33}, 60), ({"epochs": 11}, 3 * N), ({"epochs": 3}, 11 * N)])
+@pytest.mark.parametrize("name", FAMILY)
+def test_schedules_follow_the_length_of_the_run(name, length, points):
+    """c = min(5 i/T, 1), i from the end of a plain VAE of T/15 steps, T = 33 by steps, by epochs and by the data."""
+    assert preset(name, "8-gaussians").vae_steps is None
+    system = build(small(name, vae_steps=None, **length), (2,))
+    run = Run(system, torch.randn(points, 2), system.settings, None, None)
+    shared = [system.share(batch((2,))) for _ in range(12)]
+    assert [bool(s.adversarial) for s in shared] == [i >= 2 for i in range(12)]
+    growing = [min(max(5 * (i - 2) / 33, 0), 1) for i in range(12)]
+    assert [float(s.c) for s in shared] == pytest.approx(growing if name == "as-introvae" else [1] * 12)
+    run.advance()
+
+
+def test_every_preset_follows_the_length_of_its_run():
+    for name in (*sources.DATASETS, "8-gaussians", "spirals"):
+        settings = dataclasses.replace(preset("as-introvae", name), steps=50, device="cpu", net="mlp", width=8)
+        assert settings.anneal_steps is None
+        system = build(settings, (1, 8, 8))
+        system.plan(50)
+        first = system.vae_steps
+        assert first == (3 if settings.vae_steps is None else 0)
+        c = [float(system.share_of_kl(torch.tensor(first + i))) for i in (0, 5, 10, 40)]
+        assert c == pytest.approx([0, 0.5, 1, 1])
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_run_that_would_never_leave_the_plain_vae_is_refused(name, tmp_path):
+    for length in ({"steps": 6}, {"epochs": 3}):  # of two batches
+        settings = small(name, vae_steps=6, **length)
+        with pytest.raises(ValueError, match=r"^vae_steps must be below the run's 6 steps, got 6"):
+            fit(build(settings, (2,)), torch.randn(2 * N, 2), settings, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+    settings = small(name, vae_steps=5, steps=6)
+    fit(build(settings, (2,)), torch.randn(2 * N, 2), settings, tmp_path, progress=False)
+
+
+def test_without_the_length_of_a_run_only_its_first_step_is_known():
+    system = build(small("as-introvae"), (2,))
+    assert float(system.share(batch((2,))).c) == 0
+    with pytest.raises(RuntimeError, match=r"which plan\(steps\) has to tell"):
+        system.share(batch((2,)))
+    with pytest.raises(ValueError, match=r"which plan\(steps\) has to tell"):
+        build(small("introvae", vae_steps=None), (2,)).share(batch((2,)))
 
 
 @pytest.mark.parametrize("kernel", ["product", "additive"])

@@ -1,4 +1,4 @@
-"""The pairwise ops over the samples of every rank of a `torch.distributed` group.
+"""The ops that look at samples together, over the samples of every rank of a `torch.distributed` group.
 
 Every rank of the group calls the function with its own rows. Row counts may differ, and a rank may have none. The
 result is what one process would compute on the concatenation of all rows, in the order of the ranks. `group` None
@@ -19,7 +19,7 @@ Gradients take a second round, or for MMD the same one. "auto" gathers up to 163
 the device, and raises on all ranks if the arguments of one do not fit.
 """
 
-from .divergences import as_distance, fld, mmd, multi_js_loss
+from .divergences import as_distance, fld, importance_weighted_loss, mmd, multi_js_loss
 from .exchange import Rows, gather_rows, rows_of
 from .stein import median_bandwidth, svgd_bridge, svgd_direction
 
@@ -28,6 +28,7 @@ __all__ = [
     "as_distance",
     "fld",
     "gather_rows",
+    "importance_weighted_loss",
     "median_bandwidth",
     "mmd",
     "multi_js_loss",

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _check
-from ..ops import _collectives, frechet
+from ..ops import _collectives, frechet, importance
 from ..ops import as_distance as one_as
 from ..ops import fld as one_fld
 from ..ops import mmd as one_mmd
@@ -103,6 +103,17 @@ def multi_js_loss(
     loss = one_js.multi_js_loss(logits, weights=weights, label_smoothing=label_smoothing)
     (rows,) = rows_of(group, even, logits=one_js._blocks(logits))
     return total(loss * (rows.counts[rows.rank] / rows.total), group)
+
+
+def importance_weighted_loss(logits: Tensor, group=None, *, even: bool = False) -> Tensor:
+    """IWGAN's generator loss, its weights normalised over the samples of all ranks; see
+    `ivfast.importance_weighted_loss`. Every rank gathers all logits `[..., n_rank]`."""
+    _check.floating("logits", logits)
+    if logits.dim() < 1:
+        raise ValueError(f"logits must have shape [..., n_rank], got {tuple(logits.shape)}")
+    column = logits.unsqueeze(-1)
+    (rows,) = rows_of(group, even, logits=column)
+    return importance.importance_weighted_loss(gather_rows(column, rows).squeeze(-1))
 
 
 def fld(z: Tensor, group=None, *, exchange: str = "auto", even: bool = False) -> Tensor:

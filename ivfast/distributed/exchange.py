@@ -193,8 +193,7 @@ def ring(tensors: Sequence[Tensor], rows: Sequence[Rows]) -> Iterator[tuple[int,
             ]
             requests = _collectives.exchange(operations)
         yield (rank - step) % world, blocks
-        for request in requests:
-            request.wait()
+        _collectives.wait(requests)
         blocks = coming
 
 

@@ -31,7 +31,10 @@ class IntrospectiveSettings(Settings):
     beta_rec: float = setting(1.0, help="Weight of the reconstruction.", at_least=0, metavar="B")
     beta_kl: float = setting(1.0, help="Weight of the KL of images; in G's loss, of fakes.", at_least=0, metavar="B")
     beta_neg: float = setting(1.0, help="Weight of the KL of fakes, which E raises.", at_least=0, metavar="B")
-    vae_steps: int = setting(0, help="Steps of a plain VAE before E and G compete.", panel=LENGTH, at_least=0)
+    vae_steps: int | None = setting(
+        0, help="Steps of a plain VAE before E and G compete.", panel=LENGTH, at_least=0,
+        none="a 15th of the run's steps",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,10 @@ class SoftIntroVaeSettings(IntrospectiveSettings):
 
 @dataclass(frozen=True)
 class AsIntroVaeSettings(SoftIntroVaeSettings):
-    anneal_steps: int = setting(
-        1000, help="Steps over which the AS-Distance gives way to the KL, a fifth of all in S5; 0 is Soft-IntroVAE.",
-        panel=LENGTH, at_least=0,
+    anneal_steps: int | None = setting(
+        None,
+        help="Steps, after those of the plain VAE, over which the AS-Distance gives way to the KL; 0 is Soft-IntroVAE.",
+        panel=LENGTH, at_least=0, none="a fifth of the run's steps",
     )  # fmt: skip
     as_kernel: str = setting(
         "product",
@@ -99,12 +103,16 @@ class Introspective(System):
     """The networks and the two phases that introspective VAEs have in common.
 
     For its first `vae_steps` steps a system is a VAE: neither network meets the fakes.
+
+    Attributes:
+        total: T, the steps of the run, by `plan`; until then `settings.steps`.
     """
 
     Settings = IntrospectiveSettings
 
     def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
         super().__init__(settings, image_shape)
+        self.total = settings.steps
         d = self.latent_dim
         shape, width = self.image_shape, settings.width
         if settings.net == "mlp":
@@ -132,6 +140,21 @@ class Introspective(System):
         """What a system's preset has beside the others'."""
         return {}
 
+    def plan(self, steps: int) -> None:
+        self.total = steps
+        if self.vae_steps >= steps:
+            raise ValueError(
+                f"vae_steps must be below the run's {steps} steps, got {self.vae_steps}: E and G would never compete"
+            )
+
+    @property
+    def vae_steps(self) -> int:
+        if self.settings.vae_steps is not None:
+            return self.settings.vae_steps
+        if self.total is None:
+            raise ValueError("vae_steps follows the number of the run's steps, which plan(steps) has to tell")
+        return self.total // 15
+
     def encode(self, x: Tensor) -> Tensor:
         """Images `[n, C, H, W]` in [-1, 1], or points -> the means of their posteriors `[n, d]`."""
         return self.modules["encoder"](x).float().chunk(2, 1)[0]
@@ -155,12 +178,11 @@ class Introspective(System):
     def posterior(self, x: Tensor, kinds: int = 1) -> Posterior:
         mu, logvar = self.run("encoder", x, kinds).chunk(2, 1)
         logvar = returning_clamp(logvar, -LOGVAR, LOGVAR)
-        noise = torch.cat([self.randn_like(part) for part in mu.chunk(kinds)])
-        return Posterior(mu, logvar, *ivfast.reparameterize(mu, logvar, draws=noise))
+        return Posterior(mu, logvar, *self.reparameterize(mu, logvar, kinds))
 
     def share(self, x: Tensor) -> Encoded:
         step = self.modules["schedule"].step
-        c, adversarial = self.share_of_kl(step), step >= self.settings.vae_steps
+        c, adversarial = self.share_of_kl(step), step >= self.vae_steps
         q = self.posterior(x)
         step.add_(1)
         return Encoded(x, q, self.randn_like(q.mu), c, adversarial)
@@ -198,7 +220,7 @@ class Introspective(System):
         return {"recon": recon, **self.after_vae(shared, self.deceiving(shared, fakes))}
 
     def after_vae(self, shared: Encoded, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not self.settings.vae_steps:
+        if not self.vae_steps:
             return terms
         return {name: torch.where(shared.adversarial, term, 0) for name, term in terms.items()}
 
@@ -282,11 +304,12 @@ class SoftIntroVae(Introspective):
 
 
 class AsIntroVae(SoftIntroVae):
-    """Soft-IntroVAE whose KL_s is c KL_s + (1 − c) D(x_r, x_g), c = min(i/`anneal_steps`, 1), D the AS-Distance.
+    """Soft-IntroVAE whose KL_s is c KL_s + (1 − c) D(x_r, x_g), c = min(5 i/T, 1), D the AS-Distance.
 
-    S5 takes c = min(5 i/T, 1), so `anneal_steps` = T/5; from there on this is Soft-IntroVAE. E maximises D through its
-    exponentials and G minimises it. Inside D log-variances are kept above a floor under which a product kernel could
-    exceed e^30; below it D looks at the means alone, and its gradient for the variance is 0.
+    i counts the steps after those of the plain VAE, T all steps of the run; `anneal_steps` stands for T/5. From there
+    on this is Soft-IntroVAE. E maximises D through its exponentials and G minimises it. Inside D log-variances are kept
+    above a floor under which a product kernel could exceed e^30; below it D looks at the means alone, and its gradient
+    for the variance is 0.
 
     Source: S5 Eqs. 7 to 9. Eq. 9 prints + before c KL and (1 − c) D, which are costs.
     """
@@ -301,7 +324,12 @@ class AsIntroVae(SoftIntroVae):
 
     def share_of_kl(self, step: Tensor) -> Tensor:
         steps = self.settings.anneal_steps
-        return (step / steps).clamp(max=1) if steps else super().share_of_kl(step)
+        if steps is None and self.total is None:  # up to i = 0, c is 0 whatever T is
+            known = step <= self.vae_steps
+            torch._assert_async(known, "c follows the number of the run's steps, which plan(steps) has to tell")
+            return torch.zeros_like(step, dtype=torch.float32)
+        steps = self.total / 5 if steps is None else steps
+        return ((step - self.vae_steps) / steps).clamp(0, 1) if steps else super().share_of_kl(step)
 
     def energies(self, shared: Encoded, q: Posterior) -> Tensor:
         (mu_r, mu_g), (logvar_r, logvar_g) = q.mu.chunk(2), q.logvar.clamp(min=self.floor).chunk(2)
@@ -352,9 +380,8 @@ _POINTS = {
     "latent_dim": 2,
     "batch_size": 512,
     "steps": 30_000,
-    "vae_steps": 2000,
+    "vae_steps": None,  # 2,000 of 30,000
     "margin": 5.0,
-    "anneal_steps": 6000,
     "evaluate_every": 50,
     "save_every": 50,
 }
@@ -378,9 +405,8 @@ _IMAGES = {
     "epochs": 250,
     "as_kernel": "additive",
     "margin": 20.0,
-    "anneal_steps": 78_000,  # of CIFAR-10's 250 epochs
 }
-_MNIST = {**_IMAGES, "image_size": 28, "latent_dim": 32, "batch_size": 128, "anneal_steps": 23_400}
+_MNIST = {**_IMAGES, "image_size": 28, "latent_dim": 32, "batch_size": 128}
 _CELEBA = {"image_size": 128, "latent_dim": 256, "batch_size": 8, "beta_rec": 0.5, "beta_neg": 1024.0}
 # Not in S5. At β_rec = 1, a deviation of .7 in a pixel, a VAE of 64 pixels gives the images' mean. In the exponentials
 # β_neg weighs a nat nearly as MNIST's does.
@@ -394,7 +420,6 @@ _DIGITS = {
     "beta_neg": 16.0,
     "as_kernel": "additive",
     "margin": 20.0,
-    "anneal_steps": 1100,
     "epochs": 250,
     "evaluate_every": 50,
     "save_every": 50,
@@ -404,7 +429,7 @@ _DATA = {
     "fashion-mnist": _MNIST,
     "cifar10": {**_IMAGES, "image_size": 32},
     "svhn": {**_IMAGES, "image_size": 32},
-    "celeba": {**_IMAGES, **_CELEBA, "anneal_steps": 1_000_000},
+    "celeba": {**_IMAGES, **_CELEBA},
     "digits": _DIGITS,
     "stacked-digits": {**_DIGITS, "epochs": 10, "evaluate_every": 2, "save_every": 1},
 }

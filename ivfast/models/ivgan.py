@@ -103,6 +103,7 @@ class Gan(System):
         super().__init__(settings, image_shape)
         if settings.batch_size % settings.packing:
             raise ValueError(f"packing must divide batch_size = {settings.batch_size}, got {settings.packing}")
+        self.packing = settings.packing
         self.modules = self.networks()
         self.to_device()
         judges = [name for name in self.modules if name in ("discriminator", "classifier")]
@@ -145,18 +146,18 @@ class Gan(System):
         return self.decode(self.prior_codes(n, generator))
 
     def share(self, x: Tensor) -> Drawn:
-        z = torch.randn(len(x), self.latent_dim, device=x.device)
+        z = self.randn(len(x), self.latent_dim)
         return Drawn(x, z, self.decode(z))
 
     def pack(self, x: Tensor) -> Tensor:
         """PacGAN: m samples side by side in channels, `[n, C, ...]` -> `[n/m, m·C, ...]`."""
-        m = self.settings.packing
+        m = self.packing
         return x if m == 1 else x.reshape(len(x) // m, m * x.shape[1], *x.shape[2:])
 
     def seen(self, x: Tensor) -> Tensor:
         """What the discriminator sees of x: packed, under instance noise (Jenni & Favaro 2019)."""
         noise = self.settings.instance_noise
-        return self.pack(x + noise * torch.randn_like(x) if noise else x)
+        return self.pack(x + noise * self.randn_like(x) if noise else x)
 
     def discriminate(self, x: Tensor) -> Tensor:
         return self.modules["discriminator"](self.seen(x)).float()
@@ -216,7 +217,7 @@ class WganGp(Gan):
 
     def gradient_penalty(self, real: Tensor, fake: Tensor) -> Tensor:
         """E (‖∇D(x̂)‖ − 1)² at x̂ = ε x + (1 − ε) G(z), ε ~ U(0, 1)."""
-        share = torch.rand(len(real), *[1] * (real.dim() - 1), device=real.device)
+        share = self.rand(len(real), *[1] * (real.dim() - 1))
         between = torch.lerp(fake, real, share).requires_grad_()
         total = self.modules["discriminator"](between).float().sum()
         (slope,) = torch.autograd.grad(total, between, create_graph=True)
@@ -245,7 +246,7 @@ class UnrolledGan(Gan):
 
         for _ in range(self.settings.unroll):
             loss = sum(self.real_or_fake(unrolled(shared.x), unrolled(shared.fake)).values())
-            slopes = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            slopes = self.mean_over_parts(torch.autograd.grad(loss, list(weights.values()), create_graph=True))
             weights = {name: w - rate * g for (name, w), g in zip(weights.items(), slopes, strict=True)}
         return {"adversarial": self.deceiving(unrolled(shared.fake))}
 
@@ -332,8 +333,9 @@ class IvDcgan(EncodingGan):
     def share(self, x: Tensor) -> Drawn:
         s, drawn = self.settings, super().share(x)
         code = self.encode(x)
-        block = torch.randint(s.k, (len(x) // s.packing,), device=x.device)  # one for all samples of a pack
-        substituted = ivfast.block_substitute(code, s.k, block.repeat_interleave(s.packing))
+        block = self.randint(s.k, len(x) // s.packing)  # one for all samples of a pack
+        index = block.repeat_interleave(s.packing)
+        substituted = ivfast.block_substitute(code, s.k, index, draws=self.randn_like(code))
         return drawn._replace(block=block, code=code, substituted=substituted, intervened=self.decode(substituted))
 
     def block_logits(self, x: Tensor) -> Tensor:

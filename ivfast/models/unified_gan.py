@@ -8,11 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-import ivfast
 
 from .. import nets
 from ..train.declare import DATA, setting
@@ -64,7 +61,7 @@ class Gan(Generative):
         return self.generate(x)
 
     def generate(self, x: Tensor, y: Tensor | None = None) -> Generated:
-        z = torch.randn(len(x), self.latent_dim, device=x.device)
+        z = self.randn(len(x), self.latent_dim)
         return Generated(x, self.image(self.write(z, y)), z, y)
 
     def discriminate(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -87,7 +84,7 @@ class IwGan(Gan):
     """L_G = −Σ_i w_i log D(G z_i), w = D/(1 − D) held constant and normalised over the batch (S3 Eq. 22)."""
 
     def adversarial(self, logits: Tensor) -> Tensor:
-        return ivfast.importance_weighted_loss(logits)
+        return self.ops.importance_weighted_loss(logits)
 
 
 class Cgan(Gan):
@@ -160,25 +157,19 @@ class Ada(Unified):
         return self.modules["discriminator"](features).float().squeeze(1)
 
     def discriminator_loss(self, shared: Domains) -> dict[str, Tensor]:
-        return domain_loss(self.discriminate(shared.features.detach()), shared.labels >= 0)
+        return self.domain_loss(self.discriminate(shared.features.detach()), shared.labels >= 0)
 
     def extractor_loss(self, shared: Domains) -> dict[str, Tensor]:
         source = shared.labels >= 0
         reversed_logits = -self.discriminate(shared.features)  # q(1−y|x)
-        domains = domain_loss(reversed_logits, source)
+        domains = self.domain_loss(reversed_logits, source)
         log_q = self.modules["classifier"](shared.features).float().log_softmax(1)
         cross_entropy = -(self.one_hot(shared.labels) * log_q).sum(1)
         return {
-            "classification": _mean(cross_entropy, source),
+            "classification": self.mean(cross_entropy, source),
             **{name: self.settings.lam * value for name, value in domains.items()},
         }
 
-
-def domain_loss(logits: Tensor, source: Tensor) -> dict[str, Tensor]:
-    """−E_{y=1} log D − E_{y=0} log(1 − D) of logits `[n]` with the domain indicator `source [n]`."""
-    return {"source": _mean(F.softplus(-logits), source), "target": _mean(F.softplus(logits), ~source)}
-
-
-def _mean(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of `values [n]` over `chosen [n]`, 0 where there is none."""
-    return (values * chosen).sum() / chosen.sum().clamp_min(1)
+    def domain_loss(self, logits: Tensor, source: Tensor) -> dict[str, Tensor]:
+        """−E_{y=1} log D − E_{y=0} log(1 − D) of logits `[n]` with the domain indicator `source [n]`."""
+        return {"source": self.mean(F.softplus(-logits), source), "target": self.mean(F.softplus(logits), ~source)}

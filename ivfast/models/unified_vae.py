@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import ivfast
-
 from ..train.declare import DATA, setting
 from ..train.phase import Phase
 from ..train.settings import Settings
@@ -79,14 +77,14 @@ class Bounded(Bernoulli):
 
     def gaussian_terms(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         """−log p(x|z, y) at one z ~ q(z|x, y), and KL(q(z|x, y) ‖ p(z)) (S3 Eq. 17)."""
-        z, kl = ivfast.reparameterize(*self.posterior(x, y))
+        z, kl = self.reparameterize(*self.posterior(x, y))
         return {"recon": self.surprise(x, z, y), "kl": kl}
 
     def autoencoder_loss(self, shared: Images) -> dict[str, Tensor]:
         return {name: term.mean() for name, term in self.terms(shared).items()}
 
     def prior(self, images: Images) -> Tensor:
-        return torch.randn(len(images.x), self.latent_dim, device=images.x.device)
+        return self.randn(len(images.x), self.latent_dim)
 
     @torch.no_grad()
     def bound(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -111,7 +109,7 @@ class Vae(Bounded):
 
     def draw_codes(self, x: Tensor) -> Tensor:
         """Images -> a code from the posterior of each `[n, d]`."""
-        return ivfast.reparameterize(*self.posterior(x))[0]
+        return self.reparameterize(*self.posterior(x)).z
 
     def proposal(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """μ and log σ² `[n, d]` of the Gaussian that `ivfast.metrics.importance_log_likelihood` draws codes from."""
@@ -178,7 +176,7 @@ class Svae(Bounded):
 
     def generate(self, images: Images) -> Images:
         n = len(images.x)
-        y = self.one_hot(torch.randint(self.classes, (n,), device=images.x.device))
+        y = self.one_hot(self.randint(self.classes, n))
         return Images(self.image(self.write(self.prior(images), y)))
 
 

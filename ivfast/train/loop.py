@@ -15,12 +15,22 @@ from .checkpoint import CheckpointError
 from .lock import RunInUse
 from .log import Bar, Clock, Log, Quiet
 from .phase import System
+from .ranks import RankLost
 from .record import NonFiniteLoss
 from .run import RESUMABLE, NonFiniteWeights, Run, cuda_devices, same_settings
 from .settings import Settings
 from .watch import CannotCapture
 
-__all__ = ["CannotCapture", "CheckpointError", "Interrupted", "NonFiniteLoss", "NonFiniteWeights", "RunInUse", "fit"]
+__all__ = [
+    "CannotCapture",
+    "CheckpointError",
+    "Interrupted",
+    "NonFiniteLoss",
+    "NonFiniteWeights",
+    "RankLost",
+    "RunInUse",
+    "fit",
+]
 
 
 class Interrupted(KeyboardInterrupt):
@@ -83,6 +93,7 @@ def fit(
         FileExistsError: `out` already holds a run and `resume` is False.
         RunInUse: another process trains in `out`.
         NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
+        RankLost: another rank was killed; the message says how to resume.
         CheckpointError: a checkpoint cannot be written or read.
         Interrupted: a KeyboardInterrupt, after Ctrl-C, SIGTERM or SIGHUP (the terminal was closed); a further Ctrl-C
             stops at once.
@@ -100,7 +111,8 @@ def fit(
                 run.load()
             if run.ranks.first:
                 settings.save(out / "config.json")
-            return _train(run, resume, evaluate, draw, progress)
+            with run.ranks.training(out, lambda: run.checkpoint):
+                return _train(run, resume, evaluate, draw, progress)
 
 
 def _check_folder(out: Path, resume: bool) -> None:
@@ -135,8 +147,7 @@ def _check_labels(labels: Tensor | None, system: System) -> None:
 
 
 def _train(run: Run, resume: bool, evaluate, draw, progress: bool) -> list[dict[str, object]]:
-    settings, per_epoch = run.settings, run.batches.per_epoch
-    total = settings.steps if settings.steps is not None else settings.epochs * per_epoch
+    settings, per_epoch, total = run.settings, run.batches.per_epoch, run.total
     ranks, log = run.ranks, Quiet()
     if ranks.first:
         log = Log(run.out, tensorboard=settings.tensorboard, resume_at=run.step if resume else None)

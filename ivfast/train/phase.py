@@ -1,6 +1,7 @@
 """A step of training as phases: which parameters move, by which optimizer, on which loss, how often."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import ivfast
 
+from ..distributed import exchange
 from ..optim import Adam
 from .settings import Settings
 
@@ -38,12 +40,38 @@ class Phase:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
 
 
+@dataclass(frozen=True)
+class Part:
+    """The rows of a batch that a process has: all of them, or the `rank`-th of `world` equal parts.
+
+    Every rank draws for the whole batch, from a generator in the same state, and takes its rows.
+    """
+
+    rank: int = 0
+    world: int = 1
+
+    def draw(self, sample: Callable[..., Tensor], shape: Sequence[int], dim: int = 0, **keywords: object) -> Tensor:
+        """This part's rows, along `dim` of `shape`, of what `sample(shape, **keywords)` gives for the whole batch."""
+        if self.world == 1:
+            return sample(shape, **keywords)
+        whole = list(shape)
+        whole[dim] *= self.world
+        return sample(whole, **keywords).narrow(dim, self.rank * shape[dim], shape[dim])
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of x over the parts. Its gradient is that of the sum of the parts' losses."""
+        return x if self.world == 1 else exchange.total(x, None)
+
+
 class System:
     """What a paper trains: networks and the phases of a step. It saves, logs and moves nothing by itself.
 
     A subclass's constructor takes `(settings, image_shape)` and fills `modules`, moves them to `settings.device`, then
     fills `phases`. Images are float `[B, C, H, W]` in [-1, 1] throughout. On CUDA a step becomes a graph, unless it
     reads values on the host, or changes anything but tensors in place from step to step (see `ivfast/train/watch.py`).
+
+    Losses are means over a batch, of which a process may have a part. So whatever else looks at the batch goes through
+    `ops`, `mean` and `mean_over_parts`, and all noise through `randn`, `randn_like`, `rand` and `randint`.
 
     Attributes:
         labels: "none"; "all" where every image needs one; "some" where −1 stands for none; "source" where
@@ -54,19 +82,22 @@ class System:
         modules: name -> network. Weights, EMA and learning rates go by these names.
         class_names: one per label where it reads labels and they are known; kept in checkpoints.
         phases: run in this order in every step.
-        ops: where its losses find what looks at a batch as a whole, and noise: `ivfast`, or the same names over a batch
-            that is spread over ranks (`ivfast.train.ranks.Ops`).
+        ops: where its losses find the ops that look at a batch as a whole or draw: `ivfast`, or the same names over a
+            batch that is spread over ranks (`ivfast.train.spread.Ops`).
+        part: the rows of a batch that it gets.
+        packing: a batch's rows are judged so many at a time, which no two parts divide.
     """
 
     labels: str = "none"
     class_names: tuple[str, ...] = ()
     Settings: type[Settings] = Settings
+    packing: int = 1
     modules: dict[str, nn.Module]
     phases: list[Phase]
 
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         self.settings, self.image_shape, self.latent_dim = settings, tuple(image_shape), settings.latent_dim
-        self.modules, self.phases, self.ops = {}, [], ivfast
+        self.modules, self.phases, self.ops, self.part = {}, [], ivfast, Part()
         if not isinstance(settings, self.Settings):
             raise TypeError(f"settings must be {self.Settings.__name__}, got {type(settings).__name__}")
 
@@ -87,15 +118,54 @@ class System:
         """
         return x
 
+    def plan(self, steps: int) -> None:
+        """Told, before the first step, how many the run has.
+
+        Raises:
+            ValueError: a schedule that does not fit into them.
+        """
+
     def prior_codes(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n codes from N(0, I), `[n, d]`. The generator may live on the CPU while the system does not."""
         device = self.settings.device
         place = device if generator is None else generator.device
         return torch.randn(n, self.latent_dim, generator=generator, device=place).to(device)
 
-    def randn_like(self, z: Tensor) -> Tensor:
-        """Standard normal noise for the rows of a batch `[n, d]`."""
-        return torch.randn_like(z) if self.ops is ivfast else self.ops.randn_like(z)
+    def randn(self, n: int, *shape: int) -> Tensor:
+        """Standard normal noise `[n, *shape]` for the n rows of a batch."""
+        return self.part.draw(torch.randn, (n, *shape), device=self.settings.device)
+
+    def randn_like(self, x: Tensor) -> Tensor:
+        """Standard normal noise for the rows of a batch `[n, ...]`."""
+        return self.part.draw(torch.randn, x.shape, dtype=x.dtype, device=x.device)
+
+    def rand(self, n: int, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), `[n, *shape]`, for the n rows of a batch."""
+        return self.part.draw(torch.rand, (n, *shape), device=self.settings.device)
+
+    def randint(self, high: int, n: int) -> Tensor:
+        """Uniform integers in [0, high), `[n]`, for the n rows of a batch."""
+        return self.part.draw(functools.partial(torch.randint, high), (n,), device=self.settings.device)
+
+    def reparameterize(self, mu: Tensor, logvar: Tensor, kinds: int = 1) -> ivfast.ops.gaussian.Reparameterized:
+        """Codes of the posteriors of so many kinds of batches `[kinds n, d]`, and their KLs to the prior."""
+        noise = torch.cat([self.randn_like(part) for part in mu.chunk(kinds)])
+        return ivfast.reparameterize(mu, logvar, draws=noise)
+
+    def mean(self, values: Tensor, chosen: Tensor) -> Tensor:
+        """The mean of `values [n]` over the rows `chosen [n]` of the whole batch, 0 where there is none.
+
+        On a part, the sum over its own rows divided by the mean count of a part: the mean over the parts is that mean.
+        """
+        count = self.part.sum(chosen.sum()).clamp_min(1)
+        return self.part.world * (values * chosen).sum() / count
+
+    def mean_over_parts(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Each tensor's mean over the parts of a batch, such as a gradient that a loss takes itself; differentiable."""
+        if self.part.world == 1:
+            return tensors
+        flat = self.part.sum(torch.cat([x.flatten() for x in tensors])) / self.part.world
+        return [x.view_as(y) for x, y in zip(flat.split([y.numel() for y in tensors]), tensors, strict=True)]
 
     def to_device(self) -> None:
         """Move the networks; convolutions with their channels last, which CPUs and tensor cores read faster."""

@@ -1,24 +1,32 @@
 """A run on several ranks of `torch.distributed`, which does what one process does with the same batches.
 
-Every rank has the same weights and the same generators in the same states. It draws the order and the noise of the
-whole batch and takes its own rows. Losses over pairs of samples are those of the whole batch (`ivfast.distributed`),
-the others are means over a rank's rows, of which all have equally many: the mean over the ranks of either, and of its
-gradient, is the whole batch's. What a network draws by itself (dropout) is alike on all ranks.
+Every rank has the first one's weights and the same generators in the same states. It draws the order and the noise of
+the whole batch and takes its own rows (`Part`). Losses over pairs of samples are those of the whole batch
+(`ivfast.distributed`), the others are means over a rank's rows, of which all have equally many: the mean over the ranks
+of either, and of its gradient, is the whole batch's. What a network draws by itself (dropout) would be alike on all
+ranks, and is refused.
 """
 
-import functools
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import ivfast
-from ivfast import distributed
 from ivfast.ops import _collectives
 
-from .phase import System
+from .phase import Part, System
+from .spread import Ops, OwnDraws, SpreadPart, WholeBatchNorm
+
+
+class RankLost(RuntimeError):
+    """Another rank was killed, or cannot be reached; the message says where the run stands and how to resume it."""
 
 
 class Ranks:
@@ -28,9 +36,10 @@ class Ranks:
         together = dist.is_available() and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
         self.first = self.rank == 0
+        self.norms: list[tuple[nn.Module, type]] = []  # those of the system, and what they were before
 
     def take(self, system: System) -> None:
-        """Let `system` compute the losses of the whole batch.
+        """Let `system` compute the losses of the whole batch, until `release`.
 
         Raises:
             ValueError: settings that several ranks cannot follow.
@@ -38,16 +47,68 @@ class Ranks:
         if self.world == 1:
             return
         settings = system.settings
-        if settings.batch_size % self.world:
-            raise ValueError(f"batch_size must be a multiple of the {self.world} ranks, got {settings.batch_size}")
+        if settings.batch_size % (self.world * system.packing):
+            packs = f" times packing = {system.packing}" if system.packing > 1 else ""
+            raise ValueError(
+                f"batch_size must be a multiple of the {self.world} ranks{packs}, got {settings.batch_size}"
+            )
         if settings.compile:
             raise ValueError("compile works in one process only: the exchange between ranks is not compiled")
-        for name, module in system.modules.items():
-            if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules()):
-                if torch.device(settings.device).type != "cuda":
-                    raise ValueError(f"{name} normalises over the batch, which works across ranks only on CUDA devices")
-                system.modules[name] = nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        system.ops = Ops(self)
+        networks = nn.ModuleDict(system.modules)
+        for value in networks.state_dict().values():
+            dist.broadcast(value, 0)
+        for module in networks.modules():
+            if isinstance(module, _BatchNorm):
+                self.norms.append((module, type(module)))
+                module.__class__ = WholeBatchNorm  # in place: networks refer to their layers by more than one name
+        system.part = SpreadPart(self.rank, self.world)
+        system.ops = Ops(system.part)
+
+    def release(self, system: System) -> None:
+        """Leave `system` as `take` found it."""
+        for module, before in self.norms:
+            module.__class__ = before
+        self.norms = []
+        system.part, system.ops = Part(), ivfast
+
+    @contextlib.contextmanager
+    def alone(self, system: System) -> Iterator[None]:
+        """What one rank does by itself inside, such as an evaluation, draws what one process would."""
+        spread = system.part, system.ops
+        system.part, system.ops = Part(), ivfast
+        try:
+            yield
+        finally:
+            system.part, system.ops = spread
+
+    def checked(self, step: Callable[..., None], where: Callable[[], str]) -> Callable[..., None]:
+        """`step`, whose first call raises RuntimeError for numbers that the system draws alike on every rank."""
+        if self.world == 1:
+            return step
+        guard: contextlib.AbstractContextManager = OwnDraws(where)
+
+        def take(*arguments):
+            nonlocal guard
+            with guard:
+                step(*arguments)
+            guard = contextlib.nullcontext()
+
+        return take
+
+    @contextlib.contextmanager
+    def training(self, out: Path, checkpoint: Callable[[], Path | None]) -> Iterator[None]:
+        """Raises RankLost where another rank is lost inside; `checkpoint` is the last one of the run in `out`."""
+        try:
+            yield
+        except _collectives.LostRank as lost:
+            last = checkpoint()
+            kept = (
+                f"the last checkpoint is {last}" if last else "no checkpoint had been written, so the run starts over"
+            )
+            raise RankLost(
+                f"rank {self.rank} of {self.world} lost another one ({lost}); {kept}; "
+                f"resume, on any number of ranks, with: ivfast train --resume --out {shlex.quote(str(out))}"
+            ) from lost
 
     def rows(self, whole: Sequence[Tensor]) -> Sequence[Tensor]:
         """This rank's rows of each tensor of a batch."""
@@ -99,37 +160,6 @@ class Ranks:
         if self.world > 1 and self.first:
             dist.barrier()
         return result
-
-
-class Ops:
-    """The ops that a system calls as `self.ops.…`, over the batch of all ranks; noise is this rank's rows of it."""
-
-    def __init__(self, ranks: Ranks):
-        self._ranks = ranks
-        for name in ("as_distance", "fld", "median_bandwidth", "mmd", "multi_js_loss", "svgd_direction"):
-            setattr(self, name, functools.partial(getattr(distributed, name), even=True))
-
-    def __getattr__(self, name: str):
-        raise NotImplementedError(f"{name} does not support a batch that is split over ranks")
-
-    def blockwise_bridge(self, z: Tensor, t: int) -> Tensor:
-        return ivfast.blockwise_bridge(z, t, draws=self.randn_like(z))
-
-    def radial_bridge(self, z: Tensor, t: int) -> Tensor:
-        return ivfast.radial_bridge(z, t, draws=self.randn_like(z))
-
-    def svgd_bridge(self, z: Tensor, t: int, *, iterations: int = 2, **numbers: float) -> Tensor:
-        draws = self._draws((t - 1) * iterations + 1, *z.shape, like=z)
-        return distributed.svgd_bridge(z, t, iterations=iterations, draws=draws, even=True, **numbers)
-
-    def randn_like(self, z: Tensor) -> Tensor:
-        return self._draws(*z.shape, like=z)
-
-    def _draws(self, *shape: int, like: Tensor) -> Tensor:
-        """This rank's rows of standard normal draws, which have its `shape [..., n, d]`."""
-        *leading, n, d = shape
-        whole = torch.randn(*leading, n * self._ranks.world, d, dtype=like.dtype, device=like.device)
-        return whole.narrow(-2, n * self._ranks.rank, n)
 
 
 def join(device: str) -> Ranks:

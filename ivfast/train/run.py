@@ -39,6 +39,8 @@ class Run:
         self.device = torch.device(settings.device)
         _seed(settings.stream("noise"), self.device)
         self.batches = self.batches_of(images, labels)
+        self.total = settings.steps if settings.steps is not None else settings.epochs * self.batches.per_epoch
+        system.plan(self.total)
         self.record = Record(settings.log_every, settings.device, self.ranks.mean)
         self.average = Average(system, settings.ema) if settings.ema else None
         self.step, self.seconds = 0, 0.0
@@ -56,7 +58,7 @@ class Run:
         self.place = "the batch"  # the part of the step that runs
         captures, self.why = choose(settings)
         self.captured = self._captured() if captures else None
-        self.take = self.captured or self.body
+        self.take = self.captured or self.ranks.checked(self.body, lambda: self.place)
         self.said: tuple[bool, str] | None = None
 
     def _captured(self) -> Captured:
@@ -107,6 +109,7 @@ class Run:
     def close(self) -> None:
         """End what runs beside the steps, and leave the system as others take it."""
         self.batches.close()
+        self.ranks.release(self.system)
         for phase in self.system.phases:
             if isinstance(phase.optimizer, Adam):
                 phase.optimizer.unfuse()
@@ -188,7 +191,8 @@ class Run:
         if not self.ranks.first or (evaluate is None and draw is None):
             return {}
         averaged = _NOTHING if self.average is None else self.average.swapped()
-        with torch.random.fork_rng(devices=cuda_devices(self.settings.device)), torch.no_grad(), averaged:
+        random = torch.random.fork_rng(devices=cuda_devices(self.settings.device))
+        with random, torch.no_grad(), averaged, self.ranks.alone(self.system):
             self.system.train(False)
             try:
                 metrics = {} if evaluate is None else dict(evaluate(self.system))
