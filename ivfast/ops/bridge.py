@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
+from ._derivatives import differentiable
 from ._draws import prior_draws
-from ._once import once_differentiable
 from ._pairwise import arithmetic, few_in_cuda
 
 
@@ -24,7 +24,7 @@ def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generato
         generator: random generator for `draws`.
 
     Returns:
-        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once in z.
+        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable in z.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape, t < 1, or t does not divide d.
@@ -35,9 +35,7 @@ def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generato
     if z.shape[-1] % t:
         raise ValueError(f"t must divide the dimension d = {z.shape[-1]} of z, got t = {t}")
     draws = prior_draws(z, draws, generator)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _Blockwise.apply(z, draws, t)
-    return _blockwise(z, draws, t)
+    return _differentiable_blockwise(z, draws, t)
 
 
 def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=None) -> Tensor:
@@ -49,9 +47,7 @@ def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=N
     """
     check_codes(z, t)
     draws = prior_draws(z, draws, generator)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _Radial.apply(z, draws, t)
-    return _radial(z, draws, t)
+    return _differentiable_radial(z, draws, t)
 
 
 def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None = None, generator=None) -> Tensor:
@@ -66,7 +62,7 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
         generator: random generator for `draws`.
 
     Returns:
-        `[..., n, d]` in z's dtype. Differentiable once in z.
+        `[..., n, d]` in z's dtype. Differentiable in z.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape, k does not divide d, or an index outside [0, k).
@@ -86,9 +82,7 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
         check_range(index, k)
     draws = prior_draws(z, draws, generator)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _BlockSubstitute.apply(z, draws, index, k)
-    return _block_substitute(z, draws, index, k)
+    return _differentiable_substitute(z, draws, index, k)
 
 
 def check_range(index: Tensor, k: int) -> None:
@@ -145,43 +139,6 @@ def _chosen(z: Tensor, index: Tensor, k: int) -> Tensor:
     return torch.arange(d, device=z.device) // (d // k) == index.unsqueeze(-1)
 
 
-class _Blockwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, draws, t):
-        ctx.t = t
-        return _blockwise(z, draws, t)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _blockwise_backward(grad, ctx.t), None, None
-
-
-class _Radial(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, draws, t):
-        ctx.t = t
-        return _radial(z, draws, t)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _radial_backward(grad, ctx.t), None, None
-
-
-class _BlockSubstitute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, draws, index, k):
-        ctx.save_for_backward(index)
-        ctx.k = k
-        return _block_substitute(z, draws, index, k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _block_substitute_backward(grad, *ctx.saved_tensors, ctx.k), None, None, None
-
-
 _blockwise = register(
     "blockwise_bridge(Tensor z, Tensor draws, int t) -> Tensor",
     reference=blockwise_bridge_reference,
@@ -223,4 +180,25 @@ _block_substitute_backward = register(
     triton="bridge.substitute_backward",
     cuda=True,
     prefer=lambda grad, *_: few_in_cuda(grad),
+)
+
+
+def _linear(backward, grads, inputs, outputs, needed):
+    """The gradient in z alone, which depends on neither z nor the draws."""
+    return backward(*grads, *inputs), None, None
+
+
+_differentiable_blockwise, _differentiable_radial = (
+    differentiable(
+        forward,
+        lambda *arguments: _linear(*arguments)[:2],
+        backward=backward,
+        tensors=2,
+        kept=slice(0),
+        out_axes=(1,),
+    )
+    for forward, backward in ((_blockwise, _blockwise_backward), (_radial, _radial_backward))
+)
+_differentiable_substitute = differentiable(
+    _block_substitute, _linear, backward=_block_substitute_backward, tensors=3, kept=slice(2, 3)
 )

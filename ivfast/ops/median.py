@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from ._pairwise import arithmetic, squared_distances
 
 
@@ -42,7 +42,8 @@ def median_bandwidth(x: Tensor, *, convention: str = "liu-wang") -> Tensor:
             numpyro's eps.
 
     Returns:
-        h `[...]` in float32, or float64 for float64 x. Differentiable once; tied pairs share the gradient.
+        h `[...]` in float32, or float64 for float64 x. Differentiable; tied pairs share the gradient. Forward
+        mode and higher orders take O(n²) memory.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape of x, an unknown convention.
@@ -51,7 +52,7 @@ def median_bandwidth(x: Tensor, *, convention: str = "liu-wang") -> Tensor:
     """
     _check.samples("x", x)
     _check.choice("convention", convention, CONVENTIONS)
-    return _MedianBandwidth.apply(x, *heuristic(x.shape[-2], convention))[0]
+    return _bandwidth(x, *heuristic(x.shape[-2], convention))
 
 
 def heuristic(n: int, convention: str) -> tuple[bool, bool, float]:
@@ -111,21 +112,6 @@ def _slope(middles: Tensor, squared: bool) -> Tensor:
     return torch.where(roots > 0, roots.sum(-1, keepdim=True) / (4 * roots), torch.zeros_like(roots))
 
 
-class _MedianBandwidth(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, full, squared, divisor):
-        h, middles = _forward(x, full, squared, divisor)
-        ctx.save_for_backward(x, middles)
-        ctx.heuristic = squared, divisor
-        ctx.mark_non_differentiable(middles)
-        return h, middles
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        return _backward(grad, *ctx.saved_tensors, *ctx.heuristic), None, None, None
-
-
 def _prefer(x, *_):
     """CUDA C++ for small sets, otherwise Triton. Both compute in float32."""
     if x.dtype == torch.float64:
@@ -147,3 +133,11 @@ _backward = register(
     cuda=True,
     prefer=lambda grad, x, *_: _prefer(x),
 )
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    x, _, *form = inputs
+    return (backward(*grads, x, *outputs, *form),)
+
+
+_bandwidth = differentiable(_forward, _gradients, backward=_backward, tensors=1, outputs=2, saved=slice(1, 2))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from ._pairwise import arithmetic, squared_distances
 from .median import CONVENTIONS, median_bandwidth
 
@@ -35,8 +35,8 @@ def svgd_direction(
         convention: which median heuristic (see `median_bandwidth`); used only with "median".
 
     Returns:
-        φ `[..., n, d]` in x's dtype, computed in float32 for half precision. Differentiable once in x, score and a
-        tensor bandwidth.
+        φ `[..., n, d]` in x's dtype, computed in float32 for half precision. Differentiable in x, score and a tensor
+        bandwidth; forward mode and higher orders take O(n²) memory.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, or a bandwidth or scale that is not positive and finite
@@ -49,9 +49,7 @@ def svgd_direction(
         _check.same("score", score, "x", x)
     _check.number("scale", scale, positive=True)
     h = _bandwidth(x, bandwidth, scale, convention)
-    if torch.is_grad_enabled() and (x.requires_grad or h.requires_grad or (score is not None and score.requires_grad)):
-        return _SvgdDirection.apply(x, score, h)
-    return _forward(x, score, h)[0]  # a Function costs 2 µs, half as much as the op on 64 particles
+    return direction(x, score, h)
 
 
 def _bandwidth(x: Tensor, bandwidth: float | Tensor | str, scale: float, convention: str) -> Tensor:
@@ -109,21 +107,6 @@ def _backward_reference(grad, x, score, bandwidth, row_sum):
     return dX.to(x.dtype), dS.to(x.dtype), dh
 
 
-class _SvgdDirection(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, score, bandwidth):
-        phi, row_sum = _forward(x, score, bandwidth)
-        ctx.save_for_backward(x, score, bandwidth, row_sum)
-        return phi
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, score, bandwidth, row_sum = ctx.saved_tensors
-        dx, dscore, dbandwidth = _backward(grad, x, score, bandwidth, row_sum)
-        return dx, None if score is None else dscore, dbandwidth
-
-
 def _prefer(x, *_):
     """CUDA C++ for small sets and in up to 128 dimensions, otherwise Triton. Both compute in float32."""
     n, d = x.shape[-2:]
@@ -149,3 +132,11 @@ _backward = register(
     cuda=True,
     prefer=lambda grad, x, *_: _prefer(x),
 )
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    dx, dscore, dbandwidth = backward(*grads, *inputs, *outputs)
+    return dx, None if inputs[1] is None else dscore, dbandwidth
+
+
+direction = differentiable(_forward, _gradients, backward=_backward, tensors=3, outputs=2, saved=slice(1, 2))
