@@ -1,5 +1,6 @@
 """Argument checks whose messages name the argument and both sides; they run before any kernel."""
 
+import functools
 import math
 
 import torch
@@ -13,6 +14,18 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def promoted(*tensors):
+    """Under autocast, tensors of different floating dtypes in the dtype that they promote to, as PyTorch's losses take
+    them; otherwise as they are, and the checks say which differs."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
+    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor) and x.dtype in FLOATING]
+    if all(dtype == dtypes[0] for dtype in dtypes):
+        return tensors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return tuple(x.to(widest) if isinstance(x, Tensor) and x.dtype in FLOATING else x for x in tensors)
 
 
 def samples(name: str, x: Tensor, *, at_least: int = 1) -> None:

@@ -31,7 +31,7 @@ def transformed() -> bool:
 class Rule(NamedTuple):
     """How an op is differentiated. The op's arguments are tensors (or None) followed by constants."""
 
-    op: Callable  # computes all outputs, with its `reference`
+    op: Any  # computes all outputs, with its `reference`
     gradients: Callable[..., Gradients]  # (backward, grads, inputs, outputs, needed) -> one or None for each tensor
     tensors: int  # how many of the arguments are tensors
     backward: Any = None  # the op of the first derivative, with its `reference`; None if `gradients` needs none

@@ -82,6 +82,7 @@ def log_gaussian_kernel_sums(
 
 def _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, log, unbiased):
     """D `[...]` and the log-sums `[..., 3]`."""
+    mu_r, logvar_r, mu_g, logvar_g = _check.promoted(mu_r, logvar_r, mu_g, logvar_g)
     _check.two_samples("mu_r", mu_r, "mu_g", mu_g)
     _check.same("logvar_r", logvar_r, "mu_r", mu_r)
     _check.same("logvar_g", logvar_g, "mu_g", mu_g)

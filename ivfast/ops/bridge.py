@@ -31,6 +31,7 @@ def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generato
 
     Source: S1 (IVAAE) section 2, "blockwise substitution".
     """
+    z, draws = _check.promoted(z, draws)
     check_codes(z, t)
     if z.shape[-1] % t:
         raise ValueError(f"t must divide the dimension d = {z.shape[-1]} of z, got t = {t}")
@@ -45,6 +46,7 @@ def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=N
 
     Source: S1 (IVAAE) section 2, "radial substitution".
     """
+    z, draws = _check.promoted(z, draws)
     check_codes(z, t)
     draws = prior_draws(z, draws, generator)
     return _differentiable_radial(z, draws, t)
@@ -69,6 +71,7 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
 
     Source: S2 (IVGAN) section 3, "block substitution".
     """
+    z, draws = _check.promoted(z, draws)
     _check.samples("z", z)
     _check.count("k", k)
     if z.shape[-1] % k:

@@ -38,6 +38,7 @@ def exp_elbo_loss(
 
     Source: S5 (AS-IntroVAE) section 3; Daniel & Tamar 2021 (Soft-IntroVAE), Eq. 4.
     """
+    reconstruction, kl = _check.promoted(reconstruction, kl)
     _check.floating("reconstruction", reconstruction)
     _check.same("kl", kl, "reconstruction", reconstruction)
     if reconstruction.dim() < 1 or reconstruction.shape[-1] < 1:

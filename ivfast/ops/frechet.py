@@ -34,6 +34,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 
     Source: S1 (IVAAE) section 4; Heusel et al. 2017 (FID); Dowson & Landau 1982.
     """
+    mu1, sigma1, mu2, sigma2 = _check.promoted(mu1, sigma1, mu2, sigma2)
     _check.floating("mu1", mu1)
     if mu1.dim() < 1:
         raise ValueError(f"mu1 must have shape [..., d], got {tuple(mu1.shape)}")
@@ -60,6 +61,7 @@ def frechet_distance_from_samples(x: Tensor, y: Tensor) -> Tensor:
 
     Source: as for `frechet_distance`; Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_*, where C is the centred samples over √(n − 1).
     """
+    x, y = _check.promoted(x, y)
     _check.two_samples("x", x, "y", y, at_least=2)
     mu1, c1 = factor(x)
     mu2, c2 = factor(y)

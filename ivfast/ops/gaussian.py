@@ -27,6 +27,7 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
 
     Source: Kingma & Welling 2014, appendix B; S3 section 2, S5 Eq. 2.
     """
+    mu, logvar = _check.promoted(mu, logvar)
     _check_posteriors(mu, logvar)
     return _gaussian_kl(mu, logvar)
 
@@ -56,6 +57,7 @@ def reparameterize(
 
     Source: Kingma & Welling 2014, section 2.4 and appendix B.
     """
+    mu, logvar, draws = _check.promoted(mu, logvar, draws)
     _check_posteriors(mu, logvar)
     draws = prior_draws(mu, draws, generator)
     return Reparameterized(*_reparameterized(mu, logvar, draws))

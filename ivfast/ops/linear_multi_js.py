@@ -45,6 +45,7 @@ def linear_multi_js_loss(
 
     Source: S1 (IVAAE) Eq. 1 with the discriminator's last layer.
     """
+    features, weight, bias = _check.promoted(features, weight, bias)
     classes = _check_layer(features, weight, bias)
     weights = None if weights is None else check_weights(weights, classes, features)
     check_smoothing(label_smoothing)
@@ -63,7 +64,8 @@ def fused(
 
 
 def _unfused(features, weight, bias, weights, label_smoothing):
-    logits = F.linear(features.reshape(-1, features.shape[-1]), weight, bias)
+    with torch.autocast(features.device.type, enabled=False):
+        logits = F.linear(features.reshape(-1, features.shape[-1]), weight, bias)
     return multi_js.multi_js_loss(logits, weights=weights, label_smoothing=label_smoothing)
 
 

@@ -50,6 +50,7 @@ def mmd(
 
     Source: Gretton et al. 2012, Eq. 3 and Lemma 6; WAE (Tolstikhin et al. 2018) for the scales; S1's baseline.
     """
+    x, y = _check.promoted(x, y)
     _check.two_samples("x", x, "y", y, at_least=2 if unbiased else 1)
     _check.choice("kernel", kernel, KERNELS)
     factors = list(SCALES[kernel]) if scales is None else _checked(scales)

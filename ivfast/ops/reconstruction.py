@@ -31,6 +31,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, *, kind: str = "l2") -> 
 
     Source: S3 section 2 and S4 section 2 ("bce"); S1 Eq. 1, S5 ("l2"); S2 Eq. 1 ("l1").
     """
+    output, target = _check.promoted(output, target)
     _check.floating("output", output)
     _check.same("target", target, "output", output)
     _check.choice("kind", kind, KINDS)

@@ -44,6 +44,7 @@ def svgd_direction(
 
     Source: Liu & Wang 2016, Eq. 8; S1 (IVAAE) Eq. 2 with the gradient with respect to z_j.
     """
+    x, score = _check.promoted(x, score)
     _check.samples("x", x)
     if score is not None:
         _check.same("score", score, "x", x)

@@ -45,6 +45,7 @@ def svgd_bridge(
 
     Source: S1 (IVAAE) section 4, "MNIST" and Eq. 2.
     """
+    z, draws = _check.promoted(z, draws)
     check_codes(z, t)
     _check.count("iterations", iterations)
     _check.number("step_size", step_size)
