@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 
 import torch
 from torch import Tensor
@@ -77,11 +78,14 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def number(name: str, value: float, *, positive: bool = False, non_negative: bool = False) -> None:
-    if not math.isfinite(value) or (positive and value <= 0) or (non_negative and value < 0):
+    # comparisons, because Dynamo has no math.isfinite of a number that varies between calls
+    if not -math.inf < value < math.inf or (positive and value <= 0) or (non_negative and value < 0):
         kind = "finite and positive" if positive else "finite and >= 0" if non_negative else "finite"
         raise ValueError(f"{name} must be {kind}, got {value}")
 
 
-def count(name: str, value: int, *, at_least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+def count(name: str, value: int, *, at_least: int = 1) -> int:
+    """`value` as Python's int, from any integer type such as NumPy's."""
+    if not isinstance(value, int | numbers.Integral) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
+    return value if isinstance(value, int) else int(value)

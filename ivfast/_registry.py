@@ -89,19 +89,21 @@ def register(
     prefer: Callable[..., Sequence[str]] | None = None,
     composition: Callable | None = None,
     parts: Sequence["Op"] = (),
+    meta: Callable | None = None,
 ) -> "Op":
     """Define `schema` and return its handle.
 
     `triton` names the launcher as `<module>.<function>` below `ivfast.kernels`. `cuda` declares a CUDA C++ kernel in
     csrc/cuda. `prefer(*args)` orders the two by shape (default: Triton, then CUDA C++, then the reference).
-    `composition` computes the op from `parts`, other ops that have kernels; every device runs it.
+    `composition` computes the op from `parts`, other ops that have kernels; every device runs it. `meta` gives the
+    shapes where the reference would fix the sizes of fake tensors.
     """
     name, _, signature = schema.partition("(")
     reference, composition = exact(reference), composition and exact(composition)
     _library.define(schema)
     _library.impl(name, composition or reference, "CompositeExplicitAutograd")
-    if composition:
-        _library.impl(name, reference, "Meta")  # a loop over chunks would fix the sizes of fake tensors
+    if composition or meta:  # a loop over chunks, for one, would fix the sizes of fake tensors
+        _library.impl(name, meta or reference, "Meta")
     op = OPS[name] = Op(name, reference, triton, cuda, prefer or (lambda *args: ("triton", "cuda")), composition, parts)
     if cuda:
         _library.define(f"{name}.cuda({signature}")

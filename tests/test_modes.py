@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,3 +133,32 @@ def test_threads_of_autograd_see_the_choice():
     seen.clear()
     Nested.apply(torch.ones((), requires_grad=True), 70).backward()
     assert {choice for _, choice in seen} == {None}
+
+
+def test_one_graph_serves_every_number_of_rows():
+    """With a median, whose divisor depends on n, scales as numbers, and draws left to the op."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    def function(x):
+        h = ivfast.median_bandwidth(x)
+        return ivfast.svgd_direction(x, bandwidth=h, scale=2.0), ivfast.radial_bridge(x, 2), ivfast.mmd(x, x + 1)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for n in (6, 10, 7):
+        x = torch.randn(n, 4)
+        assert torch.equal(compiled(x)[0], function(x)[0])
+    assert len(graphs) == 1
+
+
+def test_integers_of_numpy_are_integers():
+    three, z = np.int64(3), torch.randn(4, 6)
+    draws = torch.randn_like(z)
+    assert torch.equal(ivfast.radial_bridge(z, three, draws=draws), ivfast.radial_bridge(z, 3, draws=draws))
+    assert torch.equal(ivfast.blockwise_bridge(z, three, draws=draws), ivfast.blockwise_bridge(z, 3, draws=draws))
+    with pytest.raises(ValueError, match="t must be an integer >= 1, got True"):
+        ivfast.radial_bridge(z, True)

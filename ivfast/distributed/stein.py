@@ -87,8 +87,8 @@ def svgd_bridge(
     Arguments are those of `ivfast.svgd_bridge`. `draws` are for this rank's rows; None draws them from this rank's
     generator, whose seed must differ from that of every other rank.
     """
-    _check.count("t", t)
-    _check.count("iterations", iterations)
+    t = _check.count("t", t)
+    iterations = _check.count("iterations", iterations)
     _check.number("step_size", step_size)
     _check.number("scale", scale, positive=True)
     _check.number("noise", noise, non_negative=True)

@@ -32,7 +32,7 @@ def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generato
     Source: S1 (IVAAE) section 2, "blockwise substitution".
     """
     z, draws = _check.promoted(z, draws)
-    check_codes(z, t)
+    t = check_codes(z, t)
     if z.shape[-1] % t:
         raise ValueError(f"t must divide the dimension d = {z.shape[-1]} of z, got t = {t}")
     draws = prior_draws(z, draws, generator)
@@ -47,7 +47,7 @@ def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=N
     Source: S1 (IVAAE) section 2, "radial substitution".
     """
     z, draws = _check.promoted(z, draws)
-    check_codes(z, t)
+    t = check_codes(z, t)
     draws = prior_draws(z, draws, generator)
     return _differentiable_radial(z, draws, t)
 
@@ -73,7 +73,7 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
     """
     z, draws = _check.promoted(z, draws)
     _check.samples("z", z)
-    _check.count("k", k)
+    k = _check.count("k", k)
     if z.shape[-1] % k:
         raise ValueError(f"k must divide the dimension d = {z.shape[-1]} of z, got k = {k}")
     if index.dtype not in (torch.int64, torch.int32):
@@ -89,14 +89,16 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
 
 
 def check_range(index: Tensor, k: int) -> None:
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):  # all values, without the levels of transforms
+        index = torch._C._functorch.get_unwrapped(index)
     low, high = (int(value) for value in index.aminmax()) if index.numel() else (0, 0)
     if low < 0 or high >= k:
         raise ValueError(f"index must lie in [0, k) with k = {k}, got values from {low} to {high}")
 
 
-def check_codes(z: Tensor, t: int) -> None:
+def check_codes(z: Tensor, t: int) -> int:
     _check.samples("z", z)
-    _check.count("t", t)
+    return _check.count("t", t)
 
 
 def blockwise_bridge_reference(z: Tensor, draws: Tensor, t: int) -> Tensor:

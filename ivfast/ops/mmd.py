@@ -3,7 +3,6 @@
 MMD² = mean k(x, x') + mean k(y, y') − 2 mean k(x, y),  k = Σ_s s b/(s b + r²) ("imq") or Σ_s exp(−r²/(s b)) ("rbf").
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -79,12 +78,12 @@ def _bandwidth(x: Tensor, y: Tensor, bandwidth: Tensor | str) -> Tensor:
     if isinstance(bandwidth, str):
         _check.choice("bandwidth", bandwidth, ("median",))
         pooled = torch.cat((x, y), -2).detach()
-        return median.median_bandwidth(pooled, convention="paper") * math.log(max(pooled.shape[-2], 2))
+        return median.squared_median(pooled)
     batch = x.shape[:-2]
     if bandwidth.shape not in (batch, ()) or bandwidth.device != x.device:
+        shapes = f"{tuple(batch)}, one value for each pair of samples, or ()" if batch else "()"
         raise ValueError(
-            f"bandwidth must have shape {tuple(batch)} or () on {x.device}, "
-            f"got {tuple(bandwidth.shape)} on {bandwidth.device}"
+            f"bandwidth must have shape {shapes} on {x.device}, got {tuple(bandwidth.shape)} on {bandwidth.device}"
         )
     return bandwidth.detach().to(torch.promote_types(x.dtype, torch.float32)).expand(batch)
 

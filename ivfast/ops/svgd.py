@@ -62,7 +62,8 @@ def _bandwidth(x: Tensor, bandwidth: float | Tensor | str, scale: float, convent
         return median_bandwidth(x.detach(), convention=convention) * scale
     if isinstance(bandwidth, Tensor):
         if bandwidth.shape not in (batch, ()):
-            raise ValueError(f"bandwidth must have shape {tuple(batch)} or (), got {tuple(bandwidth.shape)}")
+            shapes = f"{tuple(batch)}, one value for each set, or ()" if batch else "()"
+            raise ValueError(f"bandwidth must have shape {shapes}, got {tuple(bandwidth.shape)}")
         if bandwidth.device != x.device:
             raise ValueError(f"bandwidth must match x: device {x.device}, got {bandwidth.device}")
         h = bandwidth if bandwidth.dtype == dtype else bandwidth.to(dtype)

@@ -46,8 +46,8 @@ def svgd_bridge(
     Source: S1 (IVAAE) section 4, "MNIST" and Eq. 2.
     """
     z, draws = _check.promoted(z, draws)
-    check_codes(z, t)
-    _check.count("iterations", iterations)
+    t = check_codes(z, t)
+    iterations = _check.count("iterations", iterations)
     _check.number("step_size", step_size)
     _check.number("scale", scale, positive=True)
     _check.number("noise", noise, non_negative=True)
