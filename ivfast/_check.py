@@ -1,5 +1,6 @@
 """Argument checks whose messages name the argument and both sides; they run before any kernel."""
 
+import functools
 import math
 import numbers
 
@@ -14,6 +15,18 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a Tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def promoted(*tensors):
+    """Under autocast, tensors of different floating dtypes in the dtype that they promote to, as PyTorch's losses take
+    them; otherwise as they are, and the checks say which differs."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
+    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor) and x.dtype in FLOATING]
+    if all(dtype == dtypes[0] for dtype in dtypes):
+        return tensors
+    widest = functools.reduce(torch.promote_types, dtypes)
+    return tuple(x.to(widest) if isinstance(x, Tensor) and x.dtype in FLOATING else x for x in tensors)
 
 
 def samples(name: str, x: Tensor, *, at_least: int = 1) -> None:
@@ -65,11 +78,14 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def number(name: str, value: float, *, positive: bool = False, non_negative: bool = False) -> None:
-    if not math.isfinite(value) or (positive and value <= 0) or (non_negative and value < 0):
+    # comparisons, because Dynamo has no math.isfinite of a number that varies between calls
+    if not -math.inf < value < math.inf or (positive and value <= 0) or (non_negative and value < 0):
         kind = "finite and positive" if positive else "finite and >= 0" if non_negative else "finite"
         raise ValueError(f"{name} must be {kind}, got {value}")
 
 
-def count(name: str, value: int, *, at_least: int = 1) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < at_least:
+def count(name: str, value: int, *, at_least: int = 1) -> int:
+    """`value` as Python's int, from any integer type such as NumPy's."""
+    if not isinstance(value, int | numbers.Integral) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
+    return value if isinstance(value, int) else int(value)

@@ -12,6 +12,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -20,7 +21,23 @@ IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 OPS: dict[str, "Op"] = {}
 
 _library = torch.library.Library("ivfast", "DEF")
-_forced: str | None = None
+
+
+class _Choice(threading.local):
+    here: str | None = None  # what this thread's innermost `use` forces
+
+
+_choice, _lock, _blocks = _Choice(), threading.Lock(), 0
+_forced: _Choice | None = None  # None while no thread is in a block, so that calls look no further
+_KEY = "ivfast.use"
+
+
+def _chosen() -> str | None:
+    """What is forced in this thread, or in the thread whose backward pass a thread of autograd runs."""
+    here = _choice.here
+    if here is None and not torch.compiler.is_compiling() and torch._C._is_key_in_tls(_KEY):
+        here = torch._C._get_obj_in_tls(_KEY)  # autograd hands this storage on to its threads
+    return here
 
 
 @contextlib.contextmanager
@@ -28,17 +45,39 @@ def use(implementation: str) -> Iterator[None]:
     """Force one implementation (`reference`, `cpu`, `triton` or `cuda`) for every op called inside the block.
 
     An op without that implementation raises `RuntimeError`, which names the op and what is missing; it never falls
-    back. A backward pass is covered only if it also runs inside the block. The choice applies to the whole process, not
-    per thread.
+    back. A backward pass is covered only if it also runs inside the block. The choice applies to this thread, and to
+    the threads in which autograd runs its backward passes.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    global _forced
-    previous, _forced = _forced, implementation
+    previous = _choice.here
+    _force(implementation, +1)
     try:
         yield
     finally:
-        _forced = previous
+        _force(previous, -1)
+
+
+def _force(implementation: str | None, blocks: int) -> None:
+    global _forced, _blocks
+    _choice.here = implementation
+    torch._C._stash_obj_in_tls(_KEY, implementation)
+    with _lock:
+        _blocks += blocks
+        _forced = _choice if _blocks else None
+
+
+def exact(function: Callable) -> Callable:
+    """`function` without autocast, which would round the factors of its products to half precision."""
+
+    @functools.wraps(function)
+    def exactly(*args):
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
+        with torch._C._DisableAutocast():
+            return function(*args)
+
+    return exactly
 
 
 def register(
@@ -50,18 +89,21 @@ def register(
     prefer: Callable[..., Sequence[str]] | None = None,
     composition: Callable | None = None,
     parts: Sequence["Op"] = (),
+    meta: Callable | None = None,
 ) -> "Op":
     """Define `schema` and return its handle.
 
     `triton` names the launcher as `<module>.<function>` below `ivfast.kernels`. `cuda` declares a CUDA C++ kernel in
     csrc/cuda. `prefer(*args)` orders the two by shape (default: Triton, then CUDA C++, then the reference).
-    `composition` computes the op from `parts`, other ops that have kernels; every device runs it.
+    `composition` computes the op from `parts`, other ops that have kernels; every device runs it. `meta` gives the
+    shapes where the reference would fix the sizes of fake tensors.
     """
     name, _, signature = schema.partition("(")
+    reference, composition = exact(reference), composition and exact(composition)
     _library.define(schema)
     _library.impl(name, composition or reference, "CompositeExplicitAutograd")
-    if composition:
-        _library.impl(name, reference, "Meta")  # a loop over chunks would fix the sizes of fake tensors
+    if composition or meta:  # a loop over chunks, for one, would fix the sizes of fake tensors
+        _library.impl(name, meta or reference, "Meta")
     op = OPS[name] = Op(name, reference, triton, cuda, prefer or (lambda *args: ("triton", "cuda")), composition, parts)
     if cuda:
         _library.define(f"{name}.cuda({signature}")
@@ -80,13 +122,14 @@ class Op:
         self._served: dict[str, bool] = {}
 
     def __call__(self, *args):
-        if _forced is None:
+        forced = _forced and _chosen()
+        if forced is None:
             return self.default(*args)
         device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
-        missing = self.missing(_forced, device)
+        missing = self.missing(forced, device)
         if missing:
-            raise RuntimeError(f"{self.name} has no {_forced!r} implementation here: {missing}")
-        return self.implementation(_forced)(*args)
+            raise RuntimeError(f"{self.name} has no {forced!r} implementation here: {missing}")
+        return self.implementation(forced)(*args)
 
     def on_cuda(self, *args):
         """The best implementation available for these CUDA tensors."""
@@ -113,7 +156,7 @@ class Op:
     @functools.cached_property
     def _launcher(self):
         module, function = self.triton.split(".")
-        return getattr(importlib.import_module(f"ivfast.kernels.{module}"), function)
+        return exact(getattr(importlib.import_module(f"ivfast.kernels.{module}"), function))
 
     def missing(self, name: str, device: str) -> str | None:
         """Why implementation `name` cannot run on `device`; None if it can."""

@@ -67,7 +67,7 @@ def pytorch_fid() -> Patch:
 
 def torchmetrics() -> Patch:
     """Replace `torchmetrics.image.fid._compute_fid`, which FrechetInceptionDistance and torchmetrics' MiFID call. The
-    replacement is differentiable once.
+    replacement is differentiable.
 
     Raises the same errors as `pytorch_fid`.
     """

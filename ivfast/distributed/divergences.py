@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _check
+from .._registry import exact
 from ..ops import _collectives, frechet, importance
 from ..ops import as_distance as one_as
 from ..ops import fld as one_fld
@@ -35,6 +36,7 @@ def mmd(
 
     The ring compares a rank's rows with all others, n²/ranks kernel values, and adds the sums over the ranks.
     """
+    x, y = _check.promoted(x, y)
     rows = rows_of(group, even, 2 if unbiased else 1, x=x, y=y)
     _check.alike("y", y, "x", x)
     if gathers(exchange, *rows):
@@ -75,6 +77,7 @@ def as_distance(
 
     The ring holds one tile of pairs, in all dimensions, in memory, and takes a second round for the gradient.
     """
+    mu_r, logvar_r, mu_g, logvar_g = _check.promoted(mu_r, logvar_r, mu_g, logvar_g)
     rows = rows_of(group, even, 2 if unbiased else 1, mu_r=mu_r, mu_g=mu_g)
     _check.alike("mu_g", mu_g, "mu_r", mu_r)
     _check.same("logvar_r", logvar_r, "mu_r", mu_r)
@@ -138,6 +141,7 @@ class _Mmd(torch.autograd.Function):
     """The value and, in the same round of the ring, its gradient with respect to this rank's rows."""
 
     @staticmethod
+    @exact
     def forward(ctx, x, y, bandwidth, imq, scales, unbiased, x_rows, y_rows):
         of_x, of_y = ctx.needs_input_grad[:2]
         _, (X, Y) = centred(x_rows.group, (x, x_rows), (y, y_rows))
@@ -172,6 +176,7 @@ class _Mmd(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact
     def backward(ctx, grad):
         grad = summed(grad, ctx.group)[..., None, None]
         return *(None if g is None else (grad * g).to(ctx.dtype) for g in ctx.saved_tensors), *[None] * 6
@@ -179,6 +184,7 @@ class _Mmd(torch.autograd.Function):
 
 class _AsDistance(torch.autograd.Function):
     @staticmethod
+    @exact
     def forward(ctx, mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased, r_rows, g_rows):
         tensors = [arithmetic(z.detach()) for z in (mu_r, logvar_r, mu_g, logvar_g)]
         rows = r_rows, r_rows, g_rows, g_rows
@@ -197,6 +203,7 @@ class _AsDistance(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact
     def backward(ctx, grad):
         *given, sums = ctx.saved_tensors
         (additive, prior, log, unbiased), (r_rows, g_rows) = ctx.form, ctx.rows

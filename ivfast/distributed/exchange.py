@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .. import _check
 from ..ops import _collectives
-from ..ops._once import once_differentiable
 from ..ops._pairwise import arithmetic
 
 EXCHANGES = ("auto", "gather", "ring")
@@ -108,9 +107,7 @@ def gather_rows(x: Tensor, rows: Rows) -> Tensor:
 
     Backward is a reduce-scatter: each rank's rows get the sum of all ranks' gradients.
     """
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _Gather.apply(x, rows)
-    return _gather(x, rows)
+    return _Gather.apply(x, rows)
 
 
 def _gather(x: Tensor, rows: Rows) -> Tensor:
@@ -142,9 +139,21 @@ class _Gather(torch.autograd.Function):
         return _gather(x, rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return _scatter(grad, ctx.rows), None
+        return _Scatter.apply(grad, ctx.rows), None
+
+
+class _Scatter(torch.autograd.Function):
+    """The adjoint of `_Gather`, and the other way round."""
+
+    @staticmethod
+    def forward(ctx, grad, rows):
+        ctx.rows = rows
+        return _scatter(grad, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Gather.apply(grad, ctx.rows), None
 
 
 def total(x: Tensor, group) -> Tensor:
@@ -159,9 +168,8 @@ class _Total(torch.autograd.Function):
         return summed(x, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        return summed(grad, ctx.group), None
+        return _Total.apply(grad, ctx.group), None
 
 
 def summed(x: Tensor, group) -> Tensor:

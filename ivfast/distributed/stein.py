@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._registry import exact
 from ..ops import median, svgd
 from ..ops import mmd as one_mmd
 from ..ops._draws import prior_draws
@@ -34,6 +35,7 @@ def svgd_direction(
     The ring computes n_rank·n pairs on each rank, in O(n_rank d) memory. The exact median needs three more such passes
     (six in float64) first; pass a bandwidth if that takes too long.
     """
+    x, score = _check.promoted(x, score)
     (rows,) = rows_of(group, even, x=x)
     if score is not None:
         _check.same("score", score, "x", x)
@@ -85,11 +87,12 @@ def svgd_bridge(
     Arguments are those of `ivfast.svgd_bridge`. `draws` are for this rank's rows; None draws them from this rank's
     generator, whose seed must differ from that of every other rank.
     """
-    _check.count("t", t)
-    _check.count("iterations", iterations)
+    t = _check.count("t", t)
+    iterations = _check.count("iterations", iterations)
     _check.number("step_size", step_size)
     _check.number("scale", scale, positive=True)
     _check.number("noise", noise, non_negative=True)
+    z, draws = _check.promoted(z, draws)
     (rows,) = rows_of(group, even, z=z)
     draws = prior_draws(z, draws, generator, leading=((t - 1) * iterations + 1,))
     if gathers(exchange, rows):
@@ -114,6 +117,7 @@ class _Direction(torch.autograd.Function):
     """
 
     @staticmethod
+    @exact
     def forward(ctx, x, score, bandwidth, rows):
         centre, (X,) = centred(rows.group, (x, rows))
         h = bandwidth.detach()[..., None, None]
@@ -133,6 +137,7 @@ class _Direction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact
     def backward(ctx, grad):
         X, score, bandwidth, centre, r = ctx.saved_tensors
         rows, n, h = ctx.rows, ctx.rows.total, bandwidth[..., None, None]
@@ -189,6 +194,7 @@ class _Median(torch.autograd.Function):
     the ranks."""
 
     @staticmethod
+    @exact
     def forward(ctx, x, rows, convention):
         n = rows.total
         full, squared, divisor = median.heuristic(n, convention)
@@ -203,6 +209,7 @@ class _Median(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @exact
     def backward(ctx, grad):
         X, middles = ctx.saved_tensors
         rows, (squared, divisor) = ctx.rows, ctx.heuristic

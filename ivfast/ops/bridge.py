@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
+from ._derivatives import differentiable
 from ._draws import prior_draws
-from ._once import once_differentiable
 from ._pairwise import arithmetic, few_in_cuda
 
 
@@ -24,20 +24,19 @@ def blockwise_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generato
         generator: random generator for `draws`.
 
     Returns:
-        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once in z.
+        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable in z.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape, t < 1, or t does not divide d.
 
     Source: S1 (IVAAE) section 2, "blockwise substitution".
     """
-    check_codes(z, t)
+    z, draws = _check.promoted(z, draws)
+    t = check_codes(z, t)
     if z.shape[-1] % t:
         raise ValueError(f"t must divide the dimension d = {z.shape[-1]} of z, got t = {t}")
     draws = prior_draws(z, draws, generator)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _Blockwise.apply(z, draws, t)
-    return _blockwise(z, draws, t)
+    return _differentiable_blockwise(z, draws, t)
 
 
 def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=None) -> Tensor:
@@ -47,11 +46,10 @@ def radial_bridge(z: Tensor, t: int, *, draws: Tensor | None = None, generator=N
 
     Source: S1 (IVAAE) section 2, "radial substitution".
     """
-    check_codes(z, t)
+    z, draws = _check.promoted(z, draws)
+    t = check_codes(z, t)
     draws = prior_draws(z, draws, generator)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _Radial.apply(z, draws, t)
-    return _radial(z, draws, t)
+    return _differentiable_radial(z, draws, t)
 
 
 def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None = None, generator=None) -> Tensor:
@@ -66,15 +64,16 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
         generator: random generator for `draws`.
 
     Returns:
-        `[..., n, d]` in z's dtype. Differentiable once in z.
+        `[..., n, d]` in z's dtype. Differentiable in z.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape, k does not divide d, or an index outside [0, k).
 
     Source: S2 (IVGAN) section 3, "block substitution".
     """
+    z, draws = _check.promoted(z, draws)
     _check.samples("z", z)
-    _check.count("k", k)
+    k = _check.count("k", k)
     if z.shape[-1] % k:
         raise ValueError(f"k must divide the dimension d = {z.shape[-1]} of z, got k = {k}")
     if index.dtype not in (torch.int64, torch.int32):
@@ -86,20 +85,20 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
     if index.device.type == "cpu" and not torch.compiler.is_compiling():
         check_range(index, k)
     draws = prior_draws(z, draws, generator)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _BlockSubstitute.apply(z, draws, index, k)
-    return _block_substitute(z, draws, index, k)
+    return _differentiable_substitute(z, draws, index, k)
 
 
 def check_range(index: Tensor, k: int) -> None:
+    while torch._C._functorch.is_functorch_wrapped_tensor(index):  # all values, without the levels of transforms
+        index = torch._C._functorch.get_unwrapped(index)
     low, high = (int(value) for value in index.aminmax()) if index.numel() else (0, 0)
     if low < 0 or high >= k:
         raise ValueError(f"index must lie in [0, k) with k = {k}, got values from {low} to {high}")
 
 
-def check_codes(z: Tensor, t: int) -> None:
+def check_codes(z: Tensor, t: int) -> int:
     _check.samples("z", z)
-    _check.count("t", t)
+    return _check.count("t", t)
 
 
 def blockwise_bridge_reference(z: Tensor, draws: Tensor, t: int) -> Tensor:
@@ -145,43 +144,6 @@ def _chosen(z: Tensor, index: Tensor, k: int) -> Tensor:
     return torch.arange(d, device=z.device) // (d // k) == index.unsqueeze(-1)
 
 
-class _Blockwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, draws, t):
-        ctx.t = t
-        return _blockwise(z, draws, t)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _blockwise_backward(grad, ctx.t), None, None
-
-
-class _Radial(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, draws, t):
-        ctx.t = t
-        return _radial(z, draws, t)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _radial_backward(grad, ctx.t), None, None
-
-
-class _BlockSubstitute(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, draws, index, k):
-        ctx.save_for_backward(index)
-        ctx.k = k
-        return _block_substitute(z, draws, index, k)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _block_substitute_backward(grad, *ctx.saved_tensors, ctx.k), None, None, None
-
-
 _blockwise = register(
     "blockwise_bridge(Tensor z, Tensor draws, int t) -> Tensor",
     reference=blockwise_bridge_reference,
@@ -223,4 +185,25 @@ _block_substitute_backward = register(
     triton="bridge.substitute_backward",
     cuda=True,
     prefer=lambda grad, *_: few_in_cuda(grad),
+)
+
+
+def _linear(backward, grads, inputs, outputs, needed):
+    """The gradient in z alone, which depends on neither z nor the draws."""
+    return backward(*grads, *inputs), None, None
+
+
+_differentiable_blockwise, _differentiable_radial = (
+    differentiable(
+        forward,
+        lambda *arguments: _linear(*arguments)[:2],
+        backward=backward,
+        tensors=2,
+        kept=slice(0),
+        out_axes=(1,),
+    )
+    for forward, backward in ((_blockwise, _blockwise_backward), (_radial, _radial_backward))
+)
+_differentiable_substitute = differentiable(
+    _block_substitute, _linear, backward=_block_substitute_backward, tensors=3, kept=slice(2, 3)
 )

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from ._pairwise import arithmetic
 
 
@@ -30,7 +30,7 @@ def exp_elbo_loss(
     Returns:
         the loss `[...]`, float32 for half precision. It lies in [0, 1/α] if both terms are >= 0: a sample far from
         the data, even infinitely far, adds 0 and gets gradient 0. The exponent is clamped at 80, so a negative loss
-        does not overflow. Differentiable once in both inputs.
+        does not overflow. Differentiable in both inputs.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that differ, n < 1, a number that is not finite, or
@@ -38,6 +38,7 @@ def exp_elbo_loss(
 
     Source: S5 (AS-IntroVAE) section 3; Daniel & Tamar 2021 (Soft-IntroVAE), Eq. 4.
     """
+    reconstruction, kl = _check.promoted(reconstruction, kl)
     _check.floating("reconstruction", reconstruction)
     _check.same("kl", kl, "reconstruction", reconstruction)
     if reconstruction.dim() < 1 or reconstruction.shape[-1] < 1:
@@ -46,9 +47,7 @@ def exp_elbo_loss(
         _check.number(name, value)
     _check.number("alpha", alpha, positive=True)
     factors = (-alpha * scale * beta_reconstruction, -alpha * scale * beta_kl, alpha)
-    if torch.is_grad_enabled() and (reconstruction.requires_grad or kl.requires_grad):
-        return _ExpElbo.apply(reconstruction, kl, *factors)
-    return _forward(reconstruction, kl, *factors)
+    return _loss(reconstruction, kl, *factors)
 
 
 MOST = 80.0  # e^80, and n times that, are finite in float32
@@ -71,19 +70,6 @@ def _backward_reference(grad, reconstruction, kl, a, b, alpha):
     return (a * e).to(kl.dtype), (b * e).to(kl.dtype)
 
 
-class _ExpElbo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, reconstruction, kl, a, b, alpha):
-        ctx.save_for_backward(reconstruction, kl)
-        ctx.factors = a, b, alpha
-        return _forward(reconstruction, kl, a, b, alpha)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return *_backward(grad, *ctx.saved_tensors, *ctx.factors), None, None, None
-
-
 _forward = register(
     "exp_elbo_loss(Tensor reconstruction, Tensor kl, float a, float b, float alpha) -> Tensor",
     reference=exp_elbo_loss_reference,
@@ -94,4 +80,10 @@ _backward = register(
     " -> (Tensor dreconstruction, Tensor dkl)",
     reference=_backward_reference,
     triton="exp_elbo.backward",
+)
+_loss = differentiable(
+    _forward,
+    lambda backward, grads, inputs, outputs, needed: backward(*grads, *inputs),
+    backward=_backward,
+    tensors=2,
 )

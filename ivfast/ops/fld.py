@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from .frechet import factor, frechet_factor_trace, frechet_factor_trace_reference, squared_norm
 from .inverse_root import CONVERGED, MOST, few_rows_in_cuda, inverse_root_reference
+from .polar import polar
 
 
 def fld(z: Tensor) -> Tensor:
@@ -22,14 +23,13 @@ def fld(z: Tensor) -> Tensor:
     Args:
         z: codes `[..., n, d]`, n >= 2; the covariance divides by n − 1.
 
-    Result, errors and derivative order are those of `frechet_distance`.
+    Result and errors are those of `frechet_distance`. Differentiable any number of times; forward mode and higher
+    orders decompose the centred codes by singular values.
 
     Source: S1 (IVAAE) section 4.
     """
     _check.samples("z", z, at_least=2)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _Fld.apply(z)
-    return _fld(z, False)[0]
+    return _distance(z)
 
 
 def fld_reference(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -94,20 +94,6 @@ def fld_gram_reference(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tenso
     return distance, ((2 / n) * mu + (2 / (n - 1) ** 0.5) * (c - P)).to(z.dtype), error
 
 
-class _Fld(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z):
-        distance, gradient = _fld(z, True)
-        ctx.save_for_backward(gradient)
-        return distance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return (gradient * (grad[..., None, None] if grad.dim() else grad)).to(gradient.dtype)
-
-
 fld_gram = register(
     "fld_gram(Tensor z, bool gradient) -> (Tensor distance, Tensor gradient, Tensor error)",
     reference=fld_gram_reference,
@@ -121,3 +107,21 @@ _fld = register(
     composition=fld_op,
     parts=(fld_gram,),
 )
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    return (_scaled(outputs[0], grads[0]),)
+
+
+def _pull(grads, inputs, needed):
+    """2μ/n + 2 (C − P)/√(n − 1), in which P has derivatives of every order."""
+    z, n = inputs[0], inputs[0].shape[-2]
+    mu, c = factor(z)
+    return (_scaled((2 / n) * mu.unsqueeze(-2) + (2 / (n - 1) ** 0.5) * (c - polar(c)), grads[0]).to(z.dtype),)
+
+
+def _scaled(gradient: Tensor, grad: Tensor) -> Tensor:
+    return (gradient * (grad[..., None, None] if grad.dim() else grad)).to(gradient.dtype)
+
+
+_distance = differentiable(_fld, _gradients, pull=_pull, tensors=1, outputs=2, saved=slice(1, 2), flags=1)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
+from .polar import polar
+from .sqrtm_spd import sqrtm_spd
 
 
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> Tensor:
@@ -23,14 +25,16 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         sigma1, sigma2: covariances `[..., d, d]`, positive semi-definite of any rank; their symmetric part is used.
 
     Returns:
-        distance `[...]` in squared units of the samples, float32 for half precision. Differentiable once in all
-        four arguments; at a singular covariance the gradient is the subgradient of least norm.
+        distance `[...]` in squared units of the samples, float32 for half precision. Differentiable in all four
+        arguments; at a singular covariance the gradient is the subgradient of least norm, and there are no higher
+        derivatives.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit.
 
     Source: S1 (IVAAE) section 4; Heusel et al. 2017 (FID); Dowson & Landau 1982.
     """
+    mu1, sigma1, mu2, sigma2 = _check.promoted(mu1, sigma1, mu2, sigma2)
     _check.floating("mu1", mu1)
     if mu1.dim() < 1:
         raise ValueError(f"mu1 must have shape [..., d], got {tuple(mu1.shape)}")
@@ -41,10 +45,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         if sigma.shape != square:
             raise ValueError(f"{name} must have shape {square} for mu1 {tuple(mu1.shape)}, got {tuple(sigma.shape)}")
     sigma1, sigma2 = sigma1.double(), sigma2.double()
-    if torch.is_grad_enabled() and (sigma1.requires_grad or sigma2.requires_grad):
-        trace = _CovarianceTrace.apply(sigma1, sigma2)[0]
-    else:
-        trace = _covariance_trace(sigma1, sigma2, False)[0]
+    trace = _root_trace(sigma1, sigma2)
     totals = sum(sigma.diagonal(dim1=-2, dim2=-1).sum(-1) for sigma in (sigma1, sigma2))
     distance = squared_norm(mu1.double() - mu2.double()) + totals - 2 * trace
     return distance.to(torch.promote_types(mu1.dtype, torch.float32))
@@ -56,22 +57,17 @@ def frechet_distance_from_samples(x: Tensor, y: Tensor) -> Tensor:
     Args:
         x, y: samples `[..., n, d]` and `[..., m, d]`, n, m >= 2; covariances divide by n − 1.
 
-    Result, errors and derivative order are those of `frechet_distance`.
+    Result and errors are those of `frechet_distance`. Differentiable; forward mode and higher orders take O(nm) memory.
 
     Source: as for `frechet_distance`; Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_*, where C is the centred samples over √(n − 1).
     """
+    x, y = _check.promoted(x, y)
     _check.two_samples("x", x, "y", y, at_least=2)
     mu1, c1 = factor(x)
     mu2, c2 = factor(y)
     trace = _nuclear_norm(c1, c2)
     distance = squared_norm(mu1 - mu2) + c1.square().sum((-2, -1)) + c2.square().sum((-2, -1)) - 2 * trace
     return distance.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _nuclear_norm(c1: Tensor, c2: Tensor | None) -> Tensor:
-    if torch.is_grad_enabled() and (c1.requires_grad or (c2 is not None and c2.requires_grad)):
-        return _FactorTrace.apply(c1, c2)[0]
-    return _factor_trace(c1, c2, False)[0]
 
 
 def squared_norm(x: Tensor) -> Tensor:
@@ -223,38 +219,6 @@ def _root(sigma: Tensor) -> tuple[Tensor, Tensor]:
     return roots.unsqueeze(-1) * V.mT, V * inverse.unsqueeze(-2)
 
 
-class _FactorTrace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, c1, c2):
-        trace, d1, d2 = _factor_trace(c1, c2, True)
-        ctx.save_for_backward(d1, d2)
-        ctx.prior = c2 is None
-        ctx.mark_non_differentiable(d1, d2)
-        return trace, d1, d2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        d1, d2 = ctx.saved_tensors
-        g = grad[..., None, None]
-        return g * d1, None if ctx.prior else g * d2
-
-
-class _CovarianceTrace(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, sigma1, sigma2):
-        trace, d1, d2 = _covariance_trace(sigma1, sigma2, True)
-        ctx.save_for_backward(d1, d2)
-        ctx.mark_non_differentiable(d1, d2)
-        return trace, d1, d2
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        g = grad[..., None, None]
-        return tuple(g * d for d in ctx.saved_tensors)
-
-
 _factor_trace = register(
     "frechet_factor_trace(Tensor c1, Tensor? c2, bool gradients) -> (Tensor trace, Tensor d1, Tensor d2)",
     reference=frechet_factor_trace_reference,
@@ -264,4 +228,36 @@ _covariance_trace = register(
     "frechet_covariance_trace(Tensor sigma1, Tensor sigma2, bool gradients) -> (Tensor trace, Tensor d1, Tensor d2)",
     reference=frechet_covariance_trace_reference,
     composition=frechet_covariance_trace,
+)
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    g = grads[0][..., None, None]
+    return tuple(None if x is None else g * d for x, d in zip(inputs, outputs, strict=True))
+
+
+def _factor_pull(grads, inputs, needed):
+    """P C₂ and Pᵀ C₁, where P is the polar factor of C₁C₂ᵀ; an n × m matrix."""
+    (c1, c2), g = inputs, grads[0][..., None, None]
+    if c2 is None:
+        return g * polar(c1), None
+    P = polar(c1 @ c2.mT)
+    return g * (P @ c2), g * (P.mT @ c1)
+
+
+def _covariance_pull(grads, inputs, needed):
+    """½ R₁⁺ P R₂ and ½ R₂⁺ Pᵀ R₁, with symmetric roots R and the polar factor P of R₁R₂."""
+    R1, R2 = (sqrtm_spd(sigma) for sigma in inputs)
+    P, g = polar(R1 @ R2), grads[0][..., None, None]
+    inverse1, inverse2 = (torch.linalg.pinv(R, hermitian=True, rtol=ROUNDING) for R in (R1, R2))
+    d1, d2 = 0.5 * inverse1 @ P @ R2, 0.5 * inverse2 @ P.mT @ R1
+    return g * (d1 + d1.mT) / 2, g * (d2 + d2.mT) / 2
+
+
+ROUNDING = 1e-11  # of a root's eigenvalues: those that are not 0 are above 1e-8, and those that are 0 below 1e-14
+_nuclear_norm = differentiable(
+    _factor_trace, _gradients, pull=_factor_pull, tensors=2, outputs=3, saved=slice(1, 3), flags=1
+)
+_root_trace = differentiable(
+    _covariance_trace, _gradients, pull=_covariance_pull, tensors=2, outputs=3, saved=slice(1, 3), flags=1
 )

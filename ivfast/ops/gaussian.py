@@ -7,8 +7,8 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
+from ._derivatives import differentiable
 from ._draws import prior_draws
-from ._once import once_differentiable
 from ._pairwise import arithmetic, few_in_cuda
 
 
@@ -20,17 +20,16 @@ def gaussian_kl(mu: Tensor, logvar: Tensor) -> Tensor:
         logvar: log-variances `[..., d]`.
 
     Returns:
-        KL in nats `[...]`, float32 for half precision. Differentiable once in both inputs.
+        KL in nats `[...]`, float32 for half precision. Differentiable in both inputs.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that differ.
 
     Source: Kingma & Welling 2014, appendix B; S3 section 2, S5 Eq. 2.
     """
+    mu, logvar = _check.promoted(mu, logvar)
     _check_posteriors(mu, logvar)
-    if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
-        return _GaussianKl.apply(mu, logvar)
-    return _forward(mu, logvar)
+    return _gaussian_kl(mu, logvar)
 
 
 class Reparameterized(NamedTuple):
@@ -50,7 +49,7 @@ def reparameterize(
         generator: random generator for `draws`.
 
     Returns:
-        z `[..., d]` in mu's dtype, and kl `[...]` in nats, float32 for half precision. Differentiable once in mu and
+        z `[..., d]` in mu's dtype, and kl `[...]` in nats, float32 for half precision. Differentiable in mu and
         logvar.
 
     Raises:
@@ -58,11 +57,10 @@ def reparameterize(
 
     Source: Kingma & Welling 2014, section 2.4 and appendix B.
     """
+    mu, logvar, draws = _check.promoted(mu, logvar, draws)
     _check_posteriors(mu, logvar)
     draws = prior_draws(mu, draws, generator)
-    if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
-        return Reparameterized(*_Reparameterize.apply(mu, logvar, draws))
-    return Reparameterized(*_reparameterize(mu, logvar, draws))
+    return Reparameterized(*_reparameterized(mu, logvar, draws))
 
 
 def _check_posteriors(mu: Tensor, logvar: Tensor) -> None:
@@ -110,33 +108,6 @@ def _reparameterize_backward_reference(dz, dkl, mu, logvar, draws):
     return dmu.to(mu.dtype, copy=True), dlogvar.to(mu.dtype)
 
 
-class _GaussianKl(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mu, logvar):
-        ctx.save_for_backward(mu, logvar)
-        return _forward(mu, logvar)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _backward(grad, *ctx.saved_tensors)
-
-
-class _Reparameterize(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, mu, logvar, draws):
-        ctx.save_for_backward(mu, logvar, draws)
-        ctx.set_materialize_grads(False)  # using only z or only kl costs only that gradient
-        return _reparameterize(mu, logvar, draws)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dz, dkl):
-        if dz is None and dkl is None:
-            return None, None, None
-        return *_reparameterize_backward(dz, dkl, *ctx.saved_tensors), None
-
-
 _forward = register(
     "gaussian_kl(Tensor mu, Tensor logvar) -> Tensor",
     reference=gaussian_kl_reference,
@@ -165,4 +136,18 @@ _reparameterize_backward = register(
     triton="gaussian.reparameterize_backward",
     cuda=True,
     prefer=lambda dz, dkl, mu, *_: few_in_cuda(mu),
+)
+_gaussian_kl = differentiable(
+    _forward,
+    lambda backward, grads, inputs, outputs, needed: backward(*grads, *inputs),
+    backward=_backward,
+    tensors=2,
+)
+_reparameterized = differentiable(
+    _reparameterize,
+    lambda backward, grads, inputs, outputs, needed: (*backward(*grads, *inputs), None),
+    backward=_reparameterize_backward,
+    tensors=3,
+    outputs=2,
+    values=2,
 )

@@ -39,8 +39,9 @@ NARROW = 256  # dimensions up to which a GPU makes one pass over a batch; above,
 
 @contextlib.contextmanager
 def _state() -> Iterator[None]:
-    """Tensors made here can be modified anywhere: no graph, and no inference tensors under `inference_mode`."""
-    with torch.inference_mode(False), torch.no_grad():
+    """Tensors made here can be modified anywhere: no graph, and no inference tensors under `inference_mode`. Products
+    are as exact as their dtype, also under autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
         yield
 
 

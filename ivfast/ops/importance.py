@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from ._pairwise import arithmetic
 
 
@@ -19,7 +19,7 @@ def importance_weighted_loss(logits: Tensor) -> Tensor:
         logits: the discriminator's logits for generated samples, `[..., n]`.
 
     Returns:
-        loss in nats `[...]`, float32 for half precision. Differentiable once; no gradient flows through the weights.
+        loss in nats `[...]`, float32 for half precision. Differentiable; no gradient flows through the weights.
 
     Raises:
         TypeError, ValueError: a dtype that is not floating, or n < 1.
@@ -29,9 +29,7 @@ def importance_weighted_loss(logits: Tensor) -> Tensor:
     _check.floating("logits", logits)
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(f"logits must have shape [..., n] with n >= 1, got {tuple(logits.shape)}")
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return _ImportanceWeighted.apply(logits)
-    return _forward(logits)
+    return _loss(logits)
 
 
 def importance_weighted_loss_reference(logits: Tensor) -> Tensor:
@@ -42,19 +40,7 @@ def importance_weighted_loss_reference(logits: Tensor) -> Tensor:
 def _backward_reference(grad, logits):
     # ∂l_i = −w_i σ(−l_i)
     l = arithmetic(logits)
-    return (-grad.unsqueeze(-1) * l.softmax(-1) * torch.sigmoid(-l)).to(logits.dtype)
-
-
-class _ImportanceWeighted(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits):
-        ctx.save_for_backward(logits)
-        return _forward(logits)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _backward(grad, *ctx.saved_tensors)
+    return (-grad.unsqueeze(-1) * l.softmax(-1).detach() * torch.sigmoid(-l)).to(logits.dtype)
 
 
 _forward = register(
@@ -66,4 +52,10 @@ _backward = register(
     "importance_weighted_loss_backward(Tensor grad, Tensor logits) -> Tensor",
     reference=_backward_reference,
     triton="importance.backward",
+)
+_loss = differentiable(
+    _forward,
+    lambda backward, grads, inputs, outputs, needed: (backward(*grads, *inputs),),
+    backward=_backward,
+    tensors=1,
 )

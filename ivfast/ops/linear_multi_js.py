@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from . import multi_js
-from ._once import once_differentiable
+from ._derivatives import differentiable, transformed
 from ._pairwise import arithmetic, few_in_cuda
 from .multi_js import check_smoothing, check_weights
 
@@ -37,19 +37,20 @@ def linear_multi_js_loss(
         label_smoothing: see `multi_js_loss`.
 
     Returns:
-        the loss `[]` in nats, float32 for half precision. Differentiable once in features, weight and bias.
+        the loss `[]` in nats, float32 for half precision. Differentiable in features, weight and
+        bias; the transforms of torch.func, forward mode and higher orders store all logits.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape, or a number of rows that C does not divide.
 
     Source: S1 (IVAAE) Eq. 1 with the discriminator's last layer.
     """
+    features, weight, bias = _check.promoted(features, weight, bias)
     classes = _check_layer(features, weight, bias)
     weights = None if weights is None else check_weights(weights, classes, features)
     check_smoothing(label_smoothing)
     if features.shape[:-1].numel() * classes <= chunk_of(features):  # a single chunk leaves nothing to save
-        logits = F.linear(features.reshape(-1, features.shape[-1]), weight, bias)
-        return multi_js.multi_js_loss(logits, weights=weights, label_smoothing=label_smoothing)
+        return _unfused(features, weight, bias, weights, label_smoothing)
     return fused(features, weight, bias, weights, label_smoothing)
 
 
@@ -57,10 +58,15 @@ def fused(
     features: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
     """The loss by chunks, however few; arguments are already checked."""
-    needed = [x is not None and x.requires_grad for x in (features, weight, bias)]
-    if torch.is_grad_enabled() and any(needed):
-        return _LinearMultiJs.apply(features, weight, bias, weights, label_smoothing)
-    return _forward(features, weight, bias, weights, label_smoothing, False, False, False)[0]
+    if transformed():
+        return _unfused(features, weight, bias, weights, label_smoothing)
+    return _loss(features, weight, bias, weights, label_smoothing)
+
+
+def _unfused(features, weight, bias, weights, label_smoothing):
+    with torch.autocast(features.device.type, enabled=False):
+        logits = F.linear(features.reshape(-1, features.shape[-1]), weight, bias)
+    return multi_js.multi_js_loss(logits, weights=weights, label_smoothing=label_smoothing)
 
 
 def chunk_of(x: Tensor) -> int:
@@ -151,36 +157,6 @@ def multi_js_rows_reference(logits, weights, label_smoothing, first, n, gradient
     return loss
 
 
-class _LinearMultiJs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, features, weight, bias, weights, label_smoothing):
-        ctx.needed = ctx.needs_input_grad[:3]
-        loss, *gradients = _forward(features, weight, bias, weights, label_smoothing, *ctx.needed)
-        ctx.compiled = torch.compiler.is_compiling()
-        if ctx.compiled:
-            ctx.save_for_backward(features, *gradients)
-        else:
-            ctx.kept = gradients  # the first backward pass scales and returns them; later ones recompute theirs
-            ctx.save_for_backward(features, weight, bias, weights)
-            ctx.label_smoothing = label_smoothing
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        features, *saved = ctx.saved_tensors
-        scale = grad / features.shape[:-1].numel()
-        if ctx.compiled:
-            gradients = [g * scale for g in saved]
-        else:
-            gradients, ctx.kept = ctx.kept, None
-            if gradients is None:
-                _, *gradients = _forward(features, *saved, ctx.label_smoothing, *ctx.needed)
-            gradients = [g.mul_(scale) for g in gradients]
-        dtype = features.dtype
-        return *(g.to(dtype) if n else None for g, n in zip(gradients, ctx.needed, strict=True)), None, None
-
-
 _rows = register(
     "multi_js_rows_(Tensor(a!) logits, Tensor? weights, float label_smoothing, int first, int n, bool gradient)"
     " -> Tensor",
@@ -197,3 +173,44 @@ _forward = register(
     composition=linear_multi_js_loss_chunked,
     parts=(_rows,),
 )
+
+
+def _gradients(forward, grads, inputs, outputs, needed):
+    _, *gradients = forward(*inputs, *needed[:3])
+    features, scale = inputs[0], grads[0] / inputs[0].shape[:-1].numel()
+    return *((g * scale).to(features.dtype) if n else None for g, n in zip(gradients, needed[:3], strict=True)), None
+
+
+def _first(rule, second):
+    class LinearMultiJs(torch.autograd.Function):
+        """The first backward pass scales the gradients of forward in place and returns them; later ones recompute."""
+
+        @staticmethod
+        def forward(ctx, features, weight, bias, weights, label_smoothing):
+            ctx.constants = (label_smoothing,)
+            ctx.compiled = torch.compiler.is_compiling()
+            loss, *gradients = _forward(features, weight, bias, weights, label_smoothing, *ctx.needs_input_grad[:3])
+            if ctx.compiled:
+                ctx.save_for_backward(features, *gradients)
+            else:
+                ctx.kept = gradients
+                ctx.save_for_backward(features, weight, bias, weights)
+            return loss
+
+        @staticmethod
+        def backward(ctx, grad):
+            features, *saved = ctx.saved_tensors
+            if ctx.compiled:
+                gradients = saved
+            elif torch.is_grad_enabled() or ctx.kept is None:
+                return rule.pulled(ctx, (grad,), ctx.saved_tensors, second)
+            else:
+                gradients, ctx.kept = ctx.kept, None
+            scale, needed = grad / features.shape[:-1].numel(), ctx.needs_input_grad[:3]
+            scaled = (g * scale if ctx.compiled else g.mul_(scale) for g in gradients)
+            return *(g.to(features.dtype) if n else None for g, n in zip(scaled, needed, strict=True)), None, None
+
+    return LinearMultiJs
+
+
+_loss = differentiable(_forward, _gradients, backward=_forward, first=_first, tensors=4, outputs=4, flags=3)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from ._pairwise import arithmetic, squared_distances
 
 
@@ -42,7 +42,8 @@ def median_bandwidth(x: Tensor, *, convention: str = "liu-wang") -> Tensor:
             numpyro's eps.
 
     Returns:
-        h `[...]` in float32, or float64 for float64 x. Differentiable once; tied pairs share the gradient.
+        h `[...]` in float32, or float64 for float64 x. Differentiable; tied pairs share the gradient. Forward
+        mode and higher orders take O(n²) memory.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape of x, an unknown convention.
@@ -51,13 +52,27 @@ def median_bandwidth(x: Tensor, *, convention: str = "liu-wang") -> Tensor:
     """
     _check.samples("x", x)
     _check.choice("convention", convention, CONVENTIONS)
-    return _MedianBandwidth.apply(x, *heuristic(x.shape[-2], convention))[0]
+    if torch.compiler.is_compiling():  # the divisor, a constant of a graph, would make one for each n
+        return _compiled(x, *_CONVENTIONS[convention])
+    return _bandwidth(x, *heuristic(x.shape[-2], convention))
+
+
+def squared_median(x: Tensor) -> Tensor:
+    """The squared median distance between the pairs of particles `[...]`; positive, and without gradient."""
+    full, squared, _ = _CONVENTIONS["paper"]
+    return _bandwidth(x.detach(), full, squared, 1.0)
 
 
 def heuristic(n: int, convention: str) -> tuple[bool, bool, float]:
     """The op's arguments `full`, `squared` and `divisor` for n particles."""
     full, squared, plus_one = _CONVENTIONS[convention]
-    return full, squared, math.log(n + 1 if plus_one or n == 1 else n)
+    return full, squared, _divisor(n, plus_one)
+
+
+def _divisor(n: int, plus_one: bool) -> float:
+    if isinstance(n, torch.SymInt):
+        return 1.0  # of a fake tensor, which has a shape and no value
+    return math.log(n + 1 if plus_one or n == 1 else n)
 
 
 def median_bandwidth_reference(x: Tensor, full: bool, squared: bool, divisor: float) -> tuple[Tensor, Tensor]:
@@ -111,19 +126,10 @@ def _slope(middles: Tensor, squared: bool) -> Tensor:
     return torch.where(roots > 0, roots.sum(-1, keepdim=True) / (4 * roots), torch.zeros_like(roots))
 
 
-class _MedianBandwidth(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, full, squared, divisor):
-        h, middles = _forward(x, full, squared, divisor)
-        ctx.save_for_backward(x, middles)
-        ctx.heuristic = squared, divisor
-        ctx.mark_non_differentiable(middles)
-        return h, middles
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        return _backward(grad, *ctx.saved_tensors, *ctx.heuristic), None, None, None
+def _shapes(x: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """What forward returns for fake tensors; the reference selects the middles by a number that n determines."""
+    batch, wide = x.shape[:-2], torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(batch, dtype=wide), x.new_empty(*batch, 2, dtype=wide)
 
 
 def _prefer(x, *_):
@@ -136,6 +142,7 @@ def _prefer(x, *_):
 _forward = register(
     "median_bandwidth(Tensor x, bool full, bool squared, float divisor) -> (Tensor h, Tensor middles)",
     reference=median_bandwidth_reference,
+    meta=_shapes,
     triton="median.forward",
     cuda=True,
     prefer=_prefer,
@@ -146,4 +153,40 @@ _backward = register(
     triton="median.backward",
     cuda=True,
     prefer=lambda grad, x, *_: _prefer(x),
+)
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    x, _, *form = inputs
+    return (backward(*grads, x, *outputs, *form),)
+
+
+_bandwidth = differentiable(_forward, _gradients, backward=_backward, tensors=1, outputs=2, saved=slice(1, 2))
+
+
+def _by_convention(forward):
+    return lambda x, full, squared, plus_one: forward(x, full, squared, _divisor(x.shape[-2], plus_one))
+
+
+def _backward_by_convention(backward):
+    return lambda grad, x, middles, squared, plus_one: backward(
+        grad, x, middles, squared, _divisor(x.shape[-2], plus_one)
+    )
+
+
+_heuristic = register(
+    "median_heuristic(Tensor x, bool full, bool squared, bool plus_one) -> (Tensor h, Tensor middles)",
+    reference=_by_convention(median_bandwidth_reference),
+    composition=_by_convention(_forward),
+    parts=(_forward,),
+    meta=_shapes,
+)
+_heuristic_backward = register(
+    "median_heuristic_backward(Tensor grad, Tensor x, Tensor middles, bool squared, bool plus_one) -> Tensor",
+    reference=_backward_by_convention(_backward_reference),
+    composition=_backward_by_convention(_backward),
+    parts=(_backward,),
+)
+_compiled = differentiable(
+    _heuristic, _gradients, backward=_heuristic_backward, tensors=1, outputs=2, saved=slice(1, 2)
 )

@@ -3,7 +3,6 @@
 MMD² = mean k(x, x') + mean k(y, y') − 2 mean k(x, y),  k = Σ_s s b/(s b + r²) ("imq") or Σ_s exp(−r²/(s b)) ("rbf").
 """
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from . import median
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from ._pairwise import arithmetic, small_in_cuda, squared_distances
 
 KERNELS = ("imq", "rbf")
@@ -41,7 +40,8 @@ def mmd(
         unbiased: leave out the pairs of a sample with itself (the value may be negative); otherwise keep them.
 
     Returns:
-        MMD² `[...]`, float32 for half precision, with sums accumulated in float64. Differentiable once in x and y.
+        MMD² `[...]`, float32 for half precision, with sums accumulated in float64. Differentiable in x and y; forward
+        mode and higher orders take O(nm) memory.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, fewer than 2 samples for the unbiased form,
@@ -49,6 +49,7 @@ def mmd(
 
     Source: Gretton et al. 2012, Eq. 3 and Lemma 6; WAE (Tolstikhin et al. 2018) for the scales; S1's baseline.
     """
+    x, y = _check.promoted(x, y)
     _check.two_samples("x", x, "y", y, at_least=2 if unbiased else 1)
     _check.choice("kernel", kernel, KERNELS)
     factors = list(SCALES[kernel]) if scales is None else _checked(scales)
@@ -60,9 +61,7 @@ def mmd(
     else:  # a number is folded into the scales, which saves filling a tensor
         _check.number("bandwidth", bandwidth, positive=True)
         factors = [s * bandwidth for s in factors]
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _Mmd.apply(x, y, b, kernel == "imq", factors, unbiased)
-    return _forward(x, y, b, kernel == "imq", factors, unbiased, False, False)[0]
+    return _discrepancy(x, y, b, kernel == "imq", factors, unbiased)
 
 
 def _checked(scales: Iterable[float]) -> list[float]:
@@ -79,12 +78,12 @@ def _bandwidth(x: Tensor, y: Tensor, bandwidth: Tensor | str) -> Tensor:
     if isinstance(bandwidth, str):
         _check.choice("bandwidth", bandwidth, ("median",))
         pooled = torch.cat((x, y), -2).detach()
-        return median.median_bandwidth(pooled, convention="paper") * math.log(max(pooled.shape[-2], 2))
+        return median.squared_median(pooled)
     batch = x.shape[:-2]
     if bandwidth.shape not in (batch, ()) or bandwidth.device != x.device:
+        shapes = f"{tuple(batch)}, one value for each pair of samples, or ()" if batch else "()"
         raise ValueError(
-            f"bandwidth must have shape {tuple(batch)} or () on {x.device}, "
-            f"got {tuple(bandwidth.shape)} on {bandwidth.device}"
+            f"bandwidth must have shape {shapes} on {x.device}, got {tuple(bandwidth.shape)} on {bandwidth.device}"
         )
     return bandwidth.detach().to(torch.promote_types(x.dtype, torch.float32)).expand(batch)
 
@@ -149,25 +148,10 @@ def _pull(slope, X, Y):
     return slope.sum(-1, keepdim=True) * X - slope @ Y
 
 
-class _Mmd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, y, bandwidth, imq, scales, unbiased):
-        x_gradient, y_gradient = ctx.needs_input_grad[:2]
-        value, dx, dy = _forward(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient)
-        ctx.save_for_backward(dx if x_gradient else None, dy if y_gradient else None)
-        ctx.dtype = x.dtype
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        dx, dy = ctx.saved_tensors
-        scale = grad[..., None, None] if grad.dim() else grad
-        return _scaled(scale, dx, ctx.dtype), _scaled(scale, dy, ctx.dtype), None, None, None, None
-
-
-def _scaled(scale, gradient, dtype):
-    return None if gradient is None else (scale * gradient).to(dtype)
+def _gradients(backward, grads, inputs, outputs, needed):
+    (grad,), dtype = grads, inputs[0].dtype
+    scale = grad[..., None, None] if grad.dim() else grad
+    return *((scale * g).to(dtype) if n else None for g, n in zip(outputs, needed[:2], strict=True)), None
 
 
 _forward = register(
@@ -178,3 +162,4 @@ _forward = register(
     cuda=True,
     prefer=lambda x, y, *_: small_in_cuda(x, y),
 )
+_discrepancy = differentiable(_forward, _gradients, tensors=3, outputs=3, saved=slice(1, 3), flags=2)

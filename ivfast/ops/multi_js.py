@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable, transformed
 from ._pairwise import arithmetic, few_in_cuda
 
 
@@ -24,7 +24,7 @@ def multi_js_loss(logits: Tensor, *, weights: Tensor | None = None, label_smooth
             against the uniform label, which an encoder minimises to make the distributions indistinguishable.
 
     Returns:
-        the loss `[...]` in nats, float32 for half precision. Differentiable once in the logits.
+        the loss `[...]` in nats, float32 for half precision. Differentiable in the logits.
 
     Raises:
         TypeError, ValueError: a wrong dtype, a number of rows that C does not divide, weights of the wrong length, or
@@ -35,9 +35,11 @@ def multi_js_loss(logits: Tensor, *, weights: Tensor | None = None, label_smooth
     _check_blocks(logits)
     check_smoothing(label_smoothing)
     weights = None if weights is None else check_weights(weights, logits.shape[-1], logits)
-    if torch.is_grad_enabled() and logits.requires_grad:
-        return _MultiJs.apply(logits, weights, label_smoothing)
-    return _forward(logits, weights, label_smoothing)[0]
+    if transformed():
+        logits = _blocks(logits)  # with dimensions for a batch to lead
+        if weights is not None and torch._C._functorch.is_functorch_wrapped_tensor(weights):
+            return multi_js_loss_reference(logits, weights, label_smoothing)[0]  # the op has one π for a whole batch
+    return _loss(logits, weights, label_smoothing)
 
 
 def multi_js_block_losses(logits: Tensor) -> Tensor:
@@ -127,21 +129,6 @@ def backward_reference(grad, logits, weights, lse, label_smoothing):
     return ((softmax - target) * scale.expand(x.shape[:-2])[..., None, None]).to(logits.dtype).view(logits.shape)
 
 
-class _MultiJs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, weights, label_smoothing):
-        loss, lse = _forward(logits, weights, label_smoothing)
-        ctx.save_for_backward(logits, weights, lse)
-        ctx.label_smoothing = label_smoothing
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        logits, weights, lse = ctx.saved_tensors
-        return _backward(grad, logits, weights, lse, ctx.label_smoothing), None, None
-
-
 _forward = register(
     "multi_js_loss(Tensor logits, Tensor? weights, float label_smoothing) -> (Tensor loss, Tensor lse)",
     reference=multi_js_loss_reference,
@@ -155,4 +142,14 @@ _backward = register(
     triton="multi_js.backward",
     cuda=True,
     prefer=lambda grad, logits, *_: few_in_cuda(logits),
+)
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    logits, weights, label_smoothing = inputs
+    return backward(*grads, logits, weights, *outputs, label_smoothing), None
+
+
+_loss = differentiable(
+    _forward, _gradients, backward=_backward, tensors=2, outputs=2, saved=slice(1, 2), axes=(0, None)
 )

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
+from .lyapunov import lyapunov, symmetric
 
 
 def polar(m: Tensor) -> Tensor:
@@ -17,7 +18,7 @@ def polar(m: Tensor) -> Tensor:
         m: matrices `[..., p, q]`.
 
     Returns:
-        factor `[..., p, q]` in the dtype of m, computed in float64. Differentiable once; the derivative is 0 along
+        factor `[..., p, q]` in the dtype of m, computed in float64. Differentiable; the derivative is 0 along
         directions outside the numerical rank.
 
     Raises:
@@ -28,7 +29,7 @@ def polar(m: Tensor) -> Tensor:
     _check.floating("m", m)
     if m.dim() < 2 or 0 in m.shape[-2:]:
         raise ValueError(f"m must have shape [..., p, q] with p, q >= 1, got {tuple(m.shape)}")
-    return _Polar.apply(m) if torch.is_grad_enabled() and m.requires_grad else _polar(m)[0]
+    return _factor(m)
 
 
 def polar_reference(m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,32 +41,43 @@ def polar_reference(m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ((U * kept.unsqueeze(-2)) @ Vh).to(m.dtype), U, inverse, Vh
 
 
-class _Polar(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, m):
-        factor, U, inverse, Vh = _polar(m)
-        ctx.save_for_backward(U, inverse, Vh)
-        return factor
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        """Within the rank, the skew part divided by s_i + s_j; outside U's columns and V's rows, divided by s."""
-        U, inverse, Vh = ctx.saved_tensors
-        G = grad.double()
-        kept = inverse > 0
-        s = torch.where(kept, 1 / torch.where(kept, inverse, 1), 0)
-        both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
-        sums = torch.where(both, s.unsqueeze(-1) + s.unsqueeze(-2), 1)
-        U, Vh = U * kept.unsqueeze(-2), Vh * kept.unsqueeze(-1)
-        inner = U.mT @ G @ Vh.mT
-        gradient = U @ ((inner - inner.mT) / sums) @ Vh
-        left, right = G @ Vh.mT * inverse.unsqueeze(-2), U.mT @ G * inverse.unsqueeze(-1)
-        gradient = gradient + (left - U @ (U.mT @ left)) @ Vh + U @ (right - (right @ Vh.mT) @ Vh)
-        return gradient.to(grad.dtype)
-
-
 _polar = register(
     "polar(Tensor m) -> (Tensor factor, Tensor u, Tensor inverse, Tensor vh)",
     reference=polar_reference,
 )
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    """Within the rank, the skew part divided by s_i + s_j; outside U's columns and V's rows, divided by s."""
+    U, inverse, Vh = outputs
+    G = grads[0].double()
+    kept = inverse > 0
+    s = torch.where(kept, 1 / torch.where(kept, inverse, 1), 0)
+    both = kept.unsqueeze(-1) & kept.unsqueeze(-2)
+    sums = torch.where(both, s.unsqueeze(-1) + s.unsqueeze(-2), 1)
+    U, Vh = U * kept.unsqueeze(-2), Vh * kept.unsqueeze(-1)
+    inner = U.mT @ G @ Vh.mT
+    gradient = U @ ((inner - inner.mT) / sums) @ Vh
+    left, right = G @ Vh.mT * inverse.unsqueeze(-2), U.mT @ G * inverse.unsqueeze(-1)
+    gradient = gradient + (left - U @ (U.mT @ left)) @ Vh + U @ (right - (right @ Vh.mT) @ Vh)
+    return (gradient.to(grads[0].dtype),)
+
+
+def _pull(grads, inputs, needed):
+    """The same in P, H = (mᵀm)^½ and K = (mmᵀ)^½, which are smooth where singular values coincide:
+    P D + (I − PPᵀ) G H⁺ + K⁺ G (I − PᵀP), where H D + D H is the skew part 2 sk(PᵀG) within the range of H."""
+    m, G = inputs[0].double(), grads[0].double()
+    P = _factor(m)
+    H, K = symmetric(P.mT @ m), symmetric(m @ P.mT)
+    inner = P.mT @ G @ (P.mT @ P)
+    gradient = P @ lyapunov(H, inner - inner.mT)
+    left, right = G @ _inverse(H), _inverse(K) @ G
+    gradient = gradient + (left - P @ (P.mT @ left)) + (right - (right @ P.mT) @ P)
+    return (gradient.to(grads[0].dtype),)
+
+
+def _inverse(a: Tensor) -> Tensor:
+    return torch.linalg.pinv(a, hermitian=True, rtol=a.shape[-1] * torch.finfo(a.dtype).eps)
+
+
+_factor = differentiable(_polar, _gradients, pull=_pull, tensors=1, outputs=4, saved=slice(1, 4))

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from ._pairwise import arithmetic
 
 KINDS = ("l2", "l1", "bce")
@@ -23,7 +23,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, *, kind: str = "l2") -> 
 
     Returns:
         loss `[n]`, float32 for half precision. Infinite logits are clamped to the largest finite number, so that a
-        certain and correct pixel costs 0 and its gradient is finite. Differentiable once in both inputs; the
+        certain and correct pixel costs 0 and its gradient is finite. Differentiable in both inputs; the
         derivative of |·| at 0 is 0.
 
     Raises:
@@ -31,14 +31,13 @@ def reconstruction_loss(output: Tensor, target: Tensor, *, kind: str = "l2") -> 
 
     Source: S3 section 2 and S4 section 2 ("bce"); S1 Eq. 1, S5 ("l2"); S2 Eq. 1 ("l1").
     """
+    output, target = _check.promoted(output, target)
     _check.floating("output", output)
     _check.same("target", target, "output", output)
     _check.choice("kind", kind, KINDS)
     if output.dim() < 1:
         raise ValueError(f"output must have shape [n, ...], got {tuple(output.shape)}")
-    if torch.is_grad_enabled() and (output.requires_grad or target.requires_grad):
-        return _Reconstruction.apply(output, target, KINDS.index(kind))
-    return _forward(output, target, KINDS.index(kind))
+    return _loss(output, target, KINDS.index(kind))
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -70,21 +69,6 @@ def _backward_reference(grad, output, target, kind, target_gradient):
     return dx.to(output.dtype), output.new_empty(0) if dt is None else dt.to(output.dtype)
 
 
-class _Reconstruction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, output, target, kind):
-        ctx.save_for_backward(output, target)
-        ctx.kind = kind
-        return _forward(output, target, kind)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        needed = ctx.needs_input_grad[1]
-        doutput, dtarget = _backward(grad, *ctx.saved_tensors, ctx.kind, needed)
-        return doutput, dtarget if needed else None, None
-
-
 _forward = register(
     "reconstruction_loss(Tensor output, Tensor target, int kind) -> Tensor",
     reference=reconstruction_loss_reference,
@@ -96,3 +80,11 @@ _backward = register(
     reference=_backward_reference,
     triton="reconstruction.backward",
 )
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    doutput, dtarget = backward(*grads, *inputs, needed[1])
+    return doutput, dtarget if needed[1] else None
+
+
+_loss = differentiable(_forward, _gradients, backward=_backward, tensors=2, fold=True)

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from .inverse_root import CONVERGED, MOST, inverse_root
+from .lyapunov import lyapunov, solved, symmetric
 
 
 def sqrtm_spd(a: Tensor) -> Tensor:
@@ -17,7 +18,7 @@ def sqrtm_spd(a: Tensor) -> Tensor:
             that are negative through rounding count as 0.
 
     Returns:
-        root `[..., d, d]` in the dtype of a, computed in float64. Differentiable once: the gradient D solves
+        root `[..., d, d]` in the dtype of a, computed in float64. Differentiable: the gradient D solves
         S D + D S = G, where G is the gradient of S; between directions with eigenvalue 0, where the root has no
         derivative, it is 0.
 
@@ -27,14 +28,12 @@ def sqrtm_spd(a: Tensor) -> Tensor:
     Source: Higham, Functions of Matrices (2008), chapter 6; Lin & Maji 2017 (the backward).
     """
     _check.square("a", a)
-    if torch.is_grad_enabled() and a.requires_grad:
-        return _SqrtmSpd.apply(a)
-    return _sqrtm_spd(a, False)[0]
+    return _root(a)
 
 
 def sqrtm_spd_reference(a: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The root, and the eigenvectors and roots of eigenvalues in float64 (empty unless a gradient is needed)."""
-    values, V = torch.linalg.eigh(_symmetric(a.double()))
+    values, V = torch.linalg.eigh(symmetric(a.double()))
     floor = values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps
     roots = torch.where(values > floor, values, 0).sqrt()
     root = ((V * roots.unsqueeze(-2)) @ V.mT).to(a.dtype)
@@ -45,35 +44,14 @@ def sqrtm_spd_op(a: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The same as the reference; a value without gradient, if not float64, by matrix products accurate to 1e-8."""
     if gradient or a.shape[-1] > MOST or a.dtype == torch.float64:
         return sqrtm_spd_reference(a, gradient)
-    exact = _symmetric(a.double())
+    exact = symmetric(a.double())
     inverse, _, error = inverse_root(exact)
-    root = _symmetric(exact @ inverse).to(a.dtype)
+    root = symmetric(exact @ inverse).to(a.dtype)
     if not a.is_cuda:  # on a GPU, reading the error would wait for the device
         failed = error > CONVERGED
         if bool(failed.any()):
             root = root.masked_scatter(failed[..., None, None], sqrtm_spd_reference(a[failed], False)[0])
     return root, exact.new_empty(0), exact.new_empty(0)
-
-
-def _symmetric(a: Tensor) -> Tensor:
-    return (a + a.mT) / 2
-
-
-class _SqrtmSpd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, a):
-        root, V, roots = _sqrtm_spd(a, True)
-        ctx.save_for_backward(V, roots)
-        return root
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        V, roots = ctx.saved_tensors
-        sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
-        inner = V.mT @ _symmetric(grad.double()) @ V
-        inner = torch.where(sums > 0, inner / torch.where(sums > 0, sums, 1), 0)
-        return _symmetric(V @ inner @ V.mT).to(grad.dtype)
 
 
 _sqrtm_spd = register(
@@ -82,3 +60,16 @@ _sqrtm_spd = register(
     composition=sqrtm_spd_op,
     parts=(inverse_root,),
 )
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    V, roots = outputs
+    return (symmetric(solved(roots, V, symmetric(grads[0].double()))).to(grads[0].dtype),)
+
+
+def _pull(grads, inputs, needed):
+    root = _root(inputs[0].double())
+    return (symmetric(lyapunov(root, symmetric(grads[0].double()))).to(grads[0].dtype),)
+
+
+_root = differentiable(_sqrtm_spd, _gradients, pull=_pull, tensors=1, outputs=3, saved=slice(1, 3), flags=1)

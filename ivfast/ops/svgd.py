@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._once import once_differentiable
+from ._derivatives import differentiable
 from ._pairwise import arithmetic, squared_distances
 from .median import CONVENTIONS, median_bandwidth
 
@@ -35,8 +35,8 @@ def svgd_direction(
         convention: which median heuristic (see `median_bandwidth`); used only with "median".
 
     Returns:
-        φ `[..., n, d]` in x's dtype, computed in float32 for half precision. Differentiable once in x, score and a
-        tensor bandwidth.
+        φ `[..., n, d]` in x's dtype, computed in float32 for half precision. Differentiable in x, score and a tensor
+        bandwidth; forward mode and higher orders take O(n²) memory.
 
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device, or a bandwidth or scale that is not positive and finite
@@ -44,14 +44,13 @@ def svgd_direction(
 
     Source: Liu & Wang 2016, Eq. 8; S1 (IVAAE) Eq. 2 with the gradient with respect to z_j.
     """
+    x, score = _check.promoted(x, score)
     _check.samples("x", x)
     if score is not None:
         _check.same("score", score, "x", x)
     _check.number("scale", scale, positive=True)
     h = _bandwidth(x, bandwidth, scale, convention)
-    if torch.is_grad_enabled() and (x.requires_grad or h.requires_grad or (score is not None and score.requires_grad)):
-        return _SvgdDirection.apply(x, score, h)
-    return _forward(x, score, h)[0]  # a Function costs 2 µs, half as much as the op on 64 particles
+    return direction(x, score, h)
 
 
 def _bandwidth(x: Tensor, bandwidth: float | Tensor | str, scale: float, convention: str) -> Tensor:
@@ -63,7 +62,8 @@ def _bandwidth(x: Tensor, bandwidth: float | Tensor | str, scale: float, convent
         return median_bandwidth(x.detach(), convention=convention) * scale
     if isinstance(bandwidth, Tensor):
         if bandwidth.shape not in (batch, ()):
-            raise ValueError(f"bandwidth must have shape {tuple(batch)} or (), got {tuple(bandwidth.shape)}")
+            shapes = f"{tuple(batch)}, one value for each set, or ()" if batch else "()"
+            raise ValueError(f"bandwidth must have shape {shapes}, got {tuple(bandwidth.shape)}")
         if bandwidth.device != x.device:
             raise ValueError(f"bandwidth must match x: device {x.device}, got {bandwidth.device}")
         h = bandwidth if bandwidth.dtype == dtype else bandwidth.to(dtype)
@@ -109,21 +109,6 @@ def _backward_reference(grad, x, score, bandwidth, row_sum):
     return dX.to(x.dtype), dS.to(x.dtype), dh
 
 
-class _SvgdDirection(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, score, bandwidth):
-        phi, row_sum = _forward(x, score, bandwidth)
-        ctx.save_for_backward(x, score, bandwidth, row_sum)
-        return phi
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, score, bandwidth, row_sum = ctx.saved_tensors
-        dx, dscore, dbandwidth = _backward(grad, x, score, bandwidth, row_sum)
-        return dx, None if score is None else dscore, dbandwidth
-
-
 def _prefer(x, *_):
     """CUDA C++ for small sets and in up to 128 dimensions, otherwise Triton. Both compute in float32."""
     n, d = x.shape[-2:]
@@ -149,3 +134,11 @@ _backward = register(
     cuda=True,
     prefer=lambda grad, x, *_: _prefer(x),
 )
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    dx, dscore, dbandwidth = backward(*grads, *inputs, *outputs)
+    return dx, None if inputs[1] is None else dscore, dbandwidth
+
+
+direction = differentiable(_forward, _gradients, backward=_backward, tensors=3, outputs=2, saved=slice(1, 2))

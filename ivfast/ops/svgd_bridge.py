@@ -6,8 +6,8 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from . import median, svgd
+from ._derivatives import differentiable
 from ._draws import prior_draws
-from ._once import once_differentiable
 from ._pairwise import arithmetic
 from .bridge import check_codes
 
@@ -37,23 +37,22 @@ def svgd_bridge(
         generator: random generator for `draws`.
 
     Returns:
-        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable once in z.
+        `[t+1, ..., n, d]`, contiguous, in z's dtype. Differentiable in z; forward mode and higher orders take
+        O(n²) memory per step.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape, counts < 1, or numbers that are not finite.
 
     Source: S1 (IVAAE) section 4, "MNIST" and Eq. 2.
     """
-    check_codes(z, t)
-    _check.count("iterations", iterations)
+    z, draws = _check.promoted(z, draws)
+    t = check_codes(z, t)
+    iterations = _check.count("iterations", iterations)
     _check.number("step_size", step_size)
     _check.number("scale", scale, positive=True)
     _check.number("noise", noise, non_negative=True)
     draws = prior_draws(z, draws, generator, leading=((t - 1) * iterations + 1,))
-    arguments = z, draws, t, iterations, step_size, scale, noise
-    if z.requires_grad and torch.is_grad_enabled():
-        return _SvgdBridge.apply(*arguments)
-    return _forward(*arguments)[0]
+    return _bridge(z, draws, t, iterations, step_size, scale, noise)
 
 
 def svgd_bridge_reference(z, draws, t, iterations, step_size, scale, noise):
@@ -94,20 +93,6 @@ def _backward_reference(grad, states, bandwidths, row_sums, iterations, step_siz
     return (g + arithmetic(grad[0])).to(grad.dtype)
 
 
-class _SvgdBridge(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, z, draws, t, iterations, step_size, scale, noise):
-        bridges, *saved = _forward(z, draws, t, iterations, step_size, scale, noise)
-        ctx.save_for_backward(*saved)
-        ctx.steps = iterations, step_size
-        return bridges
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _backward(grad, *ctx.saved_tensors, *ctx.steps), *[None] * 6
-
-
 def _prefer(z, *_):
     """CUDA C++ for small sets, otherwise Triton. Both compute in float32."""
     if z.dtype == torch.float64:
@@ -130,4 +115,38 @@ _backward = register(
     triton="svgd_bridge.backward",
     cuda=True,
     prefer=lambda grad, states, bandwidths, row_sums, *_: _prefer(grad[0]),
+)
+
+
+def _gradients(backward, grads, inputs, outputs, needed):
+    _, _, _, iterations, step_size, *_ = inputs
+    return backward(*grads, *outputs, iterations, step_size), None
+
+
+def _pull(grads, inputs, needed):
+    """The gradient through the steps, each differentiable itself."""
+    z, *others = inputs
+    return torch.func.vjp(lambda z: _steps(z, *others), z)[1](grads[0])[0], None
+
+
+def _steps(z, draws, t, iterations, step_size, scale, noise):
+    x, bridges = arithmetic(z), [z]
+    for step, draw in enumerate(draws[:-1].unbind(0)):
+        h = scale * median.median_bandwidth(x.detach(), convention="paper")
+        x = x + step_size * svgd.direction(x, None, h) + noise * arithmetic(draw)
+        if (step + 1) % iterations == 0:
+            bridges.append(x.to(z.dtype))
+    return torch.stack([*bridges, draws[-1]])
+
+
+_bridge = differentiable(
+    _forward,
+    _gradients,
+    backward=_backward,
+    pull=_pull,
+    tensors=2,
+    outputs=4,
+    saved=slice(1, 4),
+    axes=(0, 1),
+    out_axes=(1, 1, 1, 1),
 )
