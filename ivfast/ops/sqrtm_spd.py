@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
+from ._finite import finite_matrices
 from ._once import once_differentiable
 from .inverse_root import CONVERGED, MOST, inverse_root
 
@@ -19,7 +20,7 @@ def sqrtm_spd(a: Tensor) -> Tensor:
     Returns:
         root `[..., d, d]` in the dtype of a, computed in float64. Differentiable once: the gradient D solves
         S D + D S = G, where G is the gradient of S; between directions with eigenvalue 0, where the root has no
-        derivative, it is 0.
+        derivative, it is 0. A matrix that is not finite gives NaN.
 
     Raises:
         TypeError, ValueError: a dtype or shape that does not fit.
@@ -34,9 +35,10 @@ def sqrtm_spd(a: Tensor) -> Tensor:
 
 def sqrtm_spd_reference(a: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The root, and the eigenvectors and roots of eigenvalues in float64 (empty unless a gradient is needed)."""
-    values, V = torch.linalg.eigh(_symmetric(a.double()))
+    finite, nan = finite_matrices(_symmetric(a.double()))
+    values, V = torch.linalg.eigh(finite)
     floor = values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps
-    roots = torch.where(values > floor, values, 0).sqrt()
+    roots = torch.where(values > floor, values, 0).sqrt() + nan.squeeze(-1)
     root = ((V * roots.unsqueeze(-2)) @ V.mT).to(a.dtype)
     return (root, V, roots) if gradient else (root, V.new_empty(0), V.new_empty(0))
 
@@ -72,7 +74,7 @@ class _SqrtmSpd(torch.autograd.Function):
         V, roots = ctx.saved_tensors
         sums = roots.unsqueeze(-1) + roots.unsqueeze(-2)
         inner = V.mT @ _symmetric(grad.double()) @ V
-        inner = torch.where(sums > 0, inner / torch.where(sums > 0, sums, 1), 0)
+        inner = torch.where(sums == 0, 0, inner / torch.where(sums == 0, 1, sums))
         return _symmetric(V @ inner @ V.mT).to(grad.dtype)
 
 
