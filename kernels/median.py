@@ -32,8 +32,9 @@ def _slope(m, other, SQUARED: tl.constexpr):
 
 @triton.jit
 def bandwidth(med2, spread, divisor):
-    med2 = tl.where(med2 > 0, med2, spread)
-    return tl.where(med2 > 0, med2 / divisor, 1.0)
+    """med²/divisor. `spread` replaces a median of 0, and is NaN if a particle is."""
+    med2 = tl.where((med2 > 0) & (spread == spread), med2, spread)
+    return tl.where(med2 == 0, 1.0, med2 / divisor)
 
 
 @triton.jit
@@ -93,9 +94,10 @@ def _small_kernel(
     bits, spread = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
     m_0, m_1 = small_middles(bits, rank_0, rank_1)
 
-    tl.store(p_middles + 2 * i_set, m_0)
-    tl.store(p_middles + 2 * i_set + 1, m_1)
-    tl.store(p_h + i_set, bandwidth(median2(m_0, m_1, SQUARED), spread, divisor))
+    h = bandwidth(median2(m_0, m_1, SQUARED), spread, divisor)
+    tl.store(p_middles + 2 * i_set, tl.where(h == h, m_0, h))
+    tl.store(p_middles + 2 * i_set + 1, tl.where(h == h, m_1, h))
+    tl.store(p_h + i_set, h)
 
 
 @triton.jit
@@ -114,7 +116,7 @@ def _small_backward_kernel(
 ):
     i_set, row = tl.program_id(0).to(tl.int64), tl.arange(0, N)
     m_0, m_1 = tl.load(p_middles + 2 * i_set), tl.load(p_middles + 2 * i_set + 1)
-    grad = tl.load(p_grad + i_set) / divisor
+    grad = tl.load(p_grad + i_set) / divisor + 0.0 * m_0  # NaN if a particle is
 
     # c_ij, the share of a pair in the two middles: tied pairs share
     bits, _ = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
@@ -137,6 +139,7 @@ def _small_backward_kernel(
 @triton.jit
 def _finish_kernel(
     p_X,
+    p_q,
     p_window,
     p_h,
     p_middles,
@@ -154,8 +157,8 @@ def _finish_kernel(
     m_1 = value_of(tl.load(p_window + 4 * i_set + 2)) if TWO else m_0
     med2 = median2(m_0, m_1, SQUARED)
 
-    # the mean of d²_i0 replaces a median of 0
-    spread = tl.zeros([TILE], tl.float32)
+    # the mean of d²_i0 replaces a median of 0; a NaN is in the mean and so in every centred row
+    spread = tl.zeros([TILE], tl.float32) + 0.0 * tl.load(p_q + i_set * N)
     for first in range(0, tl.where(med2 > 0, 0, N), TILE):
         row = first + tl.arange(0, TILE)
         for start in range(0, D, WIDTH):
@@ -164,9 +167,10 @@ def _finish_kernel(
             apart -= tl.load(p_X + i_set * N * D + column)[None, :]
             spread += tl.where(row < n, tl.sum(apart * apart, 1), 0.0)
 
-    tl.store(p_middles + 2 * i_set, m_0)
-    tl.store(p_middles + 2 * i_set + 1, m_1)
-    tl.store(p_h + i_set, bandwidth(med2, tl.sum(spread, 0) / n, divisor))
+    h = bandwidth(med2, tl.sum(spread, 0) / n, divisor)
+    tl.store(p_middles + 2 * i_set, tl.where(h == h, m_0, h))
+    tl.store(p_middles + 2 * i_set + 1, tl.where(h == h, m_1, h))
+    tl.store(p_h + i_set, h)
 
 
 @triton.jit
@@ -230,7 +234,21 @@ def forward(x, full, squared, divisor):
     sets, N, D = packed.sets, packed.N, packed.D
     window = select(packed, ranks)
     _finish_kernel[sets,](
-        *(packed.X, window, h, middles, n, N, divisor, squared, D, TILE, width(D), ranks.first < ranks.second),
+        *(
+            packed.X,
+            packed.q,
+            window,
+            h,
+            middles,
+            n,
+            N,
+            divisor,
+            squared,
+            D,
+            TILE,
+            width(D),
+            ranks.first < ranks.second,
+        ),
         **OPTIONS,
     )
     return h, middles
@@ -260,6 +278,6 @@ def backward(grad, x, middles, squared, divisor):
     # ∂h/∂x_i = Σ_a (∂h/∂m_a) · mean of 2 (x_i − x_j) over the pairs at distance m_a
     m = middles.view(sets, 2).T
     slope = torch.full_like(m, 0.5) if squared else 0.25 * (1 + (m.flip(0) / m).sqrt())
-    share = torch.where(m > 0, slope, 0.0) * grad.view(sets) / divisor / count.sum(-1).clamp_min(1)
+    share = torch.where(m == 0, 0.0, slope) * grad.view(sets) / divisor / count.sum(-1).clamp_min(1)
     dx.copy_((2 * share[..., None, None] * apart).sum(0)[:, :n, :d].reshape(x.shape))
     return dx

@@ -38,8 +38,9 @@ def _row_losses(
     p_tile, row, inside, label, s, C,
     SMOOTH: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """−⟨target, log softmax⟩ of each row of a tile, and its log-sum-exp."""
+    """−⟨target, log softmax⟩ of each row of a tile, and m and Σ e^(x − m), m its largest logit if that is finite."""
     b_label = tl.load(p_tile + row * C + label, mask=inside, other=0.0).to(dtype)
+    b_own = tl.where(tl.abs(b_label) == float("inf"), 0.0, b_label)  # Σ target (x − own) keeps what an offset loses
     b_max = tl.full([ROWS], float("-inf"), dtype)
     b_sum = tl.zeros([ROWS], dtype)
     b_all = tl.zeros([ROWS], dtype)
@@ -53,18 +54,20 @@ def _row_losses(
         b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_x - b_shift[:, None]), 1)
         b_max = b_new
         if SMOOTH:
-            b_all += tl.sum(tl.where(mask, b_x, 0.0), 1)
-    b_lse = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max) + tl.log(tl.where(inside, b_sum, 1.0))
+            b_all += tl.sum(tl.where(mask, b_x - b_own[:, None], 0.0), 1)
+    b_max = tl.where(tl.abs(b_max) == float("inf"), 0.0, b_max)
+    b_sum = tl.where(inside, b_sum, 1.0)
+    b_label -= b_own
     if SMOOTH:  # an impossible class is left out of the uniform target
         b_label = tl.where(s == 1, 0.0, (1 - s) * b_label) + s / C * b_all
-    return b_lse - b_label, b_lse
+    return tl.log(b_sum) + (b_max - b_own) - b_label, b_max, b_sum
 
 
 @triton.jit
-def _derivative(b_x, b_lse, row_label, column, s, C, b_scale):
+def _derivative(b_x, b_max, b_sum, row_label, column, s, C, b_scale):
     """∂CE/∂x = (softmax − target) π_c/n, scaled before rounding."""
     b_target = tl.where(column[None, :] == row_label[:, None], 1 - s, 0.0) + s / C
-    return (tl.exp(b_x - b_lse[:, None]) - b_target) * b_scale[:, None]
+    return (tl.exp(b_x - b_max[:, None]) / b_sum[:, None] - b_target) * b_scale[:, None]
 
 
 @triton.jit
@@ -80,11 +83,11 @@ def _forward_kernel(
     for i_tile in range(i_part, tl.cdiv(R, ROWS), tl.num_programs(1)):
         first, row, inside, label = _rows(i_tile, 0, n, R, ROWS)
         p_tile = p_logits + (i_set * R + first) * C
-        b_loss, b_lse = _row_losses(p_tile, row, inside, label, s, C, SMOOTH, dtype, ROWS, COLUMNS)
+        b_loss, b_max, b_sum = _row_losses(p_tile, row, inside, label, s, C, SMOOTH, dtype, ROWS, COLUMNS)
         if p_weights is not None:
             b_loss *= tl.load(p_weights + label, mask=inside, other=0.0).to(dtype)
         total += tl.where(inside, b_loss, 0.0)
-        tl.store(p_lse + i_set * R + first + row, b_lse, mask=inside)
+        tl.store(p_lse + i_set * R + first + row, b_max + tl.log(b_sum), mask=inside)
 
     mean = tl.sum(total, 0) / (R if p_weights is None else n)
     tl.store(p_out + i_set * tl.num_programs(1) + i_part, mean)
@@ -114,12 +117,21 @@ def _backward_kernel(
         b_scale = tl.zeros([ROWS], dtype) + grad
         if p_weights is not None:
             b_scale *= tl.load(p_weights + label, mask=inside, other=0.0).to(dtype)
+        # the rounded log-sum-exp is as good a shift as the maximum, because the shares are normalised
+        b_sum = tl.zeros([ROWS], dtype)
         for start in range(0, C, COLUMNS):
             column = start + tl.arange(0, COLUMNS)
             mask = inside[:, None] & (column < C)[None, :]
             offset = row[:, None] * C + column[None, :]
             b_x = tl.load(p_logits + tile + offset, mask=mask, other=float("-inf")).to(dtype)
-            b_dx = _derivative(b_x, b_lse, label, column, s, C, b_scale)
+            b_sum += tl.sum(tl.exp(b_x - b_lse[:, None]), 1)
+        b_sum = tl.where(inside, b_sum, 1.0)
+        for start in range(0, C, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            mask = inside[:, None] & (column < C)[None, :]
+            offset = row[:, None] * C + column[None, :]
+            b_x = tl.load(p_logits + tile + offset, mask=mask, other=float("-inf")).to(dtype)
+            b_dx = _derivative(b_x, b_lse, b_sum, label, column, s, C, b_scale)
             tl.store(p_dlogits + tile + offset, b_dx, mask=mask)
 
 
@@ -136,7 +148,7 @@ def _rows_kernel(
     for i_tile in range(i_part, tl.cdiv(R, ROWS), tl.num_programs(0)):
         first, row, inside, label = _rows(i_tile, start, n, R, ROWS)
         p_tile = p_logits + first * C
-        b_loss, b_lse = _row_losses(p_tile, row, inside, label, s, C, SMOOTH, dtype, ROWS, COLUMNS)
+        b_loss, b_max, b_sum = _row_losses(p_tile, row, inside, label, s, C, SMOOTH, dtype, ROWS, COLUMNS)
         b_scale = tl.full([ROWS], 1.0, dtype) / n
         if p_weights is not None:
             b_scale *= tl.load(p_weights + label, mask=inside, other=0.0).to(dtype)
@@ -144,13 +156,14 @@ def _rows_kernel(
             b_scale /= C
         total += tl.where(inside, b_scale * b_loss, 0.0)
         if GRADIENT:
+            b_sum = tl.where(b_sum == float("inf"), float("nan"), b_sum)  # as the backward pass
             tl.debug_barrier()  # every thread has read its rows before any thread overwrites them
             for column_0 in range(0, C, COLUMNS):
                 column = column_0 + tl.arange(0, COLUMNS)
                 mask = inside[:, None] & (column < C)[None, :]
                 p_x = p_tile + row[:, None] * C + column[None, :]
                 b_x = tl.load(p_x, mask=mask, other=float("-inf")).to(dtype)
-                tl.store(p_x, _derivative(b_x, b_lse, label, column, s, C, b_scale), mask=mask)
+                tl.store(p_x, _derivative(b_x, b_max, b_sum, label, column, s, C, b_scale), mask=mask)
 
     tl.store(p_out + i_part, tl.sum(total, 0))
 

@@ -1,5 +1,6 @@
 """What S5 says about the AS-Distance, by quadrature and on fresh random inputs."""
 
+import contextlib
 import math
 
 import pytest
@@ -56,3 +57,48 @@ def test_as_distance_does_not_underflow_at_512_dimensions():
     gradients = torch.autograd.grad(value, q)
     assert torch.isfinite(value)
     assert all(torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)
+
+
+LIMITS = {
+    ("lebesgue", torch.float32): 170.0,
+    ("prior", torch.float32): 170.0,
+    ("lebesgue", DOUBLE): 600.0,
+    ("prior", DOUBLE): 330.0,
+}
+
+
+@pytest.mark.parametrize("use", ["reference", None])
+@pytest.mark.parametrize("kernel", ["product", "additive"])
+@pytest.mark.parametrize(("measure", "dtype"), LIMITS, ids=str)
+def test_log_variances_are_not_clamped(use, kernel, measure, dtype):
+    """One Gaussian each, both of variance l = e^v: ∫ N² = 1/√(4πl), and 1/√(4π² (2l + l²)) under the prior."""
+    most = LIMITS[measure, dtype]
+    with ivfast.use(use) if use else contextlib.nullcontext():
+        for v in (most, most / 2, 85.0, 43.0, -85.0, -100.0, -most):
+            z = torch.zeros(1, 3, dtype=dtype)
+            logvar = torch.full_like(z, v).requires_grad_()
+            log_l = torch.tensor(v, dtype=DOUBLE, requires_grad=True)
+            log_P = log_l + math.log(2)
+            if measure == "prior":
+                log_P = torch.logaddexp(log_P, 2 * log_l)
+            term = -0.5 * (log_P + (1 + (measure == "prior")) * math.log(2 * math.pi))
+            expected = 3 * term if kernel == "product" else term
+            found = ivfast.log_gaussian_kernel_sums(z, logvar, z, logvar, kernel=kernel, measure=measure)
+            assert error(found, expected.expand(3)) < 1e-6
+            gradient = torch.autograd.grad(found[0], logvar)[0].sum()
+            assert error(gradient, torch.autograd.grad(expected, log_l)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("use", ["reference", None])
+@pytest.mark.parametrize("measure", ["lebesgue", "prior"])
+def test_shares_add_up_to_one_however_large_the_logarithm(use, measure):
+    """One pair, at log k of about −400, outweighs the others: its share is 1, and not 1 ± 400 eps."""
+    far = torch.tensor([[0.0], [20.0]]), torch.tensor([[5.0], [60.0]])
+    q = [x for mean in far for x in (mean + 0.1 * torch.randn(2, 32), torch.rand(2, 32) - 1)]
+    ours, exact = [x.clone().requires_grad_() for x in q], [x.double().requires_grad_() for x in q]
+    with ivfast.use(use) if use else contextlib.nullcontext():
+        gradients = torch.autograd.grad(ivfast.log_gaussian_kernel_sums(*ours, measure=measure)[2], ours)
+    with ivfast.use("reference"):
+        expected = torch.autograd.grad(ivfast.log_gaussian_kernel_sums(*exact, measure=measure)[2], exact)
+    for a, b in zip(gradients, expected, strict=True):
+        assert error(a, b) < 2e-6

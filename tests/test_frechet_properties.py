@@ -72,3 +72,18 @@ def test_gaussian_statistics_stream_to_the_same_moments():
         assert stats.count == 1000
         assert error(stats.mean, x.mean(0)) < 1e-13
         assert error(stats.covariance, torch.cov(x.mT)) < 1e-8
+
+
+def test_what_is_not_finite_gives_nan_and_leaves_the_rest_of_the_batch():
+    for n in (4, 30):  # fewer samples than dimensions, and more
+        x, y = torch.randn(3, n, 6, dtype=torch.float64), torch.randn(3, n, 6, dtype=torch.float64)
+        expected = ivfast.frechet_distance_from_samples(x, y)
+        x[1, 2, 3] = float("nan")
+        for grad in (False, True):
+            found = ivfast.frechet_distance_from_samples(x.requires_grad_(grad), y)
+            assert found[1].isnan()
+            torch.testing.assert_close(found[::2], expected[::2])
+    mu, sigma = torch.zeros(6, dtype=torch.float64), torch.eye(6, dtype=torch.float64)
+    sigma[2, 3] = float("nan")
+    for grad in (False, True):
+        assert ivfast.frechet_distance(mu, sigma.requires_grad_(grad), mu, torch.eye(6, dtype=torch.float64)).isnan()

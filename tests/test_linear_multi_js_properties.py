@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import ivfast
+from ivfast import testing
 from ivfast.ops import linear_multi_js
 from ivfast.testing import error
 
@@ -77,3 +78,18 @@ def test_linear_multi_js_is_checked():
         ivfast.reconstruction_loss(features, features, kind="huber")
     with pytest.raises(ValueError, match="alpha must be finite and positive, got 0"):
         ivfast.exp_elbo_loss(features, features, alpha=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "classes", "n", "shift"), [(torch.float16, 10, 600, 20.0), (torch.bfloat16, 2, 9000, 3.0)]
+)
+def test_half_precision_sums_its_chunks_in_float32(monkeypatch, dtype, classes, n, shift):
+    """C·n times the weight's gradient is beyond float16, and a sum of rounded gradients far off where it cancels."""
+    monkeypatch.setitem(linear_multi_js.CHUNK, "cpu", 40_000)
+    x = (torch.randn(classes * n, 3) + shift).to(dtype)
+    w = (torch.randn(classes, 3) * 0.01).to(dtype).requires_grad_()
+    exact = w.detach().double().requires_grad_()
+    logits = F.linear(x, w.detach()).double() + F.linear(x.double(), exact) - F.linear(x.double(), exact.detach())
+    (theirs,) = torch.autograd.grad(ivfast.multi_js_loss(logits), exact)  # at the rounded logits
+    (ours,) = torch.autograd.grad(linear_multi_js.fused(x, w, None), w)
+    assert testing.error(ours, theirs) <= testing.TOLERANCES[dtype]

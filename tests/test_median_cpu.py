@@ -234,10 +234,13 @@ def test_no_sets():
 def test_values_that_are_no_numbers_end(isa, n):
     for value in (float("nan"), float("inf"), 1e30):
         x = torch.randn(n, 3)
-        x[n // 2] = value
-        h, found = torch.ops.ivfast.median_bandwidth(x, False, False, 1.0)
-        assert not h.isnan()
-        assert not found.isnan().any()
+        x[n // 2, 1] = value
+        for full in (True, False):
+            h, found = torch.ops.ivfast.median_bandwidth(x, full, False, 1.0)
+            assert h.isnan() == (value != 1e30)
+            assert found.isnan().all() == h.isnan()
+            dx = torch.ops.ivfast.median_bandwidth_backward(torch.ones(()), x, found, False, 1.0)
+            assert dx.isnan().all() == h.isnan()
 
 
 def test_zero_middles_take_the_spread():
@@ -272,3 +275,16 @@ print(peak() - before)
         pytest.skip("reads /proc")
     fresh = subprocess.run([sys.executable, "-c", script], cwd="/", check=True, capture_output=True, text=True)
     assert int(fresh.stdout) < 20_000  # kB
+
+
+@pytest.mark.parametrize("far", [1e4, 1e5, 1e8])
+@pytest.mark.parametrize("n", [20, 60, 500])
+def test_particles_far_from_most(isa, n, far):
+    # norms of 1e10 or 1e16 beside distances of 1: float32 products leave nothing of those
+    x = torch.randn(n, 3)
+    x[: n // 15] *= far
+    exact = ivfast.median_bandwidth(x.double())
+    assert testing.error(ivfast.median_bandwidth(x), exact) <= testing.TOLERANCES[torch.float32]
+    ours, theirs = x.requires_grad_(), x.detach().double().requires_grad_()
+    a, b = (torch.autograd.grad(ivfast.median_bandwidth(y), y)[0] for y in (ours, theirs))
+    assert testing.error(a, b) <= testing.TOLERANCES[torch.float32]

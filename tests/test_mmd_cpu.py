@@ -252,3 +252,21 @@ print(peak() - before)
         pytest.skip("reads /proc")
     fresh = subprocess.run([sys.executable, "-c", script], cwd="/", check=True, capture_output=True, text=True)
     assert int(fresh.stdout) < 50_000  # kB
+
+
+@pytest.mark.parametrize("imq", [True, False])
+@pytest.mark.parametrize("unit", [1e-18, 1.0, 1e18])
+@pytest.mark.parametrize("far", [0.0, 1e3, 1e5])
+def test_extreme_units_and_clusters_far_apart(isa, imq, unit, far):
+    # norms of up to 1e10 beside distances of 1, in units whose squares are near the ends of float32
+    x, y = torch.randn(40, 3), torch.randn(30, 3)
+    x[:3] += far
+    y[10:] -= far
+    x, y, b = x * unit, y * unit, 6 * unit**2
+    names = {"kernel": "imq" if imq else "rbf", "bandwidth": b}
+    ours, exact = [t.clone().requires_grad_() for t in (x, y)], [t.double().requires_grad_() for t in (x, y)]
+    values = ivfast.mmd(*ours, **names), ivfast.mmd(*exact, **names)
+    assert testing.error(*values, unit=0.1) <= testing.TOLERANCES[torch.float32]
+    gradients = zip(torch.autograd.grad(values[0], ours), torch.autograd.grad(values[1], exact), strict=True)
+    for a, g in gradients:
+        assert testing.error(a * unit, g * unit) <= testing.TOLERANCES[torch.float32]

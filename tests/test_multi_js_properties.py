@@ -1,5 +1,6 @@
 """What the papers prove about the multi-class Jensen–Shannon loss, on fresh random inputs."""
 
+import contextlib
 import math
 
 import pytest
@@ -113,3 +114,32 @@ def test_a_block_of_weight_zero_counts_for_nothing():
     assert error(loss, ivfast.multi_js_block_losses(logits)[[0, 2]].mean()) < 1e-12
     assert (gradient[1] == 0).all()
     assert (gradient[0] != 0).all()
+
+
+@pytest.mark.parametrize("use", ["reference", None])
+@pytest.mark.parametrize("classes", [3, 5, 40])
+@pytest.mark.parametrize("shift", [0.0, 1e3, 1e5])
+def test_an_offset_of_all_logits_costs_no_precision(use, classes, shift):
+    """Shifted logits are rounded, not the loss or its gradient: both are right for the logits as given."""
+    with ivfast.use(use) if use else contextlib.nullcontext():
+        for smoothing in (0.0, 0.3, 1.0):
+            x = (torch.randn(classes, 4, classes) + shift).requires_grad_()
+            exact = x.detach().double().requires_grad_()
+            label = torch.arange(classes).repeat_interleave(4)
+            theirs = F.cross_entropy(exact.flatten(0, 1), label, label_smoothing=smoothing)
+            ours = ivfast.multi_js_loss(x, label_smoothing=smoothing)
+            assert error(ours, theirs) < 2e-6
+            a, b = torch.autograd.grad(ours, x)[0], torch.autograd.grad(theirs, exact)[0]
+            assert error(a, b) < 2e-6
+        blocks = ivfast.multi_js_block_losses(x)
+        rows = F.cross_entropy(exact.flatten(0, 1), label, reduction="none")
+        assert error(blocks, rows.view(classes, 4).mean(1)) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_entropy_is_not_taken_in_the_weights_dtype(dtype):
+    weights, logits = torch.tensor([0.2, 0.3, 0.5]).to(dtype), torch.randn(3, 9, 3)
+    pi = weights.double()
+    expected = -(pi * pi.log()).sum() - ivfast.multi_js_loss(logits.double(), weights=pi)
+    for x in (logits, logits.double()):
+        assert abs(float(ivfast.multi_js_divergence(x, weights=weights)) - float(expected)) < 1e-6

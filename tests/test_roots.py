@@ -111,3 +111,20 @@ def test_errors(bad):
         ivfast.sqrtm_spd(torch.eye(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"m must have shape \[..., p, q\]"):
         ivfast.polar(torch.zeros(4))
+
+
+@pytest.mark.parametrize("function", [ivfast.sqrtm_spd, ivfast.polar], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_matrix_that_is_not_finite_gives_nan_and_leaves_the_others(function, dtype):
+    clean = spd(4).to(dtype)
+    for bad in (float("nan"), float("inf")):
+        for at in range(4):
+            a = clean.clone()
+            a[1, at, at] = bad
+            root = function(a)
+            assert root[1].isnan().all()
+            torch.testing.assert_close(root[::2], function(clean)[::2])
+            a.requires_grad_()
+            (gradient,) = torch.autograd.grad(function(a).sum(), a)
+            assert gradient[1].isnan().all()
+            assert gradient[::2].isfinite().all()

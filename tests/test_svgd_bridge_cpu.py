@@ -105,8 +105,8 @@ def test_what_is_no_number_stays_none(isa, n):
     z[n // 2] = float("nan")
     draws = torch.randn(5, n, 3)
     path = ivfast.svgd_bridge(z.requires_grad_(), 3, draws=draws)
-    assert path[1].isnan().any()
-    torch.autograd.grad(path.sum(), z)
+    assert path[1:-1].isnan().all()
+    assert torch.autograd.grad(path.sum(), z)[0].isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(40, 64, 16), (1, 300, 30), (3, 260, 33), (7, 129, 20), (500, 9, 3)], ids=str)

@@ -153,3 +153,35 @@ print(peak() - before)
     fresh = subprocess.run([sys.executable, "-c", script], cwd="/", check=True, capture_output=True, text=True)
     grown = int(fresh.stdout)
     assert grown < 50_000  # kB
+
+
+@pytest.mark.parametrize("n", [9, 300])
+def test_a_coordinate_that_is_no_number_reaches_every_particle(isa, n):
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(n, 3)
+        x[n // 2, 1] = bad
+        x.requires_grad_()
+        phi = ivfast.svgd_direction(x, torch.randn(n, 3), bandwidth=3.0)
+        assert phi.isnan().all()
+        assert torch.autograd.grad(phi.sum(), x)[0].isnan().all()
+    h = torch.tensor(float("nan"))
+    assert ivfast.svgd_direction(torch.randn(n, 3), bandwidth=h).isnan().all()
+
+
+@pytest.mark.parametrize("n", [60, 300])
+@pytest.mark.parametrize(("far", "h"), [(1e4, 3.0), (1e5, 1.0), (1e4, 1e-3), (1e3, 1e4)])
+def test_particles_far_from_most(isa, n, far, h):
+    x = torch.randn(n, 3)
+    x[:4] += far * torch.randn(4, 3)
+    assert_right([t.requires_grad_() for t in (x, torch.randn(n, 3), torch.tensor(h))])
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-13, 1e13, 1e19])
+def test_extreme_units(isa, scale):
+    # squares near the ends of float32; the bandwidth's gradient sums products of them
+    x, score = torch.randn(50, 4) * scale, torch.randn(50, 4) / scale
+    h = torch.tensor(3.0 * scale**2)
+    if scale > 1e-20:  # there h is no normal number
+        assert_right([t.clone().requires_grad_() for t in (x, score, h)])
+    a, b = (ivfast.svgd_direction(y, s, bandwidth=h.to(y)) for y, s in ((x, score), (x.double(), score.double())))
+    assert testing.error(a, b) <= testing.TOLERANCES[torch.float32]

@@ -27,12 +27,35 @@ struct PosteriorBlocks {
   }
 };
 
-void run(Posteriors& q, const AsDistanceStages& stages, bool threaded) {
+// The log-sums or the gradients; whether a variance was clamped
+bool as_distance_once(Posteriors& q, const AsDistanceStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   q.workspace = workspace.reserve(stages.bytes(q));
   Tournament(PosteriorBlocks{q, stages}, q.blocks()).run(threaded);
   if (stages.collect) stages.collect(q);
+  const bool clamped = stages.clamped(q);
   workspace.trim();
+  return clamped;
+}
+
+// Forward or, with dmu, backward; in float64 where float32 would clamp a variance
+void as_distance_run(Posteriors& q, ScalarType dtype, bool additive, bool prior, bool threaded) {
+  const bool backward = q.dmu[0];
+  if (!as_distance_once(q, stages(dtype, additive, prior, backward), threaded) || dtype == ScalarType::Double) return;
+  std::vector<double> inputs[4], results[4];
+  Posteriors wide = q;
+  for (int k = 0; k < 2; ++k) {
+    const int64_t size = q.n[k] * q.d;
+    wide.mu[k] = to_float64(inputs[2 * k], q.mu[k], dtype, size);
+    wide.logvar[k] = to_float64(inputs[2 * k + 1], q.logvar[k], dtype, size);
+    if (!backward) continue;
+    for (int i = 0; i < 2; ++i) results[2 * k + i].resize(size);
+    wide.dmu[k] = results[2 * k].data(), wide.dlogvar[k] = results[2 * k + 1].data();
+  }
+  as_distance_once(wide, stages(ScalarType::Double, additive, prior, backward), threaded);
+  for (int k = 0; k < 3; ++k) q.log_sum[k] = wide.log_sum[k];
+  for (int k = 0; backward && k < 2; ++k)
+    from_float64(q.dmu[k], dtype, results[2 * k]), from_float64(q.dlogvar[k], dtype, results[2 * k + 1]);
 }
 
 // log of the mean kernels of rr, gg and rg
@@ -96,10 +119,9 @@ std::tuple<Tensor, Tensor> as_distance(const Tensor& mu_r, const Tensor& logvar_
   Tensor sums = empty(mu_r, batch, wide);
 
   const Data distances(distance, 1, wide), all_sums(sums, 1, wide);
-  const AsDistanceStages steps = stages(inputs.dtype, additive, prior, false);
   each_set(inputs.r.sets, inputs.cost(additive), [&](int64_t set, bool threaded) {
     Posteriors q = inputs[set];
-    run(q, steps, threaded);
+    as_distance_run(q, inputs.dtype, additive, prior, threaded);
     set_value(distances, set, LogMeans(q).distance(log));
     for (int k = 0; k < 3; ++k) set_value(all_sums, 3 * set + k, q.log_sum[k]);
   });
@@ -125,17 +147,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> as_distance_backward(
   }
 
   const Data all_sums(sums, 1, wide), dvalues(dvalue, 1, wide), all_dsums(dsums, 1, wide);
-  const AsDistanceStages steps = stages(dtype, additive, prior, true);
-  each_set(inputs.r.sets, 3 * inputs.cost(additive), [&](int64_t set, bool threaded) {
+  each_set(inputs.r.sets, 4 * inputs.cost(additive), [&](int64_t set, bool threaded) {
     Posteriors q = inputs[set];
     for (int k = 0; k < 3; ++k) q.log_sum[k] = value(all_sums, 3 * set + k);
+    // rounded log-sums would leave shares that do not add up to 1, by eps |log k|
+    if (wide == ScalarType::Float) as_distance_run(q, dtype, additive, prior, threaded);
     const LogMeans means(q);
     for (int k = 0; k < 3; ++k) {
       if (dsums_) q.grad[k] += value(all_dsums, 3 * set + k);
       if (dvalue_) q.grad[k] += value(dvalues, set) * means.slope(k, log);
     }
     for (int k = 0; k < 2; ++k) q.dmu[k] = data[2 * k][set], q.dlogvar[k] = data[2 * k + 1][set];
-    run(q, steps, threaded);
+    as_distance_run(q, dtype, additive, prior, threaded);
   });
   return {results[0], results[1], results[2], results[3]};
 }

@@ -30,6 +30,7 @@ struct AsDistanceStages {
   void (*pair)(const Posteriors&, int64_t block, int64_t other);
   void (*finish)(const Posteriors&, int64_t block);  // null in the forward pass
   void (*collect)(Posteriors&);                      // the log-sums; null in the backward pass
+  bool (*clamped)(const Posteriors&);                // whether a variance was outside the range
 };
 
 struct AsDistanceForm {

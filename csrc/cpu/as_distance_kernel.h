@@ -15,7 +15,7 @@ namespace {
 // The range of the values of a block.
 struct Extent {
   double least, largest, mean;  // least and largest l, largest |u|
-  bool nan;
+  bool nan, clamped;
 };
 
 template <class T>
@@ -63,12 +63,21 @@ struct Block {
   }
 };
 
-// Variances are clamped to 2^±120, and under the prior to below 2^60, so that no P leaves the range of normal numbers.
+// Variances are clamped to 2^±120 (in double 2^±995), and under the prior to below 2^60 (2^497), so that no P leaves the
+// range of normal numbers. What float clamps is computed again in double; a clamped variance has no gradient.
 template <class T>
-IVFAST_INLINE Vec<T> variance(Vec<T> logvar, bool prior) {
-  const Vec<T> lowest = Vec<T>{} - T(83.1), highest = Vec<T>{} + T(prior ? 41.5 : 83.1);
-  logvar = logvar < lowest ? lowest : logvar;  // NaN stays NaN
-  logvar = logvar > highest ? highest : logvar;
+struct Clamp {
+  Vec<T> lowest, highest;
+
+  explicit Clamp(bool prior)
+      : lowest(Vec<T>{} - limit), highest(Vec<T>{} + (prior ? limit / 2 : limit)) {}
+  static constexpr T limit = T(sizeof(T) == 4 ? 83.1 : 690);
+};
+
+template <class T>
+IVFAST_INLINE Vec<T> variance(Vec<T> logvar, const Clamp<T>& clamp) {
+  logvar = logvar < clamp.lowest ? clamp.lowest : logvar;  // NaN stays NaN
+  logvar = logvar > clamp.highest ? clamp.highest : logvar;
   return exp_moderate<Vec<T>, Bits<T>>(logvar, T());
 }
 
@@ -80,7 +89,8 @@ void pack(const Posteriors& q, const View<T>& w, int64_t index, bool prior, bool
   const int64_t d = q.d, n = q.n[block.batch];
   const S *mu = static_cast<const S*>(q.mu[block.batch]), *logvar = static_cast<const S*>(q.logvar[block.batch]);
   Vec<T> least = Vec<T>{} + T(1), most = least, mean = {};
-  Bits<T> nan = {};
+  Bits<T> nan = {}, outside = {};
+  const Clamp<T> clamp(prior);
   for (int64_t i = block.first; i < block.last; i += L)
     for (int64_t k = 0; k < d; k += L) {
       const int64_t count = d - k < L ? d - k : L;
@@ -90,7 +100,8 @@ void pack(const Posteriors& q, const View<T>& w, int64_t index, bool prior, bool
         u[r] = Vec<T>{}, l[r] = Vec<T>{} + T(1);
         if (row < n) {
           const Vec<T> log_l = load_lanes<T>(logvar + from, count, available);
-          u[r] = load_lanes<T>(mu + from, count, available), l[r] = variance<T>(log_l, prior);
+          u[r] = load_lanes<T>(mu + from, count, available), l[r] = variance<T>(log_l, clamp);
+          outside |= (log_l < clamp.lowest) | (log_l > clamp.highest);
           nan |= (u[r] - u[r] != Vec<T>{}) | (log_l != log_l);
           const Vec<T> size = u[r] < Vec<T>{} ? -u[r] : u[r];
           mean = size > mean ? size : mean;
@@ -103,9 +114,9 @@ void pack(const Posteriors& q, const View<T>& w, int64_t index, bool prior, bool
       store_panel<T>(x.u_panels + i * d, u, k, count);
       store_panel<T>(x.l_panels + i * d, l, k, count);
     }
-  bool any = false;
-  for (int l = 0; l < L; ++l) any |= nan[l] != 0;
-  w.extents[index] = {-double(largest<T>(-least)), largest<T>(most), largest<T>(mean), any};
+  bool any = false, any_outside = false;
+  for (int l = 0; l < L; ++l) any |= nan[l] != 0, any_outside |= outside[l] != 0;
+  w.extents[index] = {-double(largest<T>(-least)), largest<T>(most), largest<T>(mean), any, any_outside};
   w.within[index] = w.between[index] = Total();
 }
 
@@ -153,6 +164,7 @@ IVFAST_INLINE void pair_blocks(const Posteriors& q, int64_t index, int64_t other
     if (weight == 0) return;
     if (!std::isfinite(log2_sum)) weight = std::nan("");
     if (additive) offset = 0.5 * std::log2(limits.largest) + 1, weight *= std::exp2(offset);  // exponents below 0
+    weight *= std::exp2(double(T(log2_sum + offset)) - (log2_sum + offset));  // normalises the shares
   } else if (w.extents[index].nan || w.extents[other].nan) {
     return total.add(0, std::nan(""));
   }
@@ -185,16 +197,22 @@ void begin(const Posteriors& q, int64_t block) {
 }
 
 // ∂L/∂ log l_i = l_i ∂L/∂l_i
-template <class S, class T>
+template <class S, class T, bool prior>
 void finish(const Posteriors& q, int64_t index) {
   const View<T> w(q, true);
   const Block block(q, index);
   const auto& x = w.batches[block.batch];
+  const Clamp<T> clamp(prior);
+  const S* const logvar = static_cast<const S*>(q.logvar[block.batch]);
+  const auto is_clamped = [&](T log_l) { return log_l < clamp.lowest[0] || log_l > clamp.highest[0]; };
   for (int64_t i = block.first; i < block.last; ++i) {
     S* dmu = static_cast<S*>(q.dmu[block.batch]) + i * q.d;
     S* dlogvar = static_cast<S*>(q.dlogvar[block.batch]) + i * q.d;
     const T *l = x.l + i * w.ld, *du = x.du + i * w.ld, *dl = x.dl + i * w.ld;
-    for (int64_t k = 0; k < q.d; ++k) store(dmu + k, du[k]), store(dlogvar + k, T(0.5) * l[k] * dl[k]);
+    for (int64_t k = 0; k < q.d; ++k) {
+      store(dmu + k, du[k]);
+      store(dlogvar + k, is_clamped(load(logvar[i * q.d + k])) ? T(0) : T(0.5) * l[k] * dl[k]);
+    }
   }
 }
 
@@ -213,13 +231,21 @@ void collect(Posteriors& q) {
   }
 }
 
+template <class T, bool backward>
+bool clamped(const Posteriors& q) {
+  const View<T> w(q, backward);
+  bool any = false;
+  for (int64_t index = 0; index < q.blocks(); ++index) any |= w.extents[index].clamped;
+  return any;
+}
+
 template <class S, class T, bool additive, bool prior>
 AsDistanceStages stages_of(bool backward) {
   if (backward)
-    return {workspace_bytes<T, true>, begin<S, T, additive, prior, true>, pair<T, additive, prior, true>, finish<S, T>,
-            nullptr};
+    return {workspace_bytes<T, true>, begin<S, T, additive, prior, true>, pair<T, additive, prior, true>,
+            finish<S, T, prior>, nullptr, clamped<T, true>};
   return {workspace_bytes<T, false>, begin<S, T, additive, prior, false>, pair<T, additive, prior, false>, nullptr,
-          collect<T, additive, prior>};
+          collect<T, additive, prior>, clamped<T, false>};
 }
 
 template <class S, class T>

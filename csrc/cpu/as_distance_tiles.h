@@ -288,12 +288,13 @@ IVFAST_INLINE void gradient_tile(const T* weights, const Bits<T>* alive_, const 
           }
           if constexpr (prior) {
             const Vec<T> t_i = (delta + u_i[r] * l_j) * y, t_j = (u_j * l_i[r] - delta) * y;
-            du_i[r] -= w * t_i, du_j -= w * t_j;
-            dl_i[r] += w * (t_i * t_i - (y + l_j * y)), dl_j += w * (t_j * t_j - (y + l_i[r] * y));
+            const Vec<T> wt_i = w * t_i, wt_j = w * t_j;  // t² alone may overflow
+            du_i[r] -= wt_i, du_j -= wt_j;
+            dl_i[r] += wt_i * t_i - w * (y + l_j * y), dl_j += wt_j * t_j - w * (y + l_i[r] * y);
           } else {
-            const Vec<T> t = delta * y, q = t * t - y;
-            du_i[r] -= w * t, du_j += w * t;
-            dl_i[r] += w * q, dl_j += w * q;
+            const Vec<T> t = delta * y, wt = w * t, wq = wt * t - w * y;
+            du_i[r] -= wt, du_j += wt;
+            dl_i[r] += wq, dl_j += wq;
           }
         }
         at(b.du + from_j) = du_j, at(b.dl + from_j) = dl_j;

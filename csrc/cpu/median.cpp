@@ -13,6 +13,7 @@
 
 #include "isa.h"
 #include "operator.h"
+#include "run.h"
 
 namespace ivfast {
 namespace {
@@ -178,9 +179,9 @@ double combine(const double (&middles)[2], bool squared) {
   return mean * mean;
 }
 
-}  // namespace
-
-Bandwidth median_run(MedianSet set, const MedianStages& stages, const Heuristic& heuristic, bool threaded) {
+// The bandwidth, and the largest ‖x_i‖²/2
+std::pair<Bandwidth, double> median_once(MedianSet set, const MedianStages& stages, const Heuristic& heuristic,
+                                         bool threaded) {
   static thread_local Workspace workspace, memory;
   set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
   const int64_t n = set.n, pairs = n * (n - 1) / 2, count = heuristic.full ? n * n : pairs;
@@ -188,38 +189,59 @@ Bandwidth median_run(MedianSet set, const MedianStages& stages, const Heuristic&
   const auto rank_of = [&](int64_t k) { return !heuristic.full ? k : k < n ? -1 : (k - n) / 2; };
   const int64_t ranks[2] = {pairs ? rank_of((count - 1) / 2) : -1, pairs ? rank_of(count / 2) : -1};
   Key keys[2] = {};
+  bool finite = true;
   if (ranks[1] >= 0 && pairs <= median_kept_pairs) {
-    stages.pack(set, false);
+    finite = stages.pack(set, false);
     const auto [key, next] = stages.middle_of_all(set, std::max<int64_t>(ranks[0], 0));
     keys[0] = ranks[0] < 0 ? 0 : key, keys[1] = ranks[1] > ranks[0] && ranks[0] >= 0 ? next : key;
   } else if (ranks[1] >= 0) {
-    stages.pack(set, true);
+    finite = stages.pack(set, true);
     Stream stream(set, stages, threaded, memory);
     for (int a = 0; a < 2; ++a) keys[a] = stream.find(ranks[a]);
   }
   Bandwidth result{1, {squared_distance(keys[0], stages), squared_distance(keys[1], stages)}};
   double med2 = combine(result.middles, heuristic.squared);
   if (!(med2 > 0)) med2 = stages.spread(set);
-  if (med2 > 0) result.h = med2 / heuristic.divisor;
+  if (!finite) med2 = std::nan("");
+  if (med2 != 0) result.h = med2 / heuristic.divisor;
+  if (med2 != med2) result.middles[0] = result.middles[1] = med2;
+  const double norm = ranks[1] >= 0 ? stages.norm(set) : 0;
   workspace.trim(), memory.trim();
-  return result;
+  return {result, norm};
+}
+
+// A distance u loses a few eps ‖x‖². That shows if it is not small beside the middle; squares of tiny numbers vanish.
+bool median_lost(const double (&middles)[2], double norm) { return norm > 0x1p5 * middles[0] || norm < 0x1p-80; }
+
+}  // namespace
+
+Bandwidth median_run(const MedianSet& set, ScalarType dtype, const Heuristic& heuristic, bool threaded) {
+  const auto [result, norm] = median_once(set, stages_of(dtype), heuristic, threaded);
+  if (dtype == ScalarType::Double || result.h != result.h || !median_lost(result.middles, norm)) return result;
+  std::vector<double> x;
+  return median_once({set.n, set.d, to_float64(x, set.x, dtype, set.n * set.d), nullptr}, stages_of(ScalarType::Double),
+                     heuristic, threaded).first;
 }
 
 namespace {
 
-// The pairs at the middles, in both orders: sorted if they are few, otherwise row by row of the whole matrix.
-void gradient(MedianSet set, const MedianStages& stages, const double (&middles)[2], double grad, bool squared,
-              double divisor, bool threaded, void* out) {
+// The pairs at the middles, which are `rounded` by at most that share, in both orders: sorted if they are few, otherwise
+// row by row of the whole matrix. False if there are none.
+bool gradient(MedianSet set, const MedianStages& stages, const double (&middles)[2], double rounded, double grad,
+              bool squared, double divisor, bool threaded, void* out) {
   static thread_local Workspace workspace, memory;
   const int64_t size = set.n * set.d;
   char* const dx = static_cast<char*>(memory.reserve(size * stages.element));
-  std::fill_n(dx, size * stages.element, 0);
-  if (combine(middles, squared) > 0) {
+  const double med2 = combine(middles, squared);
+  std::fill_n(dx, size * stages.element, med2 != med2 ? -1 : 0);  // a number whose bits are all set is NaN
+  if (med2 > 0) {
     set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
     stages.pack(set, false);
     const bool equal = middles[0] == middles[1];
-    Key keys[2];  // at distance 0 the difference is 0
-    for (int a = 0; a < 2; ++a) keys[a] = middles[a] > 0 ? key_of(middles[a], stages) : -1;
+    Key keys[2][2];  // at distance 0 the difference is 0
+    for (int a = 0; a < 2; ++a)
+      for (int end = 0; end < 2; ++end)
+        keys[a][end] = middles[a] > 0 ? key_of(middles[a] * (1 + (2 * end - 1) * rounded), stages) : -1;
 
     const size_t room = size_t(std::max<int64_t>(size / 8, 4096));
     constexpr int64_t most = median_tile * median_tile;
@@ -247,7 +269,7 @@ void gradient(MedianSet set, const MedianStages& stages, const double (&middles)
     for (int a = 0; a < 2; ++a) {
       if (!(middles[a] > 0)) continue;
       const int found = equal ? 0 : a;
-      STD_TORCH_CHECK(counts[found] > 0, "middles must be squared distances of x as the forward pass computed them");
+      if (counts[found] == 0) return false;
       const double roots = std::sqrt(middles[0]) + std::sqrt(middles[1]);
       const double slope = squared ? 0.5 : roots / (4 * std::sqrt(middles[a]));
       weights[found] += 2 * 2 * slope * grad / divisor / double(counts[found]);
@@ -268,6 +290,7 @@ void gradient(MedianSet set, const MedianStages& stages, const double (&middles)
   }
   stages.store(set, dx, out);
   workspace.trim(), memory.trim();
+  return true;
 }
 
 std::tuple<Tensor, Tensor> median_bandwidth(const Tensor& x_, bool full, bool squared, double divisor) {
@@ -278,9 +301,8 @@ std::tuple<Tensor, Tensor> median_bandwidth(const Tensor& x_, bool full, bool sq
   two.push_back(2);
   Tensor h = empty(x, shape.batch, wide), middles = empty(x, two, wide);
   const Data xs(x, shape.n * shape.d, dtype), hs(h, 1, wide), all_middles(middles, 1, wide);
-  const MedianStages stages = stages_of(dtype);
   each_set(shape.sets, shape.n * shape.n * (shape.d + 8), [&](int64_t set, bool threaded) {
-    const Bandwidth result = median_run({shape.n, shape.d, xs[set], nullptr}, stages, {full, squared, divisor}, threaded);
+    const Bandwidth result = median_run({shape.n, shape.d, xs[set], nullptr}, dtype, {full, squared, divisor}, threaded);
     set_value(hs, set, result.h);
     for (int a = 0; a < 2; ++a) set_value(all_middles, 2 * set + a, result.middles[a]);
   });
@@ -300,7 +322,15 @@ Tensor median_bandwidth_backward(const Tensor& grad_, const Tensor& x_, const Te
   const MedianStages stages = stages_of(dtype);
   each_set(shape.sets, shape.n * shape.n * (shape.d + 8), [&](int64_t set, bool threaded) {
     const double two[2] = {value(all_middles, 2 * set), value(all_middles, 2 * set + 1)};
-    gradient({shape.n, shape.d, xs[set], nullptr}, stages, two, value(grads, set), squared, divisor, threaded, dxs[set]);
+    const auto found = [&](const void* from, ScalarType in, double rounded, void* to) {
+      return gradient({shape.n, shape.d, from, nullptr}, stages_of(in), two, rounded, value(grads, set), squared, divisor, threaded, to);
+    };
+    if (found(xs[set], dtype, 0, dxs[set])) return;
+    // the forward pass found the middles in float64 and rounded them
+    std::vector<double> from, to(size);
+    STD_TORCH_CHECK(dtype != ScalarType::Double && found(to_float64(from, xs[set], dtype, size), ScalarType::Double, 0x1p-23, to.data()),
+                    "middles must be squared distances of x as the forward pass computed them");
+    from_float64(dxs[set], dtype, to);
   });
   return dx;
 }

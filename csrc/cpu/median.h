@@ -37,8 +37,10 @@ constexpr int64_t median_kept_pairs = 1 << 16;
 // pairs with row < column. Tiles may be processed in parallel.
 struct MedianStages {
   int64_t (*bytes)(int64_t n, int64_t d);
-  // Centres and packs the rows. In scattered order, panels of rows are random samples of rows.
-  void (*pack)(const MedianSet&, bool scattered);
+  // Centres and packs the rows; false if one is not finite. In scattered order, panels of rows are random samples of
+  // rows.
+  bool (*pack)(const MedianSet&, bool scattered);
+  double (*norm)(const MedianSet&);  // the largest ‖x_i‖²/2 of the packed rows
   // The key at `rank` of all pairs and the next one, for at most `median_kept_pairs`.
   std::pair<Key, Key> (*middle_of_all)(const MedianSet&, int64_t rank);
   // `count` (whole vectors) values of scattered pairs.
@@ -50,8 +52,9 @@ struct MedianStages {
   int64_t (*count)(const MedianSet&, int64_t i, int64_t j, Key low, Key high, BracketCounts& counts, void* values);
   // Adds the keys of [low, low + (median_bins << shift)) to their bins.
   void (*histogram)(const MedianSet&, int64_t i, int64_t j, Key low, int shift, int64_t* bins);
-  // The ordered pairs whose key is one of `middles`, at most median_tile²; for any tile, in one order if i ≠ j.
-  int64_t (*match)(const MedianSet&, int64_t i, int64_t j, const Key* middles, MedianPair* pairs);
+  // The ordered pairs whose key is in one of the `ranges`, first and last of each, at most median_tile²; for any tile, in
+  // one order if i ≠ j.
+  int64_t (*match)(const MedianSet&, int64_t i, int64_t j, const Key (*ranges)[2], MedianPair* pairs);
   // dx_i += weights[middle] (x_i − x_j), dx [n, d] in the dtype of the arithmetic
   void (*add)(const MedianSet&, const MedianPair* pairs, int64_t count, const double* weights, void* dx);
   void (*store)(const MedianSet&, const void* from, void* dx);  // in x's dtype
@@ -70,8 +73,5 @@ struct Heuristic {
 struct Bandwidth {
   double h, middles[2];  // squared distances
 };
-
-// The bandwidth of one particle set. This function sets `set.workspace`.
-Bandwidth median_run(MedianSet set, const MedianStages& stages, const Heuristic& heuristic, bool threaded);
 
 }  // namespace ivfast

@@ -61,6 +61,14 @@ double spread(const S* x, int64_t n, int64_t d) {
   return total / double(n);
 }
 
+// 0, or NaN if one of x [count] is NaN or infinite. A column's mean is, if one of its numbers is.
+template <class T>
+IVFAST_INLINE T nan_of(const T* x, int64_t count) {
+  T total = 0;
+  for (int64_t k = 0; k < count; ++k) total += T(0) * x[k];
+  return total;
+}
+
 // u for whole groups of rows and whole vectors of columns; NaN gives 0.
 template <class T>
 IVFAST_INLINE void distance_tile(T* u, const T* panels, const T* half_norms, int64_t d, Range t) {

@@ -63,7 +63,7 @@ int64_t bytes(int64_t n, int64_t d) {
 }
 
 template <class S, class T>
-void pack(const MedianSet& set, bool scattered) {
+bool pack(const MedianSet& set, bool scattered) {
   constexpr int L = lanes<T>;
   const Panels<T> w(set);
   const S* const x = static_cast<const S*>(set.x);
@@ -84,6 +84,7 @@ void pack(const MedianSet& set, bool scattered) {
     }
     at(w.half_norms + i) = half_norms(panel, w.d);
   }
+  return nan_of(w.mean, w.d) == 0;
 }
 
 IVFAST_INLINE int64_t extent(int64_t i, int64_t n) { return n - i < tile ? n - i : tile; }
@@ -186,20 +187,22 @@ void histogram(const MedianSet& set, int64_t i, int64_t j, Key low, int shift, i
 }
 
 template <class T>
-int64_t match(const MedianSet& set, int64_t i, int64_t j, const Key* middles, MedianPair* pairs) {
+int64_t match(const MedianSet& set, int64_t i, int64_t j, const Key (*ranges)[2], MedianPair* pairs) {
   const Panels<T> w(set);
   alignas(64) T u[tile * tile];
   pair_tile(u, w, i, j, false);
-  const Bits<T> first = Bits<T>{} + Integer<T>(middles[0]), second = Bits<T>{} + Integer<T>(middles[1]);
+  const auto inside = [&](const auto& key, int a) __attribute__((always_inline)) {
+    return (key >= Integer<T>(ranges[a][0])) & (key <= Integer<T>(ranges[a][1]));
+  };
   Bits<T> any = {};
   const int64_t rows = extent(i, w.n), cols = extent(j, w.n);
-  each_vector(u, rows, cols, [&](Bits<T> key) __attribute__((always_inline)) { any |= (key == first) | (key == second); });
+  each_vector(u, rows, cols, [&](Bits<T> key) __attribute__((always_inline)) { any |= inside(key, 0) | inside(key, 1); });
   if (sum<T>(any) == 0) return 0;
   int64_t found = 0;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < cols; ++c) {
-      const Key key = bit_cast<Integer<T>>(u[r * tile + c]);
-      if (key == middles[0] || key == middles[1]) pairs[found++] = {i + r, j + c, key != middles[0]};
+      const Integer<T> key = bit_cast<Integer<T>>(u[r * tile + c]);
+      if (inside(key, 0) || inside(key, 1)) pairs[found++] = {i + r, j + c, !inside(key, 0)};
     }
   return found;
 }
@@ -225,9 +228,17 @@ double spread_of(const MedianSet& set) {
   return spread(static_cast<const S*>(set.x), set.n, set.d);
 }
 
+template <class T>
+double norm(const MedianSet& set) {
+  const Panels<T> w(set);
+  T most = 0;
+  for (int64_t i = 0; i < w.n; ++i) most = w.half_norms[i] > most ? w.half_norms[i] : most;
+  return double(most);
+}
+
 template <class S, class T>
 MedianStages stages_of() {
-  return {bytes<T>, pack<S, T>, middle_of_all<T>, sample<T>, select_key<T>, count<T>, histogram<T>,
+  return {bytes<T>, pack<S, T>, norm<T>, middle_of_all<T>, sample<T>, select_key<T>, count<T>, histogram<T>,
           match<T>, add<S, T>, store_all<S, T>, int64_t(sizeof(T)), spread_of<S>};
 }
 

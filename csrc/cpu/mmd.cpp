@@ -2,6 +2,7 @@
 #include "mmd.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -22,14 +23,40 @@ struct SampleBlocks {
   void finish(int64_t a) const { stages.finish(samples, a); }
 };
 
-double run(TwoSamples samples, const MmdStages& stages, bool threaded) {
+// MMD², and the largest ‖x_i‖²/2
+std::pair<double, double> mmd_once(TwoSamples samples, const MmdStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   samples.workspace = workspace.reserve(stages.bytes(samples));
   stages.prepare(samples);
   const SampleBlocks blocks{samples, stages};
   Tournament(blocks, samples.blocks()).run(threaded);
-  const double value = stages.value(samples);
+  const std::pair<double, double> result{stages.value(samples), stages.norm(samples)};
   workspace.trim();
+  return result;
+}
+
+double mmd_run(const TwoSamples& samples, ScalarType dtype, bool threaded) {
+  const auto stages = [](ScalarType in) { return IVFAST_BY_ISA(mmd_stages, storage(in)); };
+  double least = INFINITY, most = 0;
+  for (int64_t i = 0; i < samples.count; ++i) {
+    const double c = samples.scales[i] * samples.bandwidth / 2;
+    least = std::min(least, c), most = std::max(most, c);
+  }
+  const bool extreme = least < 0x1p-60 || most > 0x1p60;  // float32 holds neither products of such scales nor their squares
+  if (dtype == ScalarType::Double || !extreme) {
+    const auto [value, norm] = mmd_once(samples, stages(dtype), threaded);
+    // a distance u loses a few eps ‖x‖², which shows if it is not small beside the narrowest kernel
+    if (dtype == ScalarType::Double || !(norm > 0x1p6 * least)) return value;
+  }
+  std::vector<double> x[2], gradients[2];
+  TwoSamples wide = samples;
+  for (int k = 0; k < 2; ++k) {
+    const int64_t size = samples.n[k] * samples.d;
+    wide.x[k] = to_float64(x[k], samples.x[k], dtype, size);
+    if (samples.dx[k]) gradients[k].resize(size), wide.dx[k] = gradients[k].data();
+  }
+  const double value = mmd_once(wide, stages(ScalarType::Double), threaded).first;
+  for (int k = 0; k < 2; ++k) from_float64(samples.dx[k], arithmetic(dtype), gradients[k]);
   return value;
 }
 
@@ -53,7 +80,6 @@ std::tuple<Tensor, Tensor, Tensor> mmd(const Tensor& x_, const Tensor& y_, const
   const Data xs(x, n * d, dtype), ys(y, m * d, dtype), values(value, 1, wide);
   const Data bandwidths = bandwidth_ ? Data(bandwidth, 1, wide) : Data();
   const Data dxs = x_gradient ? Data(dx, n * d, wide) : Data(), dys = y_gradient ? Data(dy, m * d, wide) : Data();
-  const MmdStages stages = IVFAST_BY_ISA(mmd_stages, storage(dtype));
   const int64_t products = (n * int64_t(x_gradient) + m * int64_t(y_gradient)) * 2 * d;  // approximate flop
   const int64_t cost = pooled * (pooled * (d + 6 * int64_t(scales.size())) + products);
   each_set(sets, cost, [&](int64_t set, bool threaded) {
@@ -62,7 +88,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd(const Tensor& x_, const Tensor& y_, const
     samples.imq = imq, samples.unbiased = unbiased, samples.scales = scales.data(), samples.count = scales.size();
     samples.bandwidth = bandwidth_ ? ivfast::value(bandwidths, set) : 1;
     samples.x[0] = xs[set], samples.x[1] = ys[set], samples.dx[0] = dxs[set], samples.dx[1] = dys[set];
-    set_value(values, set, run(samples, stages, threaded));
+    set_value(values, set, mmd_run(samples, dtype, threaded));
   });
   return {value, dx, dy};
 }

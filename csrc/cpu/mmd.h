@@ -37,6 +37,7 @@ struct MmdStages {
   void (*pair)(const TwoSamples&, int64_t block, int64_t other);
   void (*finish)(const TwoSamples&, int64_t block);
   double (*value)(const TwoSamples&);
+  double (*norm)(const TwoSamples&);  // after all: the largest ‖x_i‖²/2 of the centred samples
 };
 
 IVFAST_IN_EACH_ISA(MmdStages mmd_stages(Storage))

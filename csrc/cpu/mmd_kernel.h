@@ -284,9 +284,18 @@ double value(const TwoSamples& s) {
   return total;
 }
 
+template <class T>
+double norm(const TwoSamples& s) {
+  const Pool<T> w(s);
+  T most = 0;
+  for (int k = 0; k < 2; ++k)
+    for (int64_t i = w.first[k]; i < w.first[k] + s.n[k]; ++i) most = w.half_norms[i] > most ? w.half_norms[i] : most;
+  return double(most);
+}
+
 template <class S, class T>
 MmdStages stages_of() {
-  return {bytes<T>, prepare<S, T>, begin<S, T>, pair<T>, finish<T>, value<T>};
+  return {bytes<T>, prepare<S, T>, begin<S, T>, pair<T>, finish<T>, value<T>, norm<T>};
 }
 
 }  // namespace

@@ -46,33 +46,32 @@ IVFAST_INLINE void lanes_of_rows(
   strided_load<T>(x, static_cast<const S*>(rows.logits) + row * classes, classes, count);
   T* const lse_at = rows.lse ? static_cast<T*>(rows.lse) + row : nullptr;
 
-  Vec<T> factor{}, lse;  // softmax = e^(x − max) factor, or e^(x − lse)
+  Vec<T> most = x[0], sum{}, aim{};
   if constexpr (forward) {
-    Vec<T> most = x[0], sum{}, aim{};
     for (int64_t c = 1; c < classes; ++c) most = most < x[c] ? x[c] : most;
+    const Vec<T> shift = most - most == Vec<T>{} ? most : Vec<T>{};  // Σ target (x − shift) keeps what an offset loses
     if (target.even != 0)
-      for (int64_t c = 0; c < classes; ++c) aim += target.even * x[c];
-    if (target.own != 0) aim += target.own * x[label];
-    for (int64_t c = 0; c < classes; ++c) {
-      const Vec<T> e = exp_nonpositive<T>(x[c] - most);
-      sum += e;
-      if constexpr (backward) x[c] = e;
-    }
-    factor = T(1) / sum;
-    lse = most + log2_normal<Vec<T>, typename Simd<T>::Bits>(sum, T()) * T(0.6931471805599453);
-    const Vec<T> infinite = Vec<T>{} + T(INFINITY);
-    lse = sum == sum ? lse : most < infinite ? sum : most;  // inf − inf is NaN, but its log-sum-exp is inf
-    if (lse_at) store_part<T>(lse_at, lse, 0, count);
-    loss += first_lanes<T>(lse - aim, count);
+      for (int64_t c = 0; c < classes; ++c) aim += target.even * (x[c] - shift);
+    if (target.own != 0) aim += target.own * (x[label] - shift);
   } else {
-    lse = load_part<T>(lse_at, 0, count);
+    most = load_part<T>(lse_at, 0, count);  // as good as the maximum, because the shares are normalised
+  }
+  for (int64_t c = 0; c < classes; ++c) {
+    const Vec<T> e = exp_nonpositive<T>(x[c] - most);
+    sum += e;
+    if constexpr (backward) x[c] = e;
+  }
+  if constexpr (forward) {
+    const Vec<T> log_sum = log2_normal<Vec<T>, typename Simd<T>::Bits>(sum, T()) * T(0.6931471805599453);
+    const Vec<T> infinite = Vec<T>{} + T(INFINITY), special = most < infinite ? sum : most;
+    // inf − inf is NaN, but its log-sum-exp is inf
+    if (lse_at) store_part<T>(lse_at, sum == sum ? most + log_sum : special, 0, count);
+    loss += first_lanes<T>((sum == sum ? log_sum : special) - aim, count);
   }
 
   if constexpr (backward) {
-    for (int64_t c = 0; c < classes; ++c) {
-      const Vec<T> softmax = forward ? x[c] * factor : exp_nonpositive<T>(x[c] - lse);
-      x[c] = (softmax - target.even) * scale;
-    }
+    const Vec<T> factor = T(1) / sum;
+    for (int64_t c = 0; c < classes; ++c) x[c] = (x[c] * factor - target.even) * scale;
     x[label] -= target.own * scale;
     strided_store<T>(static_cast<S*>(rows.gradient) + row * classes, x, classes, count);
   }
@@ -97,8 +96,21 @@ IVFAST_INLINE double row_of_classes(const MultiJsRows& rows, const Target<T>& ta
   for (int64_t c = whole; c < classes; ++c) tail[c - whole] = x[c];
   const auto loaded = [&](int64_t c) __attribute__((always_inline)) { return load_vector(x + c); };
 
-  double loss = 0;
-  T lse;
+  // four sums, so that each lane adds only about a thousandth of 65,536 terms
+  const auto sum_of_exp = [&](T shift) __attribute__((always_inline)) {
+    Vec<T> sums[4] = {exp_nonpositive<T>(tail - shift)};
+    int64_t c = 0;
+    for (; c + 4 * L <= whole; c += 4 * L)
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v) sums[v] += exp_nonpositive<T>(loaded(c + v * L) - shift);
+    for (; c < whole; c += L) sums[0] += exp_nonpositive<T>(loaded(c) - shift);
+    double sum = 0;
+    for (const Vec<T>& part : sums) sum += sum_lanes_double<T>(part);
+    return sum;
+  };
+
+  double loss = 0, sum;
+  T shift;  // the maximum, or the log-sum-exp: as good, because the shares are normalised
   if constexpr (forward) {
     Vec<T> tops[4] = {tail, tail, tail, tail};
     int64_t c = 0;
@@ -107,37 +119,31 @@ IVFAST_INLINE double row_of_classes(const MultiJsRows& rows, const Target<T>& ta
       for (int v = 0; v < 4; ++v) tops[v] = tops[v] < loaded(c + v * L) ? loaded(c + v * L) : tops[v];
     for (; c < whole; c += L) tops[0] = tops[0] < loaded(c) ? loaded(c) : tops[0];
     for (int v = 1; v < 4; ++v) tops[0] = tops[0] < tops[v] ? tops[v] : tops[0];
-    const T most = most_lane<T>(tops[0]);
-    // four sums, so that each lane adds only about a thousandth of 65,536 terms
-    Vec<T> sums[4] = {exp_nonpositive<T>(tail - most)};
-    for (c = 0; c + 4 * L <= whole; c += 4 * L)
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; ++v) sums[v] += exp_nonpositive<T>(loaded(c + v * L) - most);
-    for (; c < whole; c += L) sums[0] += exp_nonpositive<T>(loaded(c) - most);
-    double sum = 0;
-    for (const Vec<T>& part : sums) sum += sum_lanes_double<T>(part);
-    const double exact = most == T(INFINITY) ? double(most) : double(most) + std::log(sum);
-    lse = T(exact);
-    if (rows.lse) static_cast<T*>(rows.lse)[row] = lse;
-    double aim = target.own != 0 ? double(target.own) * double(own) : 0;
+    shift = most_lane<T>(tops[0]);
+    sum = sum_of_exp(shift);
+    const double exact = shift == T(INFINITY) ? double(shift) : double(shift) + std::log(sum);
+    if (rows.lse) static_cast<T*>(rows.lse)[row] = T(exact);
+    const double base = shift - shift == 0 ? shift : 0;  // the weights add up to 1 only as rounded
+    double aim = target.own != 0 ? double(target.own) * (double(own) - base) : 0;
     if (target.even != 0) {
       double all = 0;
-      for (int64_t k = 0; k < classes; ++k) all += double(x[k]);
+      for (int64_t k = 0; k < classes; ++k) all += double(x[k]) - base;
       aim += double(target.even) * all;
     }
-    loss = weight * (exact - aim);
+    loss = weight * (exact - base - aim);
   } else {
-    lse = static_cast<const T*>(rows.lse)[row];
+    shift = static_cast<const T*>(rows.lse)[row];
+    sum = sum_of_exp(shift);
   }
 
   if constexpr (backward) {
     S* const to = static_cast<S*>(rows.gradient) + row * classes;
-    const T scale = T(weight * rows.scale);
+    const T scale = T(weight * rows.scale), factor = T(1 / sum);
     T* const out = std::is_same_v<S, T> ? reinterpret_cast<T*>(to) : scratch;
     for (int64_t c = 0; c < whole; c += L) {
-      store_vector(out + c, (exp_nonpositive<T>(loaded(c) - lse) - target.even) * scale);
+      store_vector(out + c, (exp_nonpositive<T>(loaded(c) - shift) * factor - target.even) * scale);
     }
-    tail = (exp_nonpositive<T>(tail - lse) - target.even) * scale;
+    tail = (exp_nonpositive<T>(tail - shift) * factor - target.even) * scale;
     for (int64_t c = whole; c < classes; ++c) out[c] = tail[c - whole];
     out[label] -= target.own * scale;
     if constexpr (!std::is_same_v<S, T>)

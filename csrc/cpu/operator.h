@@ -106,4 +106,30 @@ inline void set_value(const Data& scalars, int64_t set, double value) {
     *static_cast<float*>(scalars[set]) = float(value);
 }
 
+// The double route: where float32 loses what matters, an operator repeats its work on float64 copies of its data.
+// `count` numbers of `dtype` as float64 in `to`, null for null; and back.
+inline const double* to_float64(std::vector<double>& to, const void* from, ScalarType dtype, int64_t count) {
+  if (!from) return nullptr;
+  to.resize(size_t(count));
+  const auto copy = [&](auto zero) {
+    for (int64_t i = 0; i < count; ++i) to[i] = double(load(static_cast<const decltype(zero)*>(from)[i]));
+  };
+  dtype == ScalarType::Double     ? copy(double())
+  : dtype == ScalarType::BFloat16 ? copy(BFloat16())
+  : dtype == ScalarType::Half     ? copy(Float16())
+                                  : copy(float());
+  return to.data();
+}
+
+inline void from_float64(void* to, ScalarType dtype, const std::vector<double>& from) {
+  const auto copy = [&](auto zero) {
+    auto* const out = static_cast<decltype(zero)*>(to);
+    for (size_t i = 0; i < from.size(); ++i) store(out + i, decltype(load(zero))(from[i]));
+  };
+  dtype == ScalarType::Double     ? copy(double())
+  : dtype == ScalarType::BFloat16 ? copy(BFloat16())
+  : dtype == ScalarType::Half     ? copy(Float16())
+                                  : copy(float());
+}
+
 }  // namespace ivfast

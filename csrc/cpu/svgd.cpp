@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "operator.h"
+#include "run.h"
 #include "tournament.h"
 
 namespace ivfast {
@@ -27,34 +28,52 @@ struct ParticleBlocks {
   int64_t last(int64_t block) const { return std::min(set.n, (block + 1) * size); }
 };
 
-}  // namespace
-
-double svgd_run(SvgdSet set, const SvgdStages& stages, bool threaded) {
+// ∂h in the backward pass, and whether rounding shows
+std::pair<double, bool> svgd_once(SvgdSet set, const SvgdStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
   stages.centre(set);
   const ParticleBlocks blocks{set, stages, block_rows(set.n, set.d, svgd_tile(set.n))};
   Tournament(blocks, (set.n + blocks.size - 1) / blocks.size).run(threaded);
   const double gradient = stages.bandwidth_gradient ? stages.bandwidth_gradient(set) : 0;
+  const bool lost = stages.lost(set);
   workspace.trim();
-  return gradient;
+  return {gradient, lost};
+}
+
+}  // namespace
+
+double svgd_run(const SvgdSet& set, ScalarType dtype, bool threaded) {
+  const bool backward = set.grad;
+  const auto [gradient, lost] = svgd_once(set, stages(dtype, backward), threaded);
+  if (!lost || dtype == ScalarType::Double) return gradient;
+  const int64_t size = set.n * set.d;
+  std::vector<double> x, score, grad, first(size), second(backward ? set.dscore ? size : 0 : set.n);
+  SvgdSet wide = set;
+  wide.x = to_float64(x, set.x, dtype, size), wide.score = to_float64(score, set.score, dtype, size);
+  wide.grad = to_float64(grad, set.grad, dtype, size);
+  wide.phi = wide.dx = first.data(), wide.row_sum = wide.dscore = second.empty() ? nullptr : second.data();
+  const double wide_gradient = svgd_once(wide, stages(ScalarType::Double, backward), threaded).first;
+  from_float64(backward ? set.dx : set.phi, dtype, first);
+  if (!second.empty()) backward ? from_float64(set.dscore, dtype, second) : from_float64(set.row_sum, arithmetic(dtype), second);
+  return wide_gradient;
 }
 
 namespace {
 
 // `svgd_run` for each particle set, then `done`: threads share a large set, or each takes small sets.
 template <class SetOf, class Done>
-void run_batch(int64_t batch, const SvgdStages& stages, const SetOf& set_of, const Done& done) {
+void run_batch(int64_t batch, ScalarType dtype, const SetOf& set_of, const Done& done) {
   if (batch == 0) return;
   const SvgdSet set = set_of(0);
   const int64_t cost = set.n * set.n * (set.d + 8) * (set.grad ? 7 : 3);  // approximate flop
   const bool large = cost > worth_a_thread;
   if (batch == 1 || (large && batch < int64_t(torch::stable::get_num_threads()))) {
-    for (int64_t i = 0; i < batch; ++i) done(i, svgd_run(set_of(i), stages, large));
+    for (int64_t i = 0; i < batch; ++i) done(i, svgd_run(set_of(i), dtype, large));
     return;
   }
   const auto range = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) done(i, svgd_run(set_of(i), stages, false));
+    for (int64_t i = begin; i < end; ++i) done(i, svgd_run(set_of(i), dtype, false));
   };
   const int64_t grain = std::max<int64_t>(1, worth_a_thread / cost);
   if (batch <= grain)
@@ -79,7 +98,7 @@ std::tuple<Tensor, Tensor> svgd_direction(const Tensor& x_, const std::optional<
     set.x = xs[i], set.score = scores[i], set.phi = phis[i], set.row_sum = row_sums[i];
     return set;
   };
-  run_batch(shape.sets, stages(dtype, false), set_of, [](int64_t, double) {});
+  run_batch(shape.sets, dtype, set_of, [](int64_t, double) {});
   return {phi, row_sum};
 }
 
@@ -104,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> svgd_direction_backward(const Tensor& grad_, 
     set.x = xs[i], set.score = scores[i], set.grad = grads[i], set.dx = dxs[i], set.dscore = dscores[i];
     return set;
   };
-  run_batch(shape.sets, stages(dtype, true), set_of, [&](int64_t i, double gradient) {
+  run_batch(shape.sets, dtype, set_of, [&](int64_t i, double gradient) {
     if (wide == ScalarType::Double)
       *static_cast<double*>(dhs[i]) = gradient;
     else

@@ -29,12 +29,10 @@ struct SvgdStages {
   void (*pair)(const SvgdSet&, int64_t first, int64_t last, int64_t other_first, int64_t other_last);
   void (*finish)(const SvgdSet&, int64_t first, int64_t last);
   double (*bandwidth_gradient)(const SvgdSet&);  // null in the forward pass
+  bool (*lost)(const SvgdSet&);                  // after all: whether rounding of the distances shows in the result
 };
 
 IVFAST_IN_EACH_ISA(SvgdStages svgd_stages(Storage, bool backward))
 
-// φ and the row sums, or the gradients, of one particle set; returns ∂h in the backward pass. This function sets
-// `set.workspace`.
-double svgd_run(SvgdSet set, const SvgdStages& stages, bool threaded);
 
 }  // namespace ivfast

@@ -7,6 +7,7 @@
 #include "isa.h"
 #include "median.h"
 #include "operator.h"
+#include "run.h"
 #include "svgd.h"
 #include "svgd_bridge.h"
 
@@ -42,27 +43,23 @@ struct Scratch {
 
 void forward(const Trajectory& t, int64_t set, bool threaded) {
   static thread_local Workspace workspace;
-  const Storage wide = storage(arithmetic(t.dtype));
+  const ScalarType wide = arithmetic(t.dtype);
   const bool small = t.n <= bridge_small;
   const BridgeStages stages = IVFAST_BY_ISA(bridge_stages, storage(t.dtype));
-  const MedianStages median = IVFAST_BY_ISA(median_stages, wide);
-  const SvgdStages svgd = IVFAST_BY_ISA(svgd_stages, wide, false);
   const Heuristic paper{false, false, std::log(double(t.n))};
   const Scratch scratch(workspace, t, 2, small ? stages.bytes(t.n, t.d, false) : 0);
   for (int64_t step = 0; step < t.length; ++step) {
     BridgeStep s = t.step();
     s.x = t.states[t.block(step, set)], s.row_sum = t.row_sums[t.block(step, set)];
     s.phi = scratch[0], s.workspace = scratch[2];
-    double h;
-    if (small) {
-      h = stages.direction(s);
-    } else {
-      h = t.scale * median_run({t.n, t.d, s.x, nullptr}, median, paper, threaded).h;
-      if (wide == Storage::float32) h = float(h);
+    double h = small ? stages.direction(s) : 0;
+    if (!small || stages.lost(s, h, false)) {
+      h = t.scale * median_run({t.n, t.d, s.x, nullptr}, wide, paper, threaded).h;
+      if (wide == ScalarType::Float) h = float(h);
       SvgdSet direction{};
       direction.n = t.n, direction.d = t.d, direction.h = h;
       direction.x = s.x, direction.phi = s.phi, direction.row_sum = s.row_sum;
-      svgd_run(direction, svgd, threaded);
+      svgd_run(direction, wide, threaded);
     }
     set_value(t.bandwidths, t.block(step, set), h);
     s.draw = t.draws[t.block(step, set)];
@@ -78,7 +75,6 @@ void backward(const Trajectory& t, int64_t set, bool threaded, const Data& out) 
   static thread_local Workspace workspace;
   const bool small = t.n <= bridge_small;
   const BridgeStages stages = IVFAST_BY_ISA(bridge_stages, storage(t.dtype));
-  const SvgdStages svgd = IVFAST_BY_ISA(svgd_stages, storage(arithmetic(t.dtype)), true);
   const Scratch scratch(workspace, t, 3, small ? stages.bytes(t.n, t.d, true) : 0);
   BridgeStep s = t.step();
   s.grad = scratch[0], s.pushed = scratch[1], s.dx = scratch[2], s.workspace = scratch[3];
@@ -89,13 +85,12 @@ void backward(const Trajectory& t, int64_t set, bool threaded, const Data& out) 
     s.bridge_grad = kept ? t.bridges[t.block((step + 1) / t.iterations, set)] : nullptr;
     stages.push(s);
     const double h = value(t.bandwidths, t.block(step, set));
-    if (small) {
-      stages.pull(s, h);
-    } else {
+    if (small) stages.pull(s, h);
+    if (!small || stages.lost(s, h, true)) {
       SvgdSet direction{};
       direction.n = t.n, direction.d = t.d, direction.h = h;
       direction.x = s.x, direction.grad = s.pushed, direction.dx = s.dx;
-      svgd_run(direction, svgd, threaded);
+      svgd_run(direction, arithmetic(t.dtype), threaded);
     }
     stages.collect(s);
   }

@@ -30,6 +30,7 @@ struct BridgeStages {
   void (*advance)(const BridgeStep&);                 // next and bridge from x, φ and ε
   void (*push)(const BridgeStep&);                    // grad += bridge_grad; pushed = step_size grad
   void (*pull)(const BridgeStep&, double h);          // dx of a small set
+  bool (*lost)(const BridgeStep&, double h, bool backward);  // after either: whether rounding of the distances shows
   void (*collect)(const BridgeStep&);                 // grad += dx
   void (*finish)(const BridgeStep&);                  // bridge = grad + bridge_grad
   void (*widen)(const void* from, void* to, int64_t count);  // converts S to T

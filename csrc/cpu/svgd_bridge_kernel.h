@@ -247,7 +247,8 @@ double bandwidth(const Small<T>& w, const T* x, double scale) {
     med2 = (low + high) / 2 * ((low + high) / 2);
   }
   if (!(med2 > 0)) med2 = spread(x, w.n, w.d);
-  return scale * (med2 > 0 ? med2 / std::log(w.n == 1 ? 2. : double(w.n)) : 1);
+  med2 += nan_of(w.mean, w.d);
+  return scale * (med2 != 0 ? med2 / std::log(w.n == 1 ? 2. : double(w.n)) : 1);
 }
 
 template <class T>
@@ -319,6 +320,16 @@ void pull(const BridgeStep& s, double h) {
   });
 }
 
+// A distance u loses a few eps ‖x‖². That shows if it is not small beside h and beside the median.
+template <class T>
+bool lost(const BridgeStep& s, double h, bool backward) {
+  const Small<T> w(s, backward);
+  T norm = 0;
+  for (int64_t i = 0; i < w.n; ++i) norm = w.half_norms[i] > norm ? w.half_norms[i] : norm;
+  const double wide = backward || s.scale < 1 ? h : h / s.scale;
+  return sizeof(T) == 4 && (double(norm) > 0x1p6 * wide || wide < 0x1p-60 || h > 0x1p60);
+}
+
 template <class S, class T>
 void advance(const BridgeStep& s) {
   const T *const x = static_cast<const T*>(s.x), *const phi = static_cast<const T*>(s.phi);
@@ -360,7 +371,7 @@ void widen(const void* from, void* to, int64_t count) {
 
 template <class S, class T>
 BridgeStages stages_of() {
-  return {bytes<T>, direction<T>, advance<S, T>, push<S, T>, pull<T>, collect<T>, finish<S, T>, widen<S, T>};
+  return {bytes<T>, direction<T>, advance<S, T>, push<S, T>, pull<T>, lost<T>, collect<T>, finish<S, T>, widen<S, T>};
 }
 
 }  // namespace

@@ -9,6 +9,7 @@
 //   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
 #pragma once
 
+#include "median_distances.h"
 #include "svgd.h"
 #include "tiles.h"
 
@@ -199,12 +200,12 @@ void pair(const SvgdSet& set, int64_t first, int64_t last, int64_t other_first, 
 template <class S, class T>
 void finish_forward(const SvgdSet& set, int64_t first, int64_t last) {
   const View<T> w(set, false);
-  const T per_n = T(1) / T(w.n);
+  const T nan = nan_of(w.mean, w.d), per_n = T(1) / T(w.n) + nan;  // k has lost it
   for (int64_t i = first; i < last; ++i) {
     const S *x = static_cast<const S*>(set.x) + i * w.d, *score = static_cast<const S*>(set.score);
     S* phi = static_cast<S*>(set.phi) + i * w.d;
     const T *kv = w.kv + i * w.ld, r_beta = w.beta * w.r[i];
-    static_cast<T*>(set.row_sum)[i] = 1 + w.r[i];
+    static_cast<T*>(set.row_sum)[i] = 1 + w.r[i] + nan;
     for (int64_t k = 0; k < w.d; ++k) {
       const T raw = load(x[k]), s = score ? load(score[i * w.d + k]) : -raw;
       store(phi + k, per_n * (s + w.gamma * (kv[k] + r_beta * (raw - w.mean[k]))));
@@ -215,7 +216,7 @@ void finish_forward(const SvgdSet& set, int64_t first, int64_t last) {
 template <class S, class T>
 void finish_backward(const SvgdSet& set, int64_t first, int64_t last) {
   const View<T> w(set, true);
-  const T per_n = T(1) / T(w.n);
+  const T per_n = T(1) / T(w.n) + nan_of(w.mean, w.d);
   S* const dscore = static_cast<S*>(set.dscore);
   for (int64_t slot = first / 32; slot <= (last - 1) / 32; ++slot) w.dh[slot] = 0;
   for (int64_t i = first; i < last; ++i) {
@@ -249,13 +250,27 @@ double bandwidth_gradient(const SvgdSet& set) {
   return sum / set.h / set.h;
 }
 
+// A distance u loses a few eps ‖x‖². That shows if it is not small beside h, unless every kernel value is 0 and stays so.
+// h near the ends of the range has squares of differences beyond them.
+template <class T, bool backward>
+bool lost(const SvgdSet& set) {
+  const View<T> w(set, backward);
+  T norm = 0, sum = 0;
+  for (int64_t i = 0; i < w.n; ++i) {
+    norm = w.half_norms[i] > norm ? w.half_norms[i] : norm;
+    sum = w.r[i] > sum ? w.r[i] : sum;
+  }
+  const bool extreme = set.h < 0x1p-60 || set.h > 0x1p60;
+  return extreme || double(norm) > (sum > 0 ? 0x1p6 : 0x1p20) * set.h;
+}
+
 template <class S, class T>
 SvgdStages stages_of(bool backward) {
   if (backward)
     return {workspace_bytes<T, true>, centre<S, T, true>, begin<S, T, true>, pair<T, true>,
-            finish_backward<S, T>, bandwidth_gradient<T>};
+            finish_backward<S, T>, bandwidth_gradient<T>, lost<T, true>};
   return {workspace_bytes<T, false>, centre<S, T, false>, begin<S, T, false>, pair<T, false>,
-          finish_forward<S, T>, nullptr};
+          finish_forward<S, T>, nullptr, lost<T, false>};
 }
 
 }  // namespace

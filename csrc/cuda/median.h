@@ -64,7 +64,7 @@ __device__ __forceinline__ float bandwidth_of(float2 middles, const Heuristic& h
     for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
     med2 = sum / n;
   }
-  return med2 > 0.f ? med2 / heuristic.divisor : 1.f;
+  return med2 == 0.f ? 1.f : med2 / heuristic.divisor;
 }
 
 }  // namespace ivfast

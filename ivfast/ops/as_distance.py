@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
-from ._pairwise import arithmetic, small_in_cuda
+from ._pairwise import small_in_cuda
 
 KERNELS = ("product", "additive")
 MEASURES = ("lebesgue", "prior")
@@ -99,7 +99,7 @@ def _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, log, unbiased):
 
 
 def as_distance_reference(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
-    r, g = (arithmetic(mu_r), arithmetic(logvar_r)), (arithmetic(mu_g), arithmetic(logvar_g))
+    r, g = (mu_r.double(), logvar_r.double()), (mu_g.double(), logvar_g.double())
     sums = torch.stack(
         [
             _log_kernel(a, b, additive, prior, without_diagonal=unbiased and a is b).flatten(-2).logsumexp(-1)
@@ -109,7 +109,8 @@ def as_distance_reference(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, 
     )
     rr, gg, rg = _log_means(sums, mu_r, mu_g, unbiased)
     value = rr + gg - 2 * rg if log else rr.exp() + gg.exp() - 2 * rg.exp()
-    return value, sums
+    wide = torch.promote_types(mu_r.dtype, torch.float32)
+    return value.to(wide), sums.to(wide)
 
 
 def _log_means(sums, mu_r, mu_g, unbiased):
@@ -128,24 +129,26 @@ def _log_kernel(a, b, additive, prior, *, without_diagonal):
     return log_k
 
 
-def _pairs(a, b):
-    """u, l of both sides, broadcast to `[..., n, m, d]`."""
-    (u_a, logvar_a), (u_b, logvar_b) = a, b
-    return u_a.unsqueeze(-2), logvar_a.exp().unsqueeze(-2), u_b.unsqueeze(-3), logvar_b.exp().unsqueeze(-3)
+def _pairs(a, b, prior):
+    """u_i, log l_i, u_j, log l_j and log P, broadcast to `[..., n, m, d]`; a variance may overflow."""
+    (u_i, log_i), (u_j, log_j) = a, b
+    u_i, log_i, u_j, log_j = u_i.unsqueeze(-2), log_i.unsqueeze(-2), u_j.unsqueeze(-3), log_j.unsqueeze(-3)
+    log_P = torch.logaddexp(log_i, log_j)
+    return u_i, log_i, u_j, log_j, torch.logaddexp(log_P, log_i + log_j) if prior else log_P
 
 
 def _log_integral(a, b, prior):
     """ℓ per pair and dimension `[..., n, m, d]`."""
-    u_i, l_i, u_j, l_j = _pairs(a, b)
-    P, N = l_i + l_j, (u_i - u_j).square()
+    u_i, log_i, u_j, log_j, log_P = _pairs(a, b, prior)
+    ratio = ((u_i - u_j) * (-0.5 * log_P).exp()).square()
     if prior:
-        P, N = P + l_i * l_j, N + u_i.square() * l_j + u_j.square() * l_i
-    return -0.5 * (torch.log(P) + N / P) - (0.5 + 0.5 * prior) * math.log(2 * math.pi)
+        ratio = ratio + (u_i * (0.5 * (log_j - log_P)).exp()).square() + (u_j * (0.5 * (log_i - log_P)).exp()).square()
+    return -0.5 * (log_P + ratio) - (0.5 + 0.5 * prior) * math.log(2 * math.pi)
 
 
 def _backward_reference(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prior, log, unbiased):
     """`dvalue` `[...]` and `dsums` `[..., 3]` are the gradients of forward's results; None means zeros."""
-    r, g = (arithmetic(mu_r), arithmetic(logvar_r)), (arithmetic(mu_g), arithmetic(logvar_g))
+    r, g = (mu_r.double(), logvar_r.double()), (mu_g.double(), logvar_g.double())
     dsums = torch.zeros_like(sums) if dsums is None else dsums
     if dvalue is not None:
         terms = [torch.ones_like(dvalue)] * 3 if log else [s.exp() for s in _log_means(sums, mu_r, mu_g, unbiased)]
@@ -154,7 +157,7 @@ def _backward_reference(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, add
     w_rr, w_gg, w_rg = dsums[..., None, None].unbind(-3)
 
     def pull(a, b, k):
-        return _pull(a, b, sums[..., k], additive, prior, without_diagonal=unbiased and k < 2)
+        return _pull(a, b, additive, prior, without_diagonal=unbiased and k < 2)
 
     # within a batch each pair (i, j) occurs twice, and so does the sample of a diagonal entry
     du_r, dl_r = (2 * w_rr * x + w_rg * y for x, y in zip(pull(r, r, 0), pull(r, g, 2), strict=True))
@@ -162,19 +165,19 @@ def _backward_reference(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, add
     return du_r.to(mu_r.dtype), dl_r.to(mu_r.dtype), du_g.to(mu_g.dtype), dl_g.to(mu_g.dtype)
 
 
-def _pull(a, b, log_sum, additive, prior, *, without_diagonal):
+def _pull(a, b, additive, prior, *, without_diagonal):
     """Gradient of log Σ_ij k_ij through a only: Σ_j w_ij ∂ℓ_ij/∂(u_i, log l_i), where w_ij is the share of k_ij."""
     log_k = _log_kernel(a, b, additive, prior, without_diagonal=without_diagonal)
-    w = torch.exp(log_k - log_sum[..., None, None]).unsqueeze(-1)
+    w = log_k.flatten(-2).softmax(-1).view(log_k.shape).unsqueeze(-1)
     if additive:
         w = w * _log_integral(a, b, prior).softmax(-1)
-    u_i, l_i, u_j, l_j = _pairs(a, b)
-    # ∂ℓ/∂u_i = −t,  ∂ℓ/∂l_i = ½ (t² − c/P)
-    P, A, c = l_i + l_j, u_i - u_j, 1
+    u_i, log_i, u_j, log_j, log_P = _pairs(a, b, prior)
+    # ∂ℓ/∂u_i = −A/P,  ∂ℓ/∂ log l_i = ½ (A² l_i/P² − c l_i/P)
+    root, part = (-0.5 * log_P).exp(), (log_i - log_P).exp()  # 1/√P, l_i/P
+    A, c_part = (u_i - u_j) * root, part  # A/√P, c l_i/P
     if prior:
-        P, A, c = P + l_i * l_j, A + u_i * l_j, 1 + l_j
-    t = A / P
-    return -(w * t).sum(-2), (0.5 * w * (t.square() - c / P) * l_i).sum(-2)
+        A, c_part = A + u_i * (log_j - 0.5 * log_P).exp(), part + (log_i + log_j - log_P).exp()
+    return -(w * A * root).sum(-2), (0.5 * w * (A.square() * part - c_part)).sum(-2)
 
 
 _forward = register(

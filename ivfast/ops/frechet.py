@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
+from ._finite import finite_matrices
 from .polar import polar
 from .sqrtm_spd import sqrtm_spd
 
@@ -83,7 +84,9 @@ def factor(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _polar(m: Tensor) -> tuple[Tensor, Tensor]:
     """Nuclear norm `[...]` and polar factor U Vᵀ, over the numerical rank of m `[..., p, q]`."""
+    m, nan = finite_matrices(m)
     U, S, Vh = torch.linalg.svd(m, full_matrices=False)
+    S, Vh = S + nan.squeeze(-1), Vh + nan
     floor = S[..., :1] * max(m.shape[-2:]) * torch.finfo(S.dtype).eps
     return S.sum(-1), (U * (floor < S).unsqueeze(-2)) @ Vh
 
@@ -122,7 +125,8 @@ def frechet_factor_trace(c1: Tensor, c2: Tensor | None, gradients: bool) -> tupl
     if c2 is not None and few:  # C₁C₂ᵀ is smaller than C₁ and C₂
         product = c1 @ c2.mT
         if not gradients:
-            return torch.linalg.svdvals(product).sum(-1), empty, empty.clone()
+            finite, nan = finite_matrices(product)
+            return torch.linalg.svdvals(finite).sum(-1) + nan[..., 0, 0], empty, empty.clone()
         trace, P = _polar(product)
         return trace, P @ c2, P.mT @ c1
     if gradients and c2 is None and not few:
@@ -187,7 +191,8 @@ def _root_sum(a: Tensor, size: Tensor) -> tuple[Tensor, bool]:
     at most about δ = 4 eps size, so √λ is off by min(√δ, δ/√λ). The errors have random signs, so their squares add. For
     spectra that fall like k⁻² the estimate is 5e-9 and the actual error 1e-14.
     """
-    values = torch.linalg.eigvalsh(a).clamp_min(0)
+    finite, nan = finite_matrices(a)
+    values = torch.linalg.eigvalsh(finite).clamp_min(0) + nan.squeeze(-1)
     roots = values.sqrt()
     delta = (4 * torch.finfo(a.dtype).eps * size).unsqueeze(-1)
     errors = torch.minimum(delta.sqrt(), delta / roots.clamp_min(torch.finfo(a.dtype).tiny))
@@ -199,7 +204,9 @@ CONDITION = 1e6  # condition number up to which the inverse root of a Gram matri
 
 def _root_sum_and_inverse(a: Tensor) -> tuple[Tensor, Tensor, bool]:
     """Σ √λ and a^−½ of symmetric a `[..., d, d]`, and whether the condition number of a allows both to be exact."""
-    values, V = torch.linalg.eigh(a)
+    finite, nan = finite_matrices(a)
+    values, V = torch.linalg.eigh(finite)
+    values = values + nan.squeeze(-1)
     exact = bool((values[..., 0] * CONDITION > values[..., -1]).all())
     roots = values.clamp_min(torch.finfo(a.dtype).tiny).sqrt()
     return roots.sum(-1), (V / roots.unsqueeze(-2)) @ V.mT, exact
@@ -211,10 +218,11 @@ def _symmetric(a: Tensor) -> Tensor:
 
 def _root(sigma: Tensor) -> tuple[Tensor, Tensor]:
     """R with RᵀR = Σ, and the pseudo-inverse of R."""
-    values, V = torch.linalg.eigh(_symmetric(sigma))
+    finite, nan = finite_matrices(_symmetric(sigma))
+    values, V = torch.linalg.eigh(finite)
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
     kept = values > floor.clamp_min(0)
-    roots = torch.where(kept, values, 0).sqrt()
+    roots = torch.where(kept, values, 0).sqrt() + nan.squeeze(-1)
     inverse = torch.where(kept, 1 / torch.where(kept, roots, 1), 0)
     return roots.unsqueeze(-1) * V.mT, V * inverse.unsqueeze(-2)
 

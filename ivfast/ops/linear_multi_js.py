@@ -1,7 +1,8 @@
 """The multi-class Jensen–Shannon loss of a linear layer, without ever storing all of its logits.
 
 Rows are processed in chunks: a product gives the chunk's logits, one kernel turns them into their loss and, in place,
-their gradient, and two products carry that to the features and the weight. Only the gradients stay in memory.
+their gradient, both in float32 for half precision, and two products carry that to the features and the weight. Only the
+gradients stay in memory.
 """
 
 import torch
@@ -17,6 +18,7 @@ from .multi_js import check_smoothing, check_weights
 
 # Logits per chunk: on the CPU 2 MB of float32, which fit a core's L2 cache; a GPU needs more to stay busy.
 CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
+ROWS = 4096  # of half precision that the CPU converts and sums at a time: a sum of sums rounds less
 
 
 def linear_multi_js_loss(
@@ -129,20 +131,34 @@ def linear_multi_js_loss_chunked(
     for first in range(0, rows, chunk):
         part = x[first : first + chunk]
         logits = part @ w.mT if bias is None else torch.addmm(bias, part, w.mT)
-        loss += _rows(logits, weights, label_smoothing, first, n, gradient)
+        G = logits.to(wide)  # half precision's rounding of the gradient would not cancel in dw, a sum over all rows
+        loss += _rows(G, weights, label_smoothing, first, n, gradient)
         if features_gradient:
-            torch.mm(logits, w, out=dx[first : first + chunk])
+            torch.mm(G.to(x.dtype), w, out=dx[first : first + chunk])
         if weight_gradient:
-            dw = dw.addmm_(logits.mT, part) if wide == x.dtype else dw.add_(logits.mT @ part)
+            _add_product(dw, G, part)
         if bias_gradient:
-            db += logits.sum(0, dtype=wide)
+            db += G.sum(0)
     return loss / rows, dx.view(features.shape) if features_gradient else dx, dw, db
+
+
+def _add_product(dw, G, x):
+    """dw += Gᵀx, a sum over many rows, for x in half precision too, where that sum could overflow."""
+    if x.dtype == dw.dtype:
+        dw.addmm_(G.mT, x)
+    elif x.is_cuda:  # two products of half precision are faster than one of float32
+        high = G.to(x.dtype)
+        for part in (high, (G - high).to(x.dtype)):
+            dw += torch.mm(part.mT, x, out_dtype=dw.dtype)
+    else:
+        for g, rows in zip(G.split(ROWS), x.split(ROWS), strict=True):
+            dw += g.mT @ rows.to(dw.dtype)
 
 
 def multi_js_rows_reference(logits, weights, label_smoothing, first, n, gradient):
     """What rows [first, first + len(logits)) of C blocks of n rows add to the loss; overwrites logits with
     ∂loss/∂logits."""
-    x, classes = arithmetic(logits), logits.shape[-1]
+    x, classes = multi_js.shifted(arithmetic(logits))[0], logits.shape[-1]
     own = (torch.arange(first, first + len(logits), device=x.device) // n).unsqueeze(1)  # each row's class
     scale = (torch.full_like(x[:, :1], 1 / classes) if weights is None else weights[own]) / n
     lse = x.logsumexp(-1, keepdim=True)
@@ -153,7 +169,7 @@ def multi_js_rows_reference(logits, weights, label_smoothing, first, n, gradient
     loss = (scale * (lse - target)).sum()
     if gradient:
         onehot = torch.zeros_like(x).scatter_(1, own, 1 - label_smoothing)
-        logits.copy_(((x - lse).exp() - onehot - label_smoothing / classes) * scale)
+        logits.copy_((x.softmax(-1) - onehot - label_smoothing / classes) * scale)
     return loss
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
-from ._pairwise import arithmetic, squared_distances
+from ._pairwise import squared_distances
 
 
 class _Convention(NamedTuple):
@@ -32,7 +32,7 @@ def median_bandwidth(x: Tensor, *, convention: str = "liu-wang") -> Tensor:
 
     The median of an even number of distances is the mean of the two in the middle. If it is 0 (most pairs coincide),
     the mean squared distance from the first particle replaces med². If that is 0 too (one particle, or all coincide),
-    h = 1, and `svgd_direction` reduces to the score.
+    h = 1, and `svgd_direction` reduces to the score. A particle that is not finite makes h NaN.
 
     Args:
         x: particles `[..., n, d]`.
@@ -78,13 +78,14 @@ def _divisor(n: int, plus_one: bool) -> float:
 def median_bandwidth_reference(x: Tensor, full: bool, squared: bool, divisor: float) -> tuple[Tensor, Tensor]:
     """h `[...]` and the two middle squared distances `[..., 2]`, equal if the number of distances is odd."""
     n = x.shape[-2]
-    X = arithmetic(x)
+    X = x.double()  # far-apart particles leave too little in float32
     middles = _middles(squared_distances(X - X.mean(-2, keepdim=True)), full)
     med2 = _combine(middles, squared)
     spread = (X - X[..., :1, :]).square().sum((-2, -1)) / n
-    med2 = torch.where(med2 > 0, med2, spread)
-    h = torch.where(med2 > 0, med2 / divisor, torch.ones_like(med2))
-    return h, middles
+    med2 = torch.where((med2 > 0) & ~spread.isnan(), med2, spread)  # the spread is NaN if a particle is
+    h = torch.where(med2 == 0, torch.ones_like(med2), med2 / divisor)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return h.to(wide), torch.where(h.isnan().unsqueeze(-1), h.unsqueeze(-1), middles).to(wide)
 
 
 def _middles(d2: Tensor, full: bool) -> Tensor:
@@ -106,16 +107,16 @@ def _combine(middles: Tensor, squared: bool) -> Tensor:
 
 def _backward_reference(grad, x, middles, squared, divisor):
     # ∂h/∂x_i = Σ_j c_ij 2(x_i − x_j), c_ij is the share of pair (i, j) in the two middles
-    X = arithmetic(x)
+    X = x.double()
     X = X - X.mean(-2, keepdim=True)
-    d2 = squared_distances(X)
+    d2 = squared_distances(X).to(middles.dtype)
     chosen = middles[..., None, None, :] == d2.unsqueeze(-1)  # [..., n, n, 2]
     share = _slope(middles, squared) / chosen.sum((-3, -2)) * (grad / divisor).unsqueeze(-1)
-    c = (chosen * share[..., None, None, :]).sum(-1)
+    c = (chosen * share.double()[..., None, None, :]).sum(-1)
     c = c + c.mT
     dx = 2 * (c.sum(-1, keepdim=True) * X - c @ X)
-    degenerate = (_combine(middles, squared) <= 0)[..., None, None]
-    return torch.where(degenerate, torch.zeros_like(dx), dx).to(x.dtype)
+    med2 = _combine(middles, squared)[..., None, None]
+    return torch.where(med2 == 0, 0, dx + 0 * med2).to(x.dtype)
 
 
 def _slope(middles: Tensor, squared: bool) -> Tensor:

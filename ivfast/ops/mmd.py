@@ -12,7 +12,7 @@ from .. import _check
 from .._registry import register
 from . import median
 from ._derivatives import differentiable
-from ._pairwise import arithmetic, small_in_cuda, squared_distances
+from ._pairwise import small_in_cuda, squared_distances
 
 KERNELS = ("imq", "rbf")
 SCALES = {"imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0), "rbf": (1.0,)}
@@ -91,12 +91,12 @@ def _bandwidth(x: Tensor, y: Tensor, bandwidth: Tensor | str) -> Tensor:
 def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient):
     """MMD² and the requested gradients, in the dtype of the arithmetic; an empty tensor where none is requested.
 
-    Without a bandwidth the scales are in units of r². Draws y from a prior need no gradient, which saves their half of
-    the products with the slopes.
+    Computed in float64, because far-apart samples leave too little in float32. Without a bandwidth the scales are in
+    units of r². Draws y from a prior need no gradient, which saves their half of the products with the slopes.
     """
     X, Y = _centred(x, y)
     (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y), _weights(X, Y, unbiased)
-    b = 1 if bandwidth is None else bandwidth[..., None, None]
+    b = 1 if bandwidth is None else bandwidth.double()[..., None, None]
     slopes = x_gradient, y_gradient, x_gradient or y_gradient
     kernels = [_kernel(d2, b, imq, scales, wanted) for d2, wanted in zip((xx, yy, xy), slopes, strict=True)]
     total = 0
@@ -105,6 +105,7 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
         if within and unbiased:
             sums = sums - len(scales) * k.shape[-1]  # k(0) = 1 for each scale
         total = total + weight * sums
+    wide = torch.promote_types(x.dtype, torch.float32)
     dx, dy = X.new_empty(0), X.new_empty(0)
     # ∂/∂x_i = Σ_j 4 w_xx k'(r²_ij)(x_i − x_j) − Σ_j 4 w_xy k'(r²_ij)(x_i − y_j)
     s_xx, s_yy, s_xy = (slope for _, slope in kernels)
@@ -112,11 +113,11 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
         dx = 4 * (w_xx * _pull(s_xx, X, X) - w_xy * _pull(s_xy, X, Y))
     if y_gradient:
         dy = 4 * (w_yy * _pull(s_yy, Y, Y) - w_xy * _pull(s_xy.mT, Y, X))
-    return total.to(X.dtype), dx, dy
+    return total.to(wide), dx.to(wide), dy.to(wide)
 
 
 def _centred(x, y):
-    X, Y = arithmetic(x), arithmetic(y)
+    X, Y = x.double(), y.double()
     centre = Y.mean(-2, keepdim=True)
     return X - centre, Y - centre
 

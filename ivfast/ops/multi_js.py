@@ -50,8 +50,8 @@ def multi_js_block_losses(logits: Tensor) -> Tensor:
     """
     _check_blocks(logits)
     logits = logits.detach()
-    lse = _forward(logits, None, 0.0)[1]
-    return (lse.view(_blocks(logits).shape[:-1]) - _own(arithmetic(_blocks(logits)))).mean(-1)
+    x, _ = shifted(arithmetic(_blocks(logits)))
+    return (_forward(x, None, 0.0)[1] - _own(x)).mean(-1)
 
 
 def multi_js_divergence(logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
@@ -64,7 +64,7 @@ def multi_js_divergence(logits: Tensor, *, weights: Tensor | None = None) -> Ten
     loss = multi_js_loss(logits, weights=weights)
     if weights is None:
         return math.log(logits.shape[-1]) - loss
-    return torch.special.entr(weights).sum().to(loss.dtype) - loss
+    return torch.special.entr(check_weights(weights, logits.shape[-1], logits)).sum() - loss
 
 
 def _check_blocks(logits: Tensor) -> None:
@@ -105,9 +105,16 @@ def _own(x: Tensor) -> Tensor:
     return x.diagonal(dim1=-3, dim2=-1).mT
 
 
+def shifted(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x less each row's maximum, if that is finite: large logits keep what a sum would round off."""
+    shift = x.amax(-1, keepdim=True)
+    shift = torch.where(shift.isinf(), 0, shift)
+    return x - shift, shift
+
+
 def multi_js_loss_reference(logits: Tensor, weights: Tensor | None, label_smoothing: float) -> tuple[Tensor, Tensor]:
     """The loss `[...]` and the log-sum-exp of each row, `logits.shape[:-1]`, which backward reuses."""
-    x = arithmetic(_blocks(logits))
+    x, shift = shifted(arithmetic(_blocks(logits)))
     lse = x.logsumexp(-1)
     target = _own(x)
     if label_smoothing:
@@ -115,7 +122,7 @@ def multi_js_loss_reference(logits: Tensor, weights: Tensor | None, label_smooth
         target = target + label_smoothing * x.mean(-1)
     per_block = (lse - target).mean(-1)  # [..., C]
     loss = per_block.mean(-1) if weights is None else (per_block * weights).sum(-1)
-    return loss, lse.view(logits.shape[:-1])
+    return loss, (lse + shift.squeeze(-1)).view(logits.shape[:-1])
 
 
 def backward_reference(grad, logits, weights, lse, label_smoothing):
@@ -125,8 +132,7 @@ def backward_reference(grad, logits, weights, lse, label_smoothing):
     scale = grad[..., None] * (1 / classes if weights is None else weights) / n  # [..., C]
     onehot = torch.eye(classes, dtype=x.dtype, device=x.device).unsqueeze(1)  # [C, 1, C]
     target = onehot * (1 - label_smoothing) + label_smoothing / classes
-    softmax = torch.exp(x - lse.view(x.shape[:-1]).unsqueeze(-1))
-    return ((softmax - target) * scale.expand(x.shape[:-2])[..., None, None]).to(logits.dtype).view(logits.shape)
+    return ((x.softmax(-1) - target) * scale.expand(x.shape[:-2])[..., None, None]).to(logits.dtype).view(logits.shape)
 
 
 _forward = register(

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
+from ._finite import finite_matrices
 from .lyapunov import lyapunov, symmetric
 
 
@@ -19,7 +20,7 @@ def polar(m: Tensor) -> Tensor:
 
     Returns:
         factor `[..., p, q]` in the dtype of m, computed in float64. Differentiable; the derivative is 0 along
-        directions outside the numerical rank.
+        directions outside the numerical rank. A matrix that is not finite gives NaN.
 
     Raises:
         TypeError, ValueError: a dtype or shape that does not fit.
@@ -34,7 +35,9 @@ def polar(m: Tensor) -> Tensor:
 
 def polar_reference(m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The factor, and U `[..., p, k]`, 1/S `[..., k]` (0 outside the rank) and Vᵀ `[..., k, q]` in float64."""
-    U, S, Vh = torch.linalg.svd(m.double(), full_matrices=False)
+    finite, nan = finite_matrices(m.double())
+    U, S, Vh = torch.linalg.svd(finite, full_matrices=False)
+    Vh = Vh + nan
     floor = S[..., :1] * max(m.shape[-2:]) * torch.finfo(S.dtype).eps
     kept = floor < S
     inverse = torch.where(kept, 1 / torch.where(kept, S, 1), 0)

@@ -64,7 +64,7 @@ def _backward_reference(grad, output, target, kind, target_gradient):
         dx = g * (torch.sigmoid(x) - t)
         dt = -g * _finite(x) if target_gradient else None
     else:
-        dx = 2 * g * (x - t) if kind == L2 else g * (x - t).sign()
+        dx = 2 * g * (x - t) if kind == L2 else g * ((x - t).sign() + 0 * (x - t))
         dt = -dx if target_gradient else None
     return dx.to(output.dtype), output.new_empty(0) if dt is None else dt.to(output.dtype)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
+from ._finite import finite_matrices
 from .inverse_root import CONVERGED, MOST, inverse_root
 from .lyapunov import lyapunov, solved, symmetric
 
@@ -20,7 +21,7 @@ def sqrtm_spd(a: Tensor) -> Tensor:
     Returns:
         root `[..., d, d]` in the dtype of a, computed in float64. Differentiable: the gradient D solves
         S D + D S = G, where G is the gradient of S; between directions with eigenvalue 0, where the root has no
-        derivative, it is 0.
+        derivative, it is 0. A matrix that is not finite gives NaN.
 
     Raises:
         TypeError, ValueError: a dtype or shape that does not fit.
@@ -33,9 +34,10 @@ def sqrtm_spd(a: Tensor) -> Tensor:
 
 def sqrtm_spd_reference(a: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The root, and the eigenvectors and roots of eigenvalues in float64 (empty unless a gradient is needed)."""
-    values, V = torch.linalg.eigh(symmetric(a.double()))
+    finite, nan = finite_matrices(symmetric(a.double()))
+    values, V = torch.linalg.eigh(finite)
     floor = values[..., -1:].clamp_min(0) * values.shape[-1] * torch.finfo(values.dtype).eps
-    roots = torch.where(values > floor, values, 0).sqrt()
+    roots = torch.where(values > floor, values, 0).sqrt() + nan.squeeze(-1)
     root = ((V * roots.unsqueeze(-2)) @ V.mT).to(a.dtype)
     return (root, V, roots) if gradient else (root, V.new_empty(0), V.new_empty(0))
 

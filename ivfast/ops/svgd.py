@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
-from ._pairwise import arithmetic, squared_distances
+from ._pairwise import squared_distances
 from .median import CONVENTIONS, median_bandwidth
 
 
@@ -74,19 +74,20 @@ def _bandwidth(x: Tensor, bandwidth: float | Tensor | str, scale: float, convent
 
 
 def svgd_direction_reference(x: Tensor, score: Tensor | None, bandwidth: Tensor) -> tuple[Tensor, Tensor]:
-    """φ and the row sums r = K 1 `[..., n]`, which backward reuses."""
+    """φ and the row sums r = K 1 `[..., n]`."""
     kernel, X, S, h = _terms(x, score, bandwidth)[:4]
     r = kernel.sum(-1)
     phi = (kernel @ (S - (2 / h) * X) + (2 / h) * r.unsqueeze(-1) * X) / x.shape[-2]
-    return phi.to(x.dtype), r
+    return phi.to(x.dtype), r.to(bandwidth.dtype)
 
 
 def _terms(x, score, bandwidth):
-    """K [n, n], centred X and S [n, d], h [1, 1] and d² [n, n], all `[..., ·, ·]` in the dtype of the arithmetic."""
-    x = arithmetic(x)
-    S = -x if score is None else arithmetic(score)
+    """K [n, n], centred X and S [n, d], h [1, 1] and d² [n, n], all `[..., ·, ·]` in float64, because far-apart
+    particles leave too little in float32."""
+    x = x.double()
+    S = -x if score is None else score.double()
     X = x - x.mean(-2, keepdim=True)  # the kernel does not depend on the mean of x, but its rounding does
-    h = bandwidth[..., None, None]
+    h = bandwidth.double()[..., None, None]
     d2 = squared_distances(X)
     return torch.exp(-d2 / h), X, S, h, d2
 
@@ -94,7 +95,7 @@ def _terms(x, score, bandwidth):
 def _backward_reference(grad, x, score, bandwidth, row_sum):
     n = x.shape[-2]
     kernel, X, S, h, d2 = _terms(x, score, bandwidth)
-    G, r = arithmetic(grad), row_sum.unsqueeze(-1)
+    G, r = grad.double(), kernel.sum(-1, keepdim=True)
     gx = (G * X).sum(-1, keepdim=True)
     # W = A∘K with A_ij = ∂L/∂k_ij = (g_i·v_j + (2/h) g_i·x_i)/n;  B = W + Wᵀ
     W = (G @ (S - (2 / h) * X).mT + (2 / h) * gx) * kernel / n
@@ -103,7 +104,8 @@ def _backward_reference(grad, x, score, bandwidth, row_sum):
     # ∂X = −(2/h)[(B1)∘X − B X] + (2/(hn)) r∘G − (2/h) ∂S
     dX = (2 / h) * (B @ X - B.sum(-1, keepdim=True) * X + r * G / n - dS)
     # ∂h = Σ W∘d²/h² + (2/h²)⟨∂S, X⟩ − (2/(h²n)) Σ_i r_i g_i·x_i
-    dh = ((W * d2).sum((-2, -1)) + 2 * (dS * X).sum((-2, -1)) - 2 / n * (r * gx).sum((-2, -1))) / bandwidth.square()
+    dh = (W * d2).sum((-2, -1)) + 2 * (dS * X).sum((-2, -1)) - 2 / n * (r * gx).sum((-2, -1))
+    dh = (dh / bandwidth.double().square()).to(bandwidth.dtype)
     if score is None:
         return (dX - dS).to(x.dtype), x.new_empty(0), dh
     return dX.to(x.dtype), dS.to(x.dtype), dh
