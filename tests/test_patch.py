@@ -131,7 +131,7 @@ def test_float32_statistics_give_float32(package):
         result = value(package, *arguments)
     assert result == pytest.approx(expected, rel=1e-4)  # the originals compute in float32
     assert result == pytest.approx(nuclear(x, y), rel=1e-5)  # the statistics are rounded to 6e-8
-    assert type(result) is type(expected)
+    assert type(result) in (type(expected), np.float32)  # 2 * float32 is float64 in NumPy 1
 
 
 def test_arrays_of_any_layout(package):
