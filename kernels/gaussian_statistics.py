@@ -21,17 +21,17 @@ ACCEPTED = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _tile(p_x, first, last, column, d, ROWS: tl.constexpr):
-    """Rows [first, first + ROWS) in float32, with 0 outside, and which of their elements exist."""
+    """Rows [first, first + ROWS), with 0 outside, and which of their elements exist."""
     row = first + tl.arange(0, ROWS)
     mask = (row < last)[:, None] & (column < d)[None, :]
-    return tl.load(p_x + row[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float32), mask
+    return tl.load(p_x + row[:, None] * d + column[None, :], mask=mask, other=0.0), mask
 
 
 @triton.jit
 def _origin(p_x, first, last, column, d, ROWS: tl.constexpr):
     """The mean c of the first tile, and a power of two λ such that λ(x − c) is about 1: its squares neither underflow
     nor overflow unless later rows are 1e18 times farther from c or nearer to it."""
-    b_first = tl.load(p_x + first * d + column, mask=column < d, other=0.0).to(tl.float32)
+    b_first = tl.load(p_x + first * d + column, mask=column < d, other=0.0)
     b_x, mask = _tile(p_x, first, last, column, d, ROWS)
     count = tl.minimum(last - first, ROWS).to(tl.float32)
     # x − x₀ is exact where x is far from 0
@@ -86,6 +86,7 @@ def forward(x):
     if x.dtype not in ACCEPTED:
         raise TypeError(f"x in Triton must be float32, bfloat16 or float16, got {x.dtype}")
     n, d = x.shape
+    x = x.float()  # Triton 3.6 fails for Blackwell where products take what was loaded in half precision
     blocks = triton.cdiv(d, BLOCK)
     tiles = triton.cdiv(n, ROWS)
     share = min(CHUNK, ROWS * max(1, triton.cdiv(tiles * blocks, PROGRAMS)))

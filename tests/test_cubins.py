@@ -146,8 +146,8 @@ def statistics_variants() -> list[Variant]:
     from ivfast.kernels import gaussian_statistics
 
     found = []
-    for d, dtype, ones in ((64, "fp32", {}), (256, "bf16", {}), (1, "fp16", {"n": 1, "d": 1})):
-        given = {"p_x": f"*{dtype}:16", "p_means": "*fp64:16", "p_parts": "*fp64:16", "share": "i32:16", **ones}
+    for d, ones in ((64, {}), (256, {}), (1, {"n": 1, "d": 1})):
+        given = {"p_means": "*fp64:16", "p_parts": "*fp64:16", "share": "i32:16", **ones}
         given |= {
             "BLOCKS": -(-d // gaussian_statistics.BLOCK),
             "ROWS": gaussian_statistics.ROWS,
