@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,13 +14,13 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
-REGISTERS = 160  # at most, per thread: 128 with Triton 3.9, plus room for other compilers
-
+TRITON = tuple(int(part) for part in version("triton").split(".")[:2])
+REGISTERS = 160 if TRITON >= (3, 7) else 176  # at most, per thread: 128 with Triton 3.9, 170 with 3.6
 
 # Bytes of a thread's stack. The ptxas of Triton 3.8 puts up to four registers there, reloaded once in a tile of pairs at
 # the most: 4 loads among the 2,300 instructions of selection._count_kernel's loop at D = 512 on sm_80, 2 among the 1,430
 # of svgd_bridge's step on sm_90, and 1 in as_distance._pack_kernel's loop on sm_90.
-SPILLED = 16
+SPILLED = 16 if TRITON >= (3, 7) else 24  # of Triton 3.6, six registers of an mmd kernel with all 255 on sm_90
 SHARES = 2  # processes
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes available to a program
 
@@ -367,6 +368,11 @@ def compile_share(share: int) -> list[dict]:
     ]
 
 
+def without_tensor_cores(row: dict) -> bool:
+    """Triton 3.6 multiplies float64 on sm_100 without them."""
+    return TRITON < (3, 7) and row["sm"] == 100 and row["variant"].startswith(("fld.", "inverse_root."))
+
+
 def test_every_triton_kernel_compiles_ahead_of_time_without_spills():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     rows = []
@@ -382,7 +388,8 @@ def test_every_triton_kernel_compiles_ahead_of_time_without_spills():
         rows += json.loads(output.splitlines()[-1])
     assert {row["sm"] for row in rows} == set(TARGETS)
     wrong = [r for r in rows if r["STACK"] > SPILLED or r["LOCAL"] or r["SHARED"] > SHARED[r["sm"]]]
-    wrong += [r for r in rows if (r["MMA"] == 0 if r["products"] else r["REG"] > r["limit"])]
+    fused = [r for r in rows if r["products"] and not without_tensor_cores(r)]
+    wrong += [r for r in fused if r["MMA"] == 0] + [r for r in rows if not r["products"] and r["REG"] > r["limit"]]
     assert not wrong, "\n".join(map(str, wrong))
 
 
