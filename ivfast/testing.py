@@ -69,17 +69,17 @@ def error(actual: Tensor, expected: Tensor, unit: float = 0.0) -> float:
     return float((difference / expected.double().abs().max().clamp_min(floor)).nan_to_num(nan=float("inf")))
 
 
-def gradient_units(tensors: list[Tensor], *weightings: list[Tensor]) -> list[float]:
-    """The scale of each input's gradient: its largest value under any of the `weightings` (the gradients for one set of
-    random weights each), or the size that would change the value as much as the largest gradient does.
+def gradient_units(tensors: list[Tensor], gradients: list[Tensor], *others: list[Tensor]) -> list[float]:
+    """The scale of each input's gradient: the size that would change the value as much as the largest gradient does, or
+    the largest value of the gradient in `others`, which are for other random weights.
 
     The gradient of a scalar, such as a bandwidth, can cancel to nothing against one set of weights. It does not against
-    several, and neither does |∂L/∂x||x| over all inputs together.
+    several, and |∂L/∂x||x| over all inputs together does not either.
     """
     sizes = [float(x.detach().abs().max()) for x in tensors if x.requires_grad]
-    largest = [max(float(g.abs().max()) for g in gradients) for gradients in zip(*weightings, strict=True)]
-    effect = max(g * size for g, size in zip(largest, sizes, strict=True))
-    return [max(g, effect / max(size, 1e-30)) for g, size in zip(largest, sizes, strict=True)]
+    effect = max(float(g.abs().max()) * size for g, size in zip(gradients, sizes, strict=True))
+    largest = [max(float(g.abs().max()) for g in its) for its in zip(gradients, *others, strict=True)]
+    return [max(effect / max(size, 1e-30), g) for size, g in zip(sizes, largest, strict=True)]
 
 
 def compare(case: Case, tensors: list[Tensor], implementation: str | None = None) -> dict[str, float]:
@@ -91,13 +91,12 @@ def compare(case: Case, tensors: list[Tensor], implementation: str | None = None
     exact = [x.detach().to("cpu", torch.float64).requires_grad_(x.requires_grad) for x in tensors]
     with ivfast.use("reference"):
         expected = value_and_gradients(case, exact)
-        weightings = [expected[1]]
-        if any(x.numel() <= FEW for x in exact if x.requires_grad):
-            weightings += [value_and_gradients(case, exact, seed)[1] for seed in (1, 2, 3)]
+        few = any(x.numel() <= FEW for x in exact if x.requires_grad)
+        others = [value_and_gradients(case, exact, seed)[1] for seed in (1, 2, 3)] if few else []
     with ivfast.use(implementation) if implementation else contextlib.nullcontext():
         actual = value_and_gradients(case, tensors)
     tolerance = TOLERANCES[tensors[0].dtype] * case.slack
-    units = [case.unit] * len(expected[0]), gradient_units(exact, *weightings)
+    units = [case.unit] * len(expected[0]), gradient_units(exact, expected[1], *others)
     errors = {}
     for kind, ours, theirs, scales in zip(("value", "gradient"), actual, expected, units, strict=True):
         for i, (a, b, unit) in enumerate(zip(ours, theirs, scales, strict=True)):

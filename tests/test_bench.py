@@ -167,7 +167,7 @@ def test_a_peer_that_fails_or_does_not_fit_or_takes_too_long_is_a_row_with_the_r
     one, rows = measured(monkeypatch, problem, _seen={("square", "slow", FORWARD): (100.0, 48)})
     reasons = {r["provider"]: r.get("reason", "") for r in rows}
     assert reasons["fail"] == "RuntimeError: out of luck"
-    assert "GB are free" in reasons["huge"]
+    assert "GB is free" in reasons["huge"]
     assert reasons["slow"] == "about 100 s per call"
     assert slow.calls == 0
     assert one.missing == []

@@ -117,10 +117,10 @@ def test_ctrl_c_leaves_what_was_measured_and_resume_goes_on(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("sgvd",), f"there is no benchmark 'sgvd'; did you mean svgd? Known: {', '.join(bench.names())}"),
+        (("sgvd",), "there is no benchmark 'sgvd'; did you mean svgd?"),
         (("svgd", "--shapes", "64"), "--shapes takes sizes like 64x16,1024x64, got '64'"),
         (("svgd", "--shapes", "0x3"), "--shapes takes sizes like 64x16,1024x64, got '0x3'"),
-        (("svgd", "--providers", "egaer"), "there is no provider 'egaer'; did you mean eager? Known: ivfast"),
+        (("svgd", "--providers", "egaer"), "there is no provider 'egaer'; did you mean eager?"),
         (("svgd", "--device", "tpu"), "--device must be cpu or cuda, got 'tpu'"),
     ],
 )

@@ -131,7 +131,8 @@ def test_float32_statistics_give_float32(package):
         result = value(package, *arguments)
     assert result == pytest.approx(expected, rel=1e-4)  # the originals compute in float32
     assert result == pytest.approx(nuclear(x, y), rel=1e-5)  # the statistics are rounded to 6e-8
-    assert type(result) in (type(expected), np.float32)  # 2 * float32 is float64 in NumPy 1
+    # in NumPy 1 the original of pytorch-fid returns float64, because 2 * float32 is
+    assert type(result) is (np.float32 if package.name == "pytorch_fid" else type(expected))
 
 
 def test_arrays_of_any_layout(package):
@@ -206,29 +207,26 @@ def test_missing_packages_are_named_with_the_pip_command():
     for name in PACKAGES:
         code += f"try: ivfast.patch.{name}()\nexcept ImportError as error: print(error)\n"
     names = {name: name.replace("_", "-") for name in PACKAGES}
-    extras = {"pytorch_fid": "train", "torchmetrics": "metrics", "torch_fidelity": "metrics"}
-    expected = [
-        f'ivfast.patch.{name}() needs {pip}: pip install "ivfast[{extras[name]}]"' for name, pip in names.items()
-    ]
+    expected = [f"ivfast.patch.{name}() needs {pip}: pip install {pip}" for name, pip in names.items()]
     assert passes(code).splitlines() == expected
 
 
 def test_another_version_is_named_and_left_alone(package, monkeypatch):
-    expected = f"{package.name.replace('_', '-')} [0-9.]+: expected {re.escape(package.home.__name__)}"
+    looked_for = f"{package.name.replace('_', '-')} [0-9.]+: looked for {re.escape(package.home.__name__)}"
 
     def other(mu1, sigma1):
         pass
 
     with monkeypatch.context() as context:
         context.setattr(package.home, package.function, other)
-        with pytest.raises(RuntimeError, match=rf"{expected}.*\(mu1, sigma1\); nothing was patched"):
+        with pytest.raises(RuntimeError, match=rf"{looked_for}.*\(mu1, sigma1\); nothing is patched"):
             package.patch()
         assert current(package) is other
         context.delattr(package.home, package.function)
-        with pytest.raises(RuntimeError, match=f"{expected}.*there is no function {package.function}"):
+        with pytest.raises(RuntimeError, match=f"{looked_for}.*there is no function {package.function}"):
             package.patch()
     monkeypatch.setitem(sys.modules, package.home.__name__, None)
-    with pytest.raises(RuntimeError, match=f"{expected}.*there is no module"):
+    with pytest.raises(RuntimeError, match=f"{looked_for}.*there is no module"):
         package.patch()
 
 
