@@ -113,7 +113,7 @@ def test_errors(bad):
         ivfast.polar(torch.zeros(4))
 
 
-@pytest.mark.parametrize("function", [ivfast.sqrtm_spd, ivfast.polar], ids=str)
+@pytest.mark.parametrize("function", [ivfast.sqrtm_spd, ivfast.polar], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_matrix_that_is_not_finite_gives_nan_and_leaves_the_others(function, dtype):
     clean = spd(4).to(dtype)
