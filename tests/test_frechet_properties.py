@@ -87,3 +87,24 @@ def test_what_is_not_finite_gives_nan_and_leaves_the_rest_of_the_batch():
     sigma[2, 3] = float("nan")
     for grad in (False, True):
         assert ivfast.frechet_distance(mu, sigma.requires_grad_(grad), mu, torch.eye(6, dtype=torch.float64)).isnan()
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_few_samples_far_from_0_have_the_derivatives_of_those_near(n):
+    """The rounding of a mean far from 0 is no direction of the samples. The shift rounds no sample."""
+    x, y = ((normal(n, 6) * 2**20).round() / 2**20 for _ in range(2))
+    tangent = normal(n, 6)
+
+    def curvature(x):  # of fld: the Hessian does not depend on the mean
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(ivfast.fld(x), x, create_graph=True)
+        return torch.autograd.grad((gradient * tangent).sum(), x)[0]
+
+    def slope(shift):
+        far = (x + shift).requires_grad_()
+        return torch.autograd.grad(ivfast.frechet_distance_from_samples(far, y + shift), far)[0]
+
+    shift = 2.0**16
+    # rounding, times the square of the condition number of C
+    assert error(curvature(x + shift), curvature(x)) < 1e-8
+    assert error(slope(shift), slope(0.0)) < 1e-8

@@ -158,7 +158,9 @@ class TestUpdate:
         x = normal(n, 4, torch.float32)
         with torch.inference_mode():
             stats = of(x * 1)
-            state = stats.state_dict()
+            state, both = stats.state_dict(), stats + stats
+        assert equal(both, stats + stats)
+        assert both.update(x).count == 3 * n
         stats.update(x).merge(stats)
         assert stats.count == 4 * n
         again = GaussianStatistics(4)

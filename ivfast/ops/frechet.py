@@ -76,10 +76,16 @@ def squared_norm(x: Tensor) -> Tensor:
 
 
 def factor(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `[..., d]` and C `[..., n, d]` with CᵀC the covariance, in float64."""
+    """Mean `[..., d]` and C `[..., n, d]` with CᵀC the covariance, in float64.
+
+    The mean is taken relative to the first sample. Far from 0, the mean's own rounding would give C one more direction,
+    which polar factors would count in full.
+    """
     x = x.double()
-    mu = x.mean(-2)
-    return mu, (x - mu.unsqueeze(-2)) / (x.shape[-2] - 1) ** 0.5
+    first = x[..., :1, :].detach()
+    rows = x - first
+    shift = rows.mean(-2, keepdim=True)
+    return (first + shift).squeeze(-2), (rows - shift) / (x.shape[-2] - 1) ** 0.5
 
 
 def _polar(m: Tensor) -> tuple[Tensor, Tensor]:

@@ -160,6 +160,12 @@ class GaussianStatistics:
                 self._add_between(count, count, mean.unsqueeze(0))
         return self
 
+    def __deepcopy__(self, memo) -> "GaussianStatistics":
+        found = copy.copy(self)
+        with _state():
+            found.mean, found._upper = self.mean.clone(), self._upper.clone()
+        return found
+
     def __add__(self, other: "GaussianStatistics") -> "GaussianStatistics":
         if not isinstance(other, GaussianStatistics):
             return NotImplemented
