@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _defaults
 from .._extra import needs
 from . import decoded
 from .recipe import DataNotFound, Encoded, Read
@@ -37,6 +37,7 @@ class Dataset(NamedTuple):
 
 
 @needs("ivfast.data.load")
+@_defaults.initial()
 def load(
     name: str,
     root: str | Path = "data",
@@ -147,6 +148,7 @@ def _dataset(name: str, tensors: dict[str, Tensor], classes: Iterable[str]) -> D
     return Dataset(name, train, tensors.get("train_labels"), test, tensors.get("test_labels"), tuple(classes))
 
 
+@_defaults.initial()
 def stratified(labels: Tensor, share: float) -> Tensor:
     """Row indices of a share of the images, int64, ascending: the same share of each class, at least one image.
 

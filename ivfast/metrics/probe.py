@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import nets
+from .. import _defaults, nets
 
 WIDTH, DEPTH, BATCH, RATE = 1000, 2, 60, 1e-4  # S1, section 4
 
@@ -17,6 +17,7 @@ class Probe(NamedTuple):
     errors: list[float]
 
 
+@_defaults.initial()
 def probe(
     train: Tensor,
     train_labels: Tensor,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _defaults
 
 BATCH = 500
 
@@ -38,9 +38,10 @@ def evaluating(system, seed: int = 0) -> Iterator[torch.device]:
     """
     training = any(module.training for module in system.modules.values())
     device = torch.device(system.settings.device)
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     system.train(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad(), random, _defaults.initial():
             torch.manual_seed(seed)
             yield device
     finally:

@@ -2,6 +2,7 @@
 
 import torch
 
+from .. import _defaults
 from ..data.points import POINTS
 from ..train.declare import About, table
 from ..train.phase import System
@@ -109,6 +110,7 @@ def documentation() -> str:
     return f"{DOCUMENTATION}\n{table({entry: one_of(names, SYSTEMS) for entry, names in having.items()})}\n"
 
 
+@_defaults.initial()
 def build(settings: Settings, image_shape: tuple[int, ...]) -> System:
     """The system that `settings` describe, freshly initialised on `settings.device`.
 

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from .. import _defaults
 from . import Experiment
 from .session import Cell, Findings, Session, Spread, Table, start
 
 
+@_defaults.initial()
 def run(name: str, *, console: Console | None = None, **options) -> Findings:
     """Run an experiment, show it, and write report.md, report.json and its figures to the out folder.
 

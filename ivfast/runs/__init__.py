@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import _defaults, models
 from .. import data as datasets
-from .. import models
 from ..data import Dataset, stratified, target_of
 from ..data.sources import DATASETS
 from ..train import checkpoint
@@ -131,7 +131,7 @@ def training_set(system: System, dataset: Dataset, *, download: bool = False) ->
         system.class_names = tuple(dataset.classes)
     settings, images, labels = system.settings, dataset.train, dataset.train_labels
     if settings.data_share < 1:
-        rows = stratified(torch.zeros(len(images)) if labels is None else labels, settings.data_share)
+        rows = stratified(torch.zeros(len(images), device="cpu") if labels is None else labels, settings.data_share)
         images, labels = images[rows], None if labels is None else labels[rows]
     if system.labels == "none":
         return images, None
@@ -212,6 +212,7 @@ def last_step(run: Path) -> int:
     return max((record["step"] for record in read_log(log)), default=0) if log.is_file() else 0
 
 
+@_defaults.initial()
 def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = True) -> tuple[System, Settings]:
     """The trained system of a run, in evaluation mode on `device`, and its settings.
 

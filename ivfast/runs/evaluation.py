@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import metrics
+from .. import _defaults, metrics
 from ..data import Dataset, load, target_of
 from ..data.points import POINTS, Mixture
 from ..metrics.classifier import Classifier, classifier_of
@@ -130,6 +130,7 @@ class Evaluation:
             return f"{name} needs {least} training images or more, got {len(self.dataset.train)}"
         return None
 
+    @_defaults.initial()
     def run(self, name: str) -> list[Value]:
         """The values of one metric of `METRICS`; ValueError if it does not apply."""
         if reason := self.missing(name):

@@ -92,7 +92,9 @@ def _strips(rows, path, title, *, pairs=False, ends=None):
     strip = rows[0][1]
     height, width = strip.shape[1:]
     gap, count = round(0.35 * height) if pairs else 0, len(rows)
-    canvas = torch.full((3, count * height + (count // 2 - 1 if pairs else 0) * gap, width), 255, dtype=torch.uint8)
+    canvas = torch.full(
+        (3, count * height + (count // 2 - 1 if pairs else 0) * gap, width), 255, dtype=torch.uint8, device="cpu"
+    )
     ticks = []
     for i, (_, picture) in enumerate(rows):
         top = i * height + (i // 2) * gap

@@ -85,7 +85,8 @@ def interpolated(system, z: Tensor, rows: int = 6, columns: int = 12) -> Tensor:
     """Decoded z_i + a (z_j − z_i), a = 0..1, for the first pairs of codes: `[rows, columns, C, H, W]`."""
     rows = min(rows, len(z) // 2)
     first, second = z[:rows, None], z[rows : 2 * rows, None]
-    points = torch.lerp(first, second, torch.linspace(0, 1, columns)[:, None])  # [rows, columns, d]
+    steps = torch.linspace(0, 1, columns, dtype=z.dtype, device=z.device)
+    points = torch.lerp(first, second, steps[:, None])  # [rows, columns, d]
     return metrics.decoded(system, points.flatten(0, 1)).unflatten(0, (rows, columns))
 
 

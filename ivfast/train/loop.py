@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import _defaults
 from . import checkpoint, lock
 from .checkpoint import CheckpointError
 from .lock import RunInUse
@@ -44,6 +45,7 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"stopped after step {step}; resume with: ivfast train --resume --out {shlex.quote(str(out))}")
 
 
+@_defaults.initial()
 def fit(
     system: System,
     images: Tensor,
@@ -59,7 +61,8 @@ def fit(
     """Train `system` on `images` and keep the run in the folder `out`.
 
     Writes `config.json`, `log.jsonl`, `tensorboard/`, `pictures/` and `checkpoints/last.safetensors`. PyTorch's global
-    generators are left as they were. The same settings give the same run, and on the CPU a run that was stopped, or
+    generators are left as they were, and its defaults of dtype and device are float32 and the CPU inside, whatever the
+    caller has set. The same settings give the same run, and on the CPU a run that was stopped, or
     killed at any moment, and resumed gives the same bits.
 
     Where a group of `torch.distributed` is there, every rank calls with all the images, trains on its rows of each

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ivfast
 
+from .. import _defaults
 from ..distributed import exchange
 from ..optim import Adam
 from .settings import Settings
@@ -129,11 +130,12 @@ class System:
         """n codes from N(0, I), `[n, d]`. The generator may live on the CPU while the system does not."""
         device = self.settings.device
         place = device if generator is None else generator.device
-        return torch.randn(n, self.latent_dim, generator=generator, device=place).to(device)
+        z = torch.randn(n, self.latent_dim, generator=generator, dtype=_defaults.DTYPE, device=place)
+        return z.to(device)
 
     def randn(self, n: int, *shape: int) -> Tensor:
         """Standard normal noise `[n, *shape]` for the n rows of a batch."""
-        return self.part.draw(torch.randn, (n, *shape), device=self.settings.device)
+        return self.part.draw(torch.randn, (n, *shape), dtype=_defaults.DTYPE, device=self.settings.device)
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal noise for the rows of a batch `[n, ...]`."""
@@ -141,7 +143,7 @@ class System:
 
     def rand(self, n: int, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), `[n, *shape]`, for the n rows of a batch."""
-        return self.part.draw(torch.rand, (n, *shape), device=self.settings.device)
+        return self.part.draw(torch.rand, (n, *shape), dtype=_defaults.DTYPE, device=self.settings.device)
 
     def randint(self, high: int, n: int) -> Tensor:
         """Uniform integers in [0, high), `[n]`, for the n rows of a batch."""
