@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from ..train import declare
 from ..train.settings import Settings
-from .app import app, console, errors, friendly, listed, option, say
+from .app import THREADS, app, console, errors, friendly, integer, listed, option, say
 from .names import DATA, PAPERS, SYSTEMS
 from .options import COMMON, PerSystem, declared
 
@@ -52,7 +52,13 @@ def train(
     ] = False,
     threads: Annotated[
         int | None,
-        option(min=1, metavar="N", panel=declare.MACHINE, help="CPU threads; default: 1 for small networks."),
+        integer(
+            least=1,
+            most=THREADS,
+            panel=declare.MACHINE,
+            show_default=False,
+            help="CPU threads; default: 1 for small networks.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,

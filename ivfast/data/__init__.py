@@ -176,10 +176,15 @@ def target_of(dataset: Dataset, target: str, root: str | Path = "data", *, downl
         root, download: as for `load`.
 
     Raises:
-        ValueError: a data set with other classes.
+        ValueError: no data set of images, or one with other classes.
     """
     if target == "negative":
         return dataset._replace(name=f"negative {dataset.name}", train=255 - dataset.train, test=255 - dataset.test)
+    images = [name for name, source in DATASETS.items() if source.size is not None]
+    if (family := target.partition(":")[0]) not in images:
+        near = difflib.get_close_matches(family, images, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"target must be negative or a data set of images, got {target!r}{hint}")
     _, channels, size, _ = dataset.train.shape
     other = load(target, root, size, channels, download=download)
     same_classes(f"the target {target}", other.classes, dataset.name, dataset.classes)

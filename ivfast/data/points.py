@@ -84,7 +84,8 @@ def load(name: str, n: int, seed: int = 0) -> Tensor:
     """n points from a distribution in `POINTS`, float32 `[n, 2]` (`[n, 4]` for four-points), reproducible by seed.
 
     Raises:
-        ValueError: an unknown name, or n < 1.
+        ValueError: an unknown name, n < 1, or a seed that is not an integer >= 0.
     """
     _check.count("n", n)
+    _check.count("seed", seed, at_least=0)
     return find(name).draw(n, torch.Generator().manual_seed(seed))

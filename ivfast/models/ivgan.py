@@ -237,8 +237,17 @@ class UnrolledGan(Gan):
     Settings = UnrolledGanSettings
     second_order = ("generator",)
 
+    def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
+        super().__init__(settings, image_shape)
+        self.rate = self.learning_rate("unrolled")
+
+    @classmethod
+    def preset(cls, data: str) -> dict[str, object]:
+        settings = super().preset(data)
+        return {**settings, "learning_rates": {**settings["learning_rates"], "unrolled": 0.1}}
+
     def generator_loss(self, shared: Drawn) -> dict[str, Tensor]:
-        rate, discriminator = self.settings.learning_rate("unrolled"), self.modules["discriminator"]
+        rate, discriminator = self.rate, self.modules["discriminator"]
         weights = {name: weight.detach().requires_grad_() for name, weight in discriminator.named_parameters()}
 
         def unrolled(x):
@@ -327,6 +336,11 @@ class IvDcgan(EncodingGan):
 
     Settings = IvDcganSettings
 
+    def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
+        super().__init__(settings, image_shape)
+        if settings.latent_dim % settings.k:
+            raise ValueError(f"k must divide latent_dim = {settings.latent_dim}, got {settings.k}")
+
     def networks(self) -> dict[str, nn.Module]:
         return {**super().networks(), "classifier": nn.Linear(self.features, self.settings.k)}
 
@@ -389,7 +403,7 @@ _TABLE5 = {
     IvLsgan: {"learning_rates": {"default": 2e-4, "encoder": 5e-3}, "mu": 0.5, "lam": 0.25, "k": 4},
     PacDcgan: {"learning_rates": {"default": 2e-4}, "packing": 2},
     VeeGan: {"learning_rates": {"default": 2e-4}, "lam": 1.0},
-    UnrolledGan: {"learning_rates": {"default": 1e-4, "unrolled": 0.1}, "unroll": 5},
+    UnrolledGan: {"learning_rates": {"default": 1e-4}, "unroll": 5},
 }
 _S2 = {"batch_size": 64, "betas": (0.5, 0.999)}
 # S2 gives neither the length of training nor the deviation of the instance noise
@@ -422,5 +436,5 @@ _POINTS = {
     "discriminator_width": 128,
     "batch_size": 128,
     "epochs": 30,
-    "learning_rates": {"default": 1e-3, "unrolled": 0.1},
+    "learning_rates": {"default": 1e-3},
 }

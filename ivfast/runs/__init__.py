@@ -41,7 +41,8 @@ def assignments(pairs: Iterable[str], system: str) -> dict[str, object]:
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
         if name not in known and not readers(name):
-            raise unknown("setting", name, known)
+            near = did_you_mean(name, known, 0.4) or f"ivfast train {system} --help lists those of {system}"
+            raise ValueError(f"there is no setting {name!r}; {near}")
         if name not in known:
             raise refusal([name], system, kind)
         value = _value(text)
@@ -117,7 +118,8 @@ def with_classes(settings: Settings, dataset: Dataset) -> Settings:
         unlabelled = [name for name, system in models.SYSTEMS.items() if system.labels == "none"]
         raise ValueError(
             f"{settings.system} learns from labels, and {dataset.name} has none; sort an image folder into one "
-            f"subfolder per class, or use a system that needs none: {', '.join(unlabelled)}"
+            f"subfolder per class, or use a system that needs none: {', '.join(unlabelled)}; "
+            f"{models.learnable(settings.system)}"
         )
     return dataclasses.replace(settings, classes=len(dataset.classes))
 
@@ -198,12 +200,13 @@ def _next_folder(parent: Path, stem: str) -> Path:
     return parent / f"{stem}-{max((int(n) for n in numbers if n.isdigit()), default=0) + 1}"
 
 
-def trained(run: Path, device: str | None):
-    """The system of a run on `device` (default: the GPU if there is one), in evaluation mode, and its settings."""
+def trained(run: Path, device: str | None, root: Path | None = None) -> tuple[System, Settings]:
+    """The system of a run on `device` (default: the GPU if there is one), in evaluation mode, and its settings, with
+    the data sets in `root` (default: the run's)."""
     config(run)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    return load_system(run, device)
+    return load_system(run, device, root=root)
 
 
 def last_step(run: Path) -> int:
@@ -213,13 +216,16 @@ def last_step(run: Path) -> int:
 
 
 @_defaults.initial()
-def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = True) -> tuple[System, Settings]:
+def load_system(
+    run_folder: Path | str, device: str = "cpu", *, average: bool = True, root: Path | str | None = None
+) -> tuple[System, Settings]:
     """The trained system of a run, in evaluation mode on `device`, and its settings.
 
     Args:
         run_folder: the folder that `fit` wrote to, or a checkpoint file.
         device: replaces the training device.
         average: use the moving average of the weights if the run kept one.
+        root: replaces the folder of the data sets, such as the target of domain adaptation.
 
     Raises:
         CheckpointError: no checkpoint, or one that is truncated, foreign or does not fit; names the file and reason.
@@ -228,6 +234,8 @@ def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = 
     path = path if path.suffix == ".safetensors" else path / checkpoint.LAST
     saved = checkpoint.read(path)
     settings = dataclasses.replace(checkpoint.settings_of(saved, path), device=str(device))
+    if root is not None:
+        settings = dataclasses.replace(settings, root=str(root))
     try:
         system = models.build(settings, tuple(saved.about["image_shape"]))
     except (TypeError, ValueError, RuntimeError) as error:

@@ -16,7 +16,7 @@ from ..data import Dataset
 from ..data.points import POINTS
 from ..train.settings import Settings
 from . import pictures
-from .evaluation import CODES, LEAST, Value, accuracy_of, bound_of, has_encoder, mixture_of
+from .evaluation import CODES, LEAST, Value, bound_of, has_encoder, judged, mixture_of
 
 RECONSTRUCTED = 1_000  # test images per evaluation during training; `ivfast evaluate` takes all
 LOOK = 2_500  # points drawn to count modes during training (Srivastava et al. 2017)
@@ -26,6 +26,8 @@ def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
     """The `evaluate` of `ivfast.train.loop.fit`, with the metrics that the system supports: FLD of the training codes;
     reconstruction of 1,000 test images; the variational bound and the accuracy of the system's own classifier on all
     test images; modes of points."""
+
+    target: dict[str, Dataset] = {}  # read once
 
     def evaluate(system):
         values = {}
@@ -40,7 +42,10 @@ def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
         if hasattr(system, "bound"):
             values["bound"] = bound_of(system, dataset)
         if hasattr(system, "classify"):
-            values["accuracy"] = accuracy_of(system, dataset)
+            if "of" not in target:
+                target["of"] = judged(system, dataset)
+            of = target["of"]
+            values["accuracy"] = metrics.accuracy(system, of.test, of.test_labels)
         return values
 
     return evaluate

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import _defaults
+from .. import _defaults, _extra
 from . import checkpoint, lock
 from .checkpoint import CheckpointError
 from .lock import RunInUse
@@ -95,6 +95,7 @@ def fit(
             says where and why.
         FileExistsError: `out` already holds a run and `resume` is False.
         RunInUse: another process trains in `out`.
+        PackageNotFound: tensorboard is not installed, and `settings.tensorboard` is True.
         NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
         RankLost: another rank was killed; the message says how to resume.
         CheckpointError: a checkpoint cannot be written or read.
@@ -106,6 +107,8 @@ def fit(
     _check_images(images, system)
     _check_labels(labels, system)
     _check_folder(out, resume)
+    if settings.tensorboard:
+        _extra.check("settings.tensorboard", "tensorboard")
     with torch.random.fork_rng(devices=cuda_devices(settings.device)):
         run = Run(system, images, settings, out, labels)
         with lock.held(out) if run.ranks.first else contextlib.nullcontext():

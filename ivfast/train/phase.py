@@ -81,6 +81,7 @@ class System:
         settings, image_shape: what it was built from; `(C, H, W)`.
         latent_dim: d, the size of a code.
         modules: name -> network. Weights, EMA and learning rates go by these names.
+        rated: the names of learning rates that it has read.
         class_names: one per label where it reads labels and they are known; kept in checkpoints.
         phases: run in this order in every step.
         ops: where its losses find the ops that look at a batch as a whole or draw: `ivfast`, or the same names over a
@@ -99,6 +100,7 @@ class System:
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         self.settings, self.image_shape, self.latent_dim = settings, tuple(image_shape), settings.latent_dim
         self.modules, self.phases, self.ops, self.part = {}, [], ivfast, Part()
+        self.rated: list[str] = []
         if not isinstance(settings, self.Settings):
             raise TypeError(f"settings must be {self.Settings.__name__}, got {type(settings).__name__}")
 
@@ -111,6 +113,27 @@ class System:
     def misfit(cls, data: str) -> str | None:
         """Why the system cannot learn from the data set of that name, as a phrase after its own; None where it may."""
         return None
+
+    def check(self) -> None:
+        """What is right about settings and networks together, once the system is built.
+
+        Raises:
+            ValueError: by the setting.
+        """
+        if unknown := [name for name in self.settings.learning_rates if name not in ("default", *self.rated)]:
+            raise ValueError(
+                f"learning_rates has {', '.join(map(repr, unknown))}, which {self.settings.system} does not have; "
+                f"its rates are {', '.join(self.rated)} and default, for the others"
+            )
+        norms = [part for module in self.modules.values() for part in module.modules()]
+        if self.settings.batch_size < 2 and any(isinstance(norm, nn.BatchNorm1d) for norm in norms):
+            raise ValueError(f"batch_size must be at least 2 for batch normalisation, got {self.settings.batch_size}")
+
+    def learning_rate(self, name: str) -> float:
+        """The base rate of a network, or of something else that the system's constructor names."""
+        if name not in self.rated:
+            self.rated.append(name)
+        return self.settings.learning_rate(name)
 
     def share(self, x: Tensor) -> object:
         """The forward pass that a step runs once; every phase of the step gets its result.
@@ -188,7 +211,7 @@ class System:
         fused = device.type in ("cpu", "cuda")
         groups = []
         for name in names:
-            rate = self.settings.learning_rate(name)
+            rate = self.learning_rate(name)
             dtype = torch.float32 if device.type == "cuda" else torch.float64
             tensor = torch.tensor(rate, dtype=dtype, device=device) if fused else rate
             groups.append({"params": list(self.modules[name].parameters()), "lr": tensor, "initial_lr": rate})
