@@ -1,4 +1,4 @@
-"""PyTorch's defaults of dtype and device, which a caller may have changed."""
+"""PyTorch's defaults of dtype and device, and its autocast, which a caller may have changed."""
 
 import contextlib
 import threading
@@ -14,8 +14,8 @@ _inside, _callers = 0, DTYPE  # how many are inside, and the dtype to be restore
 
 @contextlib.contextmanager
 def initial() -> Iterator[None]:
-    """The defaults are float32 and the CPU inside, as without `torch.set_default_dtype` and `set_default_device`. Also
-    a decorator.
+    """The defaults are float32 and the CPU inside, as without `torch.set_default_dtype` and `set_default_device`, and
+    no autocast of the caller reaches there. Also a decorator.
 
     The default dtype is one of the process, so other threads see it too.
     """
@@ -26,8 +26,11 @@ def initial() -> Iterator[None]:
             torch.set_default_dtype(DTYPE)
         _inside += 1
     try:
-        # a device that is set costs each call of PyTorch a microsecond
-        with contextlib.nullcontext() if torch.get_default_device() == CPU else CPU:
+        with contextlib.ExitStack() as modes:
+            if torch.get_default_device() != CPU:  # a device that is set costs each call of PyTorch a microsecond
+                modes.enter_context(CPU)
+            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+                modes.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         with _lock:

@@ -227,6 +227,23 @@ def test_a_loss_that_fails_leaves_the_callers_defaults(digits, tmp_path):
         fit(models.build(settings, (1, 8, 8)), digits.train[:, :, 1:], settings, tmp_path)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_autocast_of_the_caller(digits, tmp_path, precision):
+    """The precision of a run is its setting; and what is measured afterwards is measured in float32."""
+
+    def weights(out):
+        settings = settings_with({**SMALL, "precision": precision}, {"system": "wae-gan"})
+        made = models.build(settings, (1, 8, 8))
+        fit(made, digits.train, settings, out, progress=False, evaluate=report.while_training(digits))
+        return [*checkpoint.read(out / checkpoint.LAST).tensors.values(), metrics.codes(made, digits.test)]
+
+    expected = weights(tmp_path / "without")
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weights(tmp_path / "within")
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_threads_share_the_defaults():
     """The last one that is inside restores what the caller had set."""
     entered, leave = threading.Event(), threading.Event()

@@ -43,6 +43,8 @@ TRAIN = {
         "learning_rates must name 'unrolled' or 'default'",
     ),
     "points": (["gan", "--data", "ring"], "gan generates numbers between −1 and 1, and ring holds others; what can"),
+    "classes": (["cgan", "--set", "classes=5"], "classes must be 10, as digits has, got 5"),
+    "category": (["gan", "--data", "digits:3"], "only lsun has categories: digits must be without one, got 'digits:3'"),
     "seed": (["avb", "--seed", LARGE], f"seed must be an integer from 0 to 2^63 - 1, got {LARGE}"),
     "negative seed": (["avb", "--seed", -1], "seed must be an integer >= 0, got -1"),
     "seed in json": (["avb", "--set", f"seed={LARGE}"], f"seed must be an integer from 0 to 2^63 - 1, got {LARGE}"),
@@ -104,6 +106,7 @@ OTHERS = {
     "seed": (["sample", "none", "--seed", LARGE], f"'--seed': it must be an integer from 0 to 2^63 - 1, got {LARGE}"),
     "negative": (["sample", "none", "--seed", -1], "'--seed': it must be an integer from 0 to 2^63 - 1, got -1"),
     "columns": (["sample", "none", "--columns", 0], "'--columns': it must be an integer from 1 to"),
+    "picture": (["sample", "none", "--out", "x.jpg"], "--out must end in .png, or be a folder, got x.jpg"),
     "word": (["sample", "none", "--seed", "one"], "'--seed': it must be an integer from 0 to 2^63 - 1, got one"),
     "evaluated": (
         ["evaluate", "none", "--seed", LARGE],

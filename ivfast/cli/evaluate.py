@@ -33,6 +33,8 @@ def sample(
     from .. import metrics, runs
     from ..runs import pictures
 
+    if out is not None and out.suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".pdf"):
+        raise ValueError(f"--out must end in .png, or be a folder, got {out}")
     system, settings = runs.trained(run, device)
     if not hasattr(system, "sample"):
         raise ValueError(f"{settings.system} does not generate images")

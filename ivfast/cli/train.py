@@ -107,6 +107,8 @@ def _train(
         lambda: datasets.load(settings.data, settings.root, settings.image_size, download=download)
     )
     settings = runs.with_classes(settings, dataset)
+    if "classes" in given and settings.classes != given["classes"]:
+        raise ValueError(f"classes must be {settings.classes}, as {settings.data} has, got {given['classes']}")
     runs.use_threads(threads, settings)
     network = models.build(settings, tuple(dataset.train.shape[1:]))
     images, labels = runs.training_set(network, dataset, download=download)

@@ -80,6 +80,7 @@ def load(
         near = difflib.get_close_matches(family, DATASETS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
+    check_category(name)
     recipe, root = DATASETS[family], Path(root).expanduser()
     if recipe.size is None and (image_size, channels) != (None, None):
         raise ValueError(f"image_size and channels must be None for points ({name}), got {image_size}, {channels}")
@@ -109,6 +110,13 @@ def load(
     if cache is None:
         return Dataset(name, _fit(train, shape), train_labels, _fit(test, shape), test_labels, tuple(classes))
     return _decoded(name, Read(train, train_labels, test, test_labels, classes), shape, cache, workers, progress)
+
+
+def check_category(name: str) -> None:
+    """Raises ValueError for a category of a data set that has none."""
+    family, colon, _ = name.partition(":")
+    if colon and family != "lsun":
+        raise ValueError(f"only lsun has categories: {family} must be without one, got {name!r}")
 
 
 def _decoded(

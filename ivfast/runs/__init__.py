@@ -16,10 +16,10 @@ from ..data.sources import DATASETS
 from ..train import checkpoint
 from ..train.average import floating_state
 from ..train.declare import did_you_mean
+from ..train.log import read_log
 from ..train.phase import System
 from ..train.run import RESUMABLE
 from ..train.settings import Settings, no_system, readers, refusal
-from .pictures import read_log
 
 RUNS = Path("runs")
 DEFAULT = Settings.declared()["system"].default
@@ -170,6 +170,7 @@ def config(run: Path) -> Settings:
 def known_data(data: str) -> None:
     if data.partition(":")[0] not in DATASETS:
         raise unknown("data set", data, DATASETS)
+    datasets.check_category(data)
 
 
 def check_device(device: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .. import metrics
 from ..data import Dataset
 from ..data.points import POINTS
+from ..train.log import read_log
 from ..train.settings import Settings
 from . import pictures
 from .evaluation import CODES, LEAST, Value, bound_of, has_encoder, judged, mixture_of
@@ -98,7 +99,7 @@ def interpolated(system, z: Tensor, rows: int = 6, columns: int = 12) -> Tensor:
 def _series(log: Path) -> dict[str, list[tuple[int, float]]]:
     series: dict[str, list[tuple[int, float]]] = {}
     for kind in ("losses", "metrics"):
-        for record in pictures.read_log(log):
+        for record in read_log(log):
             for name, value in record.get(kind, {}).items():
                 series.setdefault(name, []).append((record["step"], value))
     return series

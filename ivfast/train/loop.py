@@ -61,9 +61,9 @@ def fit(
     """Train `system` on `images` and keep the run in the folder `out`.
 
     Writes `config.json`, `log.jsonl`, `tensorboard/`, `pictures/` and `checkpoints/last.safetensors`. PyTorch's global
-    generators are left as they were, and its defaults of dtype and device are float32 and the CPU inside, whatever the
-    caller has set. The same settings give the same run, and on the CPU a run that was stopped, or
-    killed at any moment, and resumed gives the same bits.
+    generators are left as they were; a default dtype, a default device and autocast of the caller do not reach inside.
+    The same settings give the same run, and on the CPU a run that was stopped, or killed at any moment, and resumed
+    gives the same bits.
 
     Where a group of `torch.distributed` is there, every rank calls with all the images, trains on its rows of each
     batch of `settings.batch_size`, and the first writes the run, which can be resumed on another number of ranks. Only
