@@ -207,7 +207,7 @@ ERRORS = {
         ["train", "wae-mmd", "--set", "discriminator_width=8"],
         r"has no effect on wae-mmd; it is read by all but wae-mmd, introvae, s-introvae, as-introvae",
     ),
-    "JSON of another type": (["train", "--betas", "3"], r"--betas takes JSON like \[0\.9, 0\.999\], got '3'"),
+    "JSON of another type": (["train", "--betas", "3"], "betas must be a list of 2 numbers, got 3"),
     "setting without value": (["train", "--set", "width"], r"--set takes NAME=VALUE, got 'width'"),
     "setting of a wrong type": (["train", "--set", "lam=much"], r"--set lam takes a JSON value like 1.0, got 'much'"),
     "setting that is no JSON": (["train", "--set", "tensorboard=False"], r"tensorboard takes .*like true, got 'False'"),

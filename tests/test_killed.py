@@ -40,7 +40,8 @@ def command(arguments: list[str], output: Path, die: tuple[str, int] | None) -> 
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored,
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and what nohup starts with this one
     torch.set_num_threads(1)
     report.draw, report.draw_samples = (lambda *_: {}), None  # pictures would take longer than the steps
     if die is not None:
@@ -83,7 +84,9 @@ class Started:
 
     def end(self, code: int) -> str:
         self.process.join(60)
-        assert self.process.exitcode == code, self.text()
+        found = self.process.exitcode
+        self.process.kill()  # one that goes on would disturb all other tests
+        assert found == code, self.text()
         return self.text()
 
     def text(self) -> str:

@@ -207,26 +207,29 @@ def test_missing_packages_are_named_with_the_pip_command():
     for name in PACKAGES:
         code += f"try: ivfast.patch.{name}()\nexcept ImportError as error: print(error)\n"
     names = {name: name.replace("_", "-") for name in PACKAGES}
-    expected = [f"ivfast.patch.{name}() needs {pip}: pip install {pip}" for name, pip in names.items()]
+    extras = {"pytorch_fid": "train", "torchmetrics": "metrics", "torch_fidelity": "metrics"}
+    expected = [
+        f'ivfast.patch.{name}() needs {pip}: pip install "ivfast[{extras[name]}]"' for name, pip in names.items()
+    ]
     assert passes(code).splitlines() == expected
 
 
 def test_another_version_is_named_and_left_alone(package, monkeypatch):
-    looked_for = f"{package.name.replace('_', '-')} [0-9.]+: looked for {re.escape(package.home.__name__)}"
+    expected = f"{package.name.replace('_', '-')} [0-9.]+: expected {re.escape(package.home.__name__)}"
 
     def other(mu1, sigma1):
         pass
 
     with monkeypatch.context() as context:
         context.setattr(package.home, package.function, other)
-        with pytest.raises(RuntimeError, match=rf"{looked_for}.*\(mu1, sigma1\); nothing is patched"):
+        with pytest.raises(RuntimeError, match=rf"{expected}.*\(mu1, sigma1\); nothing was patched"):
             package.patch()
         assert current(package) is other
         context.delattr(package.home, package.function)
-        with pytest.raises(RuntimeError, match=f"{looked_for}.*there is no function {package.function}"):
+        with pytest.raises(RuntimeError, match=f"{expected}.*there is no function {package.function}"):
             package.patch()
     monkeypatch.setitem(sys.modules, package.home.__name__, None)
-    with pytest.raises(RuntimeError, match=f"{looked_for}.*there is no module"):
+    with pytest.raises(RuntimeError, match=f"{expected}.*there is no module"):
         package.patch()
 
 

@@ -8,10 +8,11 @@ from ..train.declare import About, table
 from ..train.phase import System
 from ..train.settings import Settings, no_system, one_of, register
 from .avb import Avb
+from .gan import Gan as Dcgan
+from .gan import LsGan, PacDcgan, UnrolledGan, WganGp
 from .introvae import AsIntroVae, IntroVae, SoftIntroVae
 from .ivaae import IvaaeBlockwise, IvaaeRadial, IvaaeSvgd, WaeGan, WaeMmd
-from .ivgan import Gan as Dcgan
-from .ivgan import IvDcgan, IvLsgan, LsGan, MrGan, PacDcgan, UnrolledGan, VeeGan, WganGp
+from .ivgan import IvDcgan, IvLsgan, MrGan, VeeGan
 from .unified_gan import Ada, Cgan, Gan, InfoGan, IwCgan, IwGan
 from .unified_vae import AaCvae, AaSvae, AaVae, Cvae, Svae, Vae
 

@@ -5,7 +5,7 @@ E and G carry recon together and meet no other common term, so one phase moves b
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -141,8 +141,8 @@ class WaeMmd(AutoEncoder):
         self.phases = [Phase("autoencoder", self.adam("encoder", "decoder"), self.autoencoder_loss)]
 
     @classmethod
-    def preset(cls, data: str) -> dict[str, object]:
-        settings = super().preset(data)
+    def preset(cls, data: str) -> dict[str, Any]:
+        settings: dict[str, Any] = super().preset(data)
         rates = {name: rate for name, rate in settings["learning_rates"].items() if name != "discriminator"}
         return {**settings, "learning_rates": rates}
 

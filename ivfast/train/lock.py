@@ -11,9 +11,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows
-    import msvcrt
-
+except ImportError:  # Windows, which has msvcrt
     fcntl = None
 
 NAME = ".lock"
@@ -70,6 +68,8 @@ def _lock(handle: int) -> None:
     if fcntl is not None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     else:
+        import msvcrt
+
         os.lseek(handle, _BYTE, os.SEEK_SET)
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
         os.lseek(handle, 0, os.SEEK_SET)
@@ -81,5 +81,7 @@ def _unlock(handle: int) -> None:
         if fcntl is not None:
             fcntl.flock(handle, fcntl.LOCK_UN)
         else:
+            import msvcrt
+
             os.lseek(handle, _BYTE, os.SEEK_SET)
             msvcrt.locking(handle, msvcrt.LK_UNLCK, 1)
