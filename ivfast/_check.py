@@ -7,6 +7,7 @@ import numbers
 import torch
 from torch import Tensor
 
+LARGEST = 2**63 - 1  # of an integer in PyTorch
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -88,4 +89,6 @@ def count(name: str, value: int, *, at_least: int = 1) -> int:
     """`value` as Python's int, from any integer type such as NumPy's."""
     if not isinstance(value, int | numbers.Integral) or isinstance(value, bool) or value < at_least:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be an integer from {at_least} to 2^63 - 1, got {value!r:.80}")
     return value if isinstance(value, int) else int(value)

@@ -7,26 +7,47 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import _check
 from .ops.as_distance import as_distance
 from .ops.mmd import mmd
 from .ops.multi_js import multi_js_loss
 
 
 class MultiJSLoss(nn.Module):
-    """`multi_js_loss` with its block weights π `[C]` (None: equal) as a buffer."""
+    """`multi_js_loss` with its block weights π `[C]` (None: equal) as a buffer, a copy.
+
+    A state dict says which weights the module has: where they are None, an empty tensor. Loading it gives any module
+    its weights, None or not.
+    """
 
     weights: Tensor | None
 
     def __init__(self, weights: Tensor | None = None):
         super().__init__()
+        if weights is not None:
+            _check.floating("weights", weights)
+            weights = weights.detach().clone()
         self.register_buffer("weights", weights)
 
     def forward(self, logits: Tensor) -> Tensor:
         return multi_js_loss(logits, weights=self.weights)
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.setdefault(f"{prefix}weights", torch.empty(0, device="cpu"))
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        saved = state_dict.get(f"{prefix}weights")
+        if isinstance(saved, Tensor) and not saved.numel():
+            state_dict = {name: value for name, value in state_dict.items() if name != f"{prefix}weights"}
+            self.weights = None
+        elif isinstance(saved, Tensor) and self.weights is None:
+            self.weights = saved.detach().clone()
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
 
 class MMDLoss(nn.Module):
-    """`mmd` with its kernel, scales, bandwidth and form fixed."""
+    """`mmd` with its kernel, scales, bandwidth and form fixed; a bandwidth that is a tensor is a buffer, a copy."""
 
     def __init__(
         self,
@@ -38,7 +59,7 @@ class MMDLoss(nn.Module):
         super().__init__()
         self.kernel, self.scales, self.unbiased = kernel, scales, unbiased
         if isinstance(bandwidth, Tensor):
-            self.register_buffer("bandwidth", bandwidth)
+            self.register_buffer("bandwidth", bandwidth.detach().clone())
         else:
             self.bandwidth = bandwidth
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import _defaults
 from .nn import Deferred, Linear
 from .ops.linear_adam import linear_adam_
 
@@ -84,7 +85,8 @@ class Adam(torch.optim.Adam):
             for group, entries in zip(self.param_groups, ready, strict=True):
                 _step_plain(group, entries)
         else:
-            _step(self)
+            with _defaults.initial():  # PyTorch counts steps in the default dtype, on the default device
+                _step(self)
         return loss
 
     def _spend(self, group: dict[str, Any], scaled: bool) -> None:
@@ -153,8 +155,8 @@ class Adam(torch.optim.Adam):
             for name, shape in layout(p, group).items() if state else ():
                 if name not in state:
                     raise ValueError(f"the state {name!r} of {self._name(p)} is missing")
-                if tuple(torch.as_tensor(state[name]).shape) != shape:
-                    given = tuple(torch.as_tensor(state[name]).shape)
+                given = tuple(getattr(state[name], "shape", ()))
+                if given != shape:
                     raise ValueError(f"the state {name!r} of {self._name(p)} must have shape {shape}, got {given}")
         super().load_state_dict(state_dict)
         for p, state in self.state.items():
@@ -165,7 +167,7 @@ class Adam(torch.optim.Adam):
     def _step(self, group: dict[str, Any], weight: Tensor, grad: Tensor, x: Tensor) -> None:
         state = self.state[weight]
         if not state:  # as in torch.optim.Adam
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             state["exp_avg"] = torch.zeros_like(weight)
             state["exp_avg_sq"] = torch.zeros_like(weight)
         state["step"] += 1

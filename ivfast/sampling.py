@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from . import _check
+from . import _check, _defaults
 from ._extra import needs
 from .ops._pairwise import arithmetic
 from .ops.svgd import svgd_direction
@@ -216,7 +216,8 @@ def _rule(optimizer, step_size: float | None, x: Tensor) -> Callable[[Tensor], T
 
     def by_optimizer(phi):
         particles.grad = -phi
-        chosen.step()
+        with _defaults.initial() if optimizer is None else contextlib.nullcontext():
+            chosen.step()
         return particles.detach()
 
     return by_optimizer

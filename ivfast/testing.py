@@ -10,6 +10,7 @@ from torch import Tensor
 
 import ivfast
 
+from . import _defaults
 from .ops import linear_multi_js
 
 # Largest error divided by the largest value of the float64 reference on the same (rounded) inputs.
@@ -32,6 +33,7 @@ class Case(NamedTuple):
         return f"{self.op}-{self.label}"
 
 
+@_defaults.initial()
 def inputs(case: Case, dtype: torch.dtype, *, device="cpu", seed: int | None = None) -> list[Tensor]:
     """Fresh leaf tensors for `case`; without a seed, PyTorch's default generator picks one."""
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) if seed is None else seed)
@@ -51,7 +53,7 @@ def value_and_gradients(case: Case, tensors: list[Tensor], seed: int = 0) -> tup
     out = outputs(case.function(*tensors))
     tensors = [x for x in tensors if x.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(o.shape, generator=generator, dtype=torch.bfloat16).to(o) for o in out]
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.bfloat16, device="cpu").to(o) for o in out]
     gradients = torch.autograd.grad(out, tensors, weights, allow_unused=True)
     return [o.detach() for o in out], [
         torch.zeros_like(x) if g is None else g for x, g in zip(tensors, gradients, strict=True)

@@ -38,10 +38,13 @@ def rounding(request, monkeypatch):
     """
     from helpers import Rounding
 
+    from ivfast import _defaults
+
     if request.param == "float32":
         yield Rounding(loss=5e-5, gradient=0.1, unit=0.1)
         return
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(_defaults, "DTYPE", torch.float64)
     torch.set_default_dtype(torch.float64)
     yield Rounding(loss=1e-9, gradient=1e-8, unit=1e-3)
     torch.set_default_dtype(torch.float32)

@@ -180,11 +180,17 @@ ERRORS = {
     "no name at all": (["train", "zzz"], r"no system 'zzz'; ivfast train --help lists them$"),
     "data of another kind": (
         ["train", "vae", "--data", "ring"],
-        r"vae decodes to Bernoulli means, and ring does not hold only 0 and 1; what can learn from it: wae-mmd, .*introvae$",
+        r"vae decodes to Bernoulli means, and ring does not hold only 0 and 1; what can learn from it: wae-mmd, .*introvae; "
+        r"vae can learn from digits, .*celeba.*folder, stacked-digits, stacked-mnist, four-points$",
     ),
     "data without labels": (
         ["train", "cgan", "--data", "ring"],
-        r"cgan learns from labels, and ring has none; what can learn from it: wae-mmd, .*introvae$",
+        r"cgan learns from labels, and ring has none; what can learn from it: wae-mmd, .*introvae; "
+        r"cgan can learn from digits, mnist, .*, stl10-all, folder, stacked-digits, stacked-mnist$",
+    ),
+    "images without labels": (
+        ["train", "aasvae", "--data", "lsun:bedroom"],
+        r"aasvae learns from labels, and lsun:bedroom has none; what can learn from it: wae-mmd, .*; aasvae can .* digits",
     ),
     "one sample for an unbiased estimate": (
         ["train", "wae-mmd", "--batch-size", "1"],

@@ -117,7 +117,7 @@ VALUES = {  # two of each setting
     **dict.fromkeys(("width", "depth"), (5, 3)),
     "latent_dim": (4, 8),
     "net": ("mlp", "conv"),
-    "learning_rates": ({"default": 1e-3, "unrolled": 0.1}, {"default": 2e-3, "unrolled": 0.1}),
+    "learning_rates": ({"default": 1e-3}, {"default": 2e-3}),
     "betas": ((0.5, 0.999), (0.6, 0.999)),
     "classes": (10, 12),
     "encoder_loss": ("ascent", "confusion"),

@@ -137,6 +137,42 @@ def test_class_names_are_kept_and_compared(tmp_path):
         assert re.search(said, command(*arguments, code=2))
 
 
+def test_the_root_of_evaluate_is_that_of_the_target_too(tmp_path, monkeypatch):
+    """The images were moved after training; and a target is read once in a run, not at each look."""
+    from PIL import Image
+
+    root, out, read = tmp_path / "images", tmp_path / "run", []
+    for name in ("cat", "dog"):
+        (root / name).mkdir(parents=True)
+        for k in range(6):
+            Image.new("L", (8, 8), 20 * k + 10 * len(read)).save(root / name / f"{k}.png")
+    load = data.load
+    monkeypatch.setattr(data, "load", lambda name, *_, **__: read.append(name) or load(name, *_, **__))
+    options = (
+        "--image-size",
+        8,
+        "--batch-size",
+        4,
+        "--set",
+        "tensorboard=false",
+        "--set",
+        "width=16",
+        "--device",
+        "cpu",
+    )
+    command("train", "ada", "--data", "folder", "--target", "folder", "--root", root, "--out", out, "--epochs", 3,
+            "--set", "evaluate_every=1", *options)  # fmt: skip
+    assert len(read) == 3  # the images, then the target's for training and for looking
+    looks = [line for line in map(json.loads, (out / "log.jsonl").read_text().splitlines()) if "metrics" in line]
+    assert len(looks) == 3
+    root.rename(tmp_path / "moved")
+    assert "images" in command("evaluate", out, "--metrics", "accuracy", code=2)
+    command("evaluate", out, "--metrics", "accuracy", "--root", tmp_path / "moved")
+    found = json.loads((out / "metrics.json").read_text())["accuracy"]
+    assert found == pytest.approx(looks[-1]["metrics"]["accuracy"])
+    assert runs.load_system(out, root="elsewhere")[1].root == "elsewhere"
+
+
 def test_a_target_with_as_many_other_classes_is_refused(digits, monkeypatch):
     other = digits._replace(name="clothes", classes=(*digits.classes[:9], "boot"))
     monkeypatch.setattr(data, "load", lambda *_, **__: other)

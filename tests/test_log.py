@@ -2,11 +2,12 @@
 
 import errno
 import io
+import json
 
 import pytest
 from rich.console import Console
 
-from ivfast.train.log import Bar
+from ivfast.train.log import Bar, read_log
 
 LOSSES = {f"{phase}/{term}": 0.123456 for phase in ("encoder", "generator") for term in ("recon", "kl", "exp_rec")}
 
@@ -65,3 +66,18 @@ def test_an_output_that_is_gone_does_not_stop_the_run(terminal, monkeypatch):
         bar.note("nobody hears")
         bar.report(50, LOSSES, 1.0)
         bar.at(100)
+
+
+def test_a_log_is_read_up_to_a_line_cut_short(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(json.dumps({"step": 1}) + "\n" + json.dumps({"step": 2}) + "\n" + '{"ste')
+    assert read_log(path) == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize("line", [b"{", b"\x00\xff", b"[]", b'{"kind": "losses"}', b'{"step": "1"}', b""])
+def test_a_damaged_line_is_named(line, tmp_path):
+    """A run that is resumed would otherwise lose all that comes after it."""
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"log\.jsonl: line 2 is not a record of a log"):
+        read_log(path)

@@ -1,7 +1,5 @@
 """Pictures and files show exactly the given pixels."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -62,9 +60,3 @@ def test_strips_and_curves_are_drawn_without_warnings(tmp_path):
     assert lines.std() > 20
     series = {"falls": [(i, 10.0 ** -(i / 10)) for i in range(40)], "one point": [(5, -3.0)], "flat": [(1, 2), (2, 2)]}
     assert read(pictures.curves(series, tmp_path / "c.png", "title")).std() > 5
-
-
-def test_log_is_read_up_to_a_line_cut_short(tmp_path):
-    path = tmp_path / "log.jsonl"
-    path.write_text(json.dumps({"step": 1}) + "\n" + json.dumps({"step": 2}) + "\n" + '{"ste')
-    assert pictures.read_log(path) == [{"step": 1}, {"step": 2}]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from helpers import join, settings_with
 
 import ivfast
-from ivfast import models
+from ivfast import _defaults, models
 from ivfast.models import build
 from ivfast.models.ivaae import IvaaeRadial
 from ivfast.train import Settings, checkpoint
@@ -181,6 +181,7 @@ def on_two_ranks(rank, folder):
     with pytest.raises(RuntimeError, match=rf"^the shared forward calls \w+, {own}"):
         train(SMALL, folder / "dropping", Dropping)
     torch.set_default_dtype(torch.float64)
+    _defaults.DTYPE = torch.float64
     torch.Tensor.float = torch.Tensor.double
     torch.save({case: five_steps(case) for case in CASES}, folder / f"every{rank}.pt")
     dist.barrier()
@@ -253,6 +254,7 @@ def test_every_system_has_the_weights_of_one_process(case, every, monkeypatch):
     """In float64 the order of a sum changes a gradient by about 1e-16. Adam, which divides by no less than its ε = 1e-8,
     makes of that at most 1e-8 of a step of 1e-3, or 1e-10 in five steps; other noise changes whole steps."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(_defaults, "DTYPE", torch.float64)
     torch.set_default_dtype(torch.float64)
     try:
         expected, losses = five_steps(case)

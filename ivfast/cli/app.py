@@ -14,8 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from .._extra import PACKAGES, PackageNotFound, check, not_found
+from ..train.declare import LARGEST
 
 NEEDED = ("torchvision", "sklearn", "safetensors", "matplotlib", "tensorboard")  # by every command but info
+
+THREADS = 4096  # more than any machine runs, and few enough to be created
 
 app = typer.Typer(
     name="ivfast",
@@ -32,6 +35,23 @@ console, errors = Console(highlight=False), Console(stderr=True, highlight=False
 def option(*names: str, panel: str | None = None, **keywords):
     """An option without "[default: None]"; what happens without it stands in its help."""
     return typer.Option(*names, show_default=False, rich_help_panel=panel, **keywords)
+
+
+def integer(*names: str, least: int, most: int = LARGEST, metavar: str = "N", panel: str | None = None, **keywords):
+    """An option for an integer of that range."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:  # also for thousands of digits
+            value = None
+        if value is None or not least <= value <= most:
+            limit = "2^63 - 1" if most == LARGEST else most
+            raise typer.BadParameter(f"it must be an integer from {least} to {limit}, got {text!s:.80}")
+        return value
+
+    bounded = f"{metavar} [x>={least}]"
+    return typer.Option(*names, parser=parse, metavar=bounded, rich_help_panel=panel, **keywords)
 
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run of [b]ivfast train[/b].", show_default=False)]

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .app import Debug, app, console, errors, friendly, option
+from .app import THREADS, Debug, app, console, errors, friendly, integer, option
 
 BENCH_HELP = """
 Measure the ops against the best alternatives on this machine.
@@ -53,7 +53,9 @@ def bench(
     ] = None,
     quick: Annotated[bool, option("--quick", help="Small sizes, few rounds, no peak memory.")] = False,
     device: Annotated[str | None, option(metavar="NAME", help="cpu or cuda; default: a GPU if there is one.")] = None,
-    threads: Annotated[int | None, option(min=1, metavar="N", help="CPU threads of every provider.")] = None,
+    threads: Annotated[
+        int | None, integer(least=1, most=THREADS, show_default=False, help="CPU threads of every provider.")
+    ] = None,
     minutes: Annotated[float | None, option(min=0, metavar="M", help="Start nothing new after M minutes.")] = None,
     memory: Annotated[bool, typer.Option("--memory/--no-memory", help="Peak memory, each in its own process.")] = True,
     resume: Annotated[bool, option("--resume", help="Measure only what has no results for these versions.")] = False,

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from rich.markup import escape
 
-from .app import Debug, Device, Download, Root, Run, app, console, friendly, listed, option
+from .app import Debug, Device, Download, Root, Run, app, console, friendly, integer, listed, option
 from .names import METRICS
 
 
@@ -15,13 +14,13 @@ from .names import METRICS
 @friendly
 def sample(
     run: Run,
-    n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="Number of samples.")] = 64,
+    n: Annotated[int, integer("-n", "--number", least=1, help="Number of samples.")] = 64,
     out: Annotated[
         Path | None,
         option(metavar="PATH", help="One grid if it ends in .png, else a folder of files; default: RUN/samples.png."),
     ] = None,
-    columns: Annotated[int | None, option(min=1, metavar="N", help="Samples per row of the grid.")] = None,
-    seed: Annotated[int, typer.Option(metavar="S", help="The same seed draws the same samples.")] = 0,
+    columns: Annotated[int | None, integer(least=1, show_default=False, help="Samples per row of the grid.")] = None,
+    seed: Annotated[int, integer(least=0, metavar="S", help="The same seed draws the same samples.")] = 0,
     device: Device = None,
     debug: Debug = False,
 ) -> None:
@@ -34,6 +33,8 @@ def sample(
     from .. import metrics, runs
     from ..runs import pictures
 
+    if out is not None and out.suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".pdf"):
+        raise ValueError(f"--out must end in .png, or be a folder, got {out}")
     system, settings = runs.trained(run, device)
     if not hasattr(system, "sample"):
         raise ValueError(f"{settings.system} does not generate images")
@@ -70,8 +71,8 @@ def evaluate(
     metrics: Annotated[
         str | None, option(metavar="A,B,...", help="Metrics to compute; default: all that apply except fid and probe.")
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, metavar="N", help="Samples to draw; S1 uses 20000 for FID.")] = 10_000,
-    seed: Annotated[int, typer.Option(metavar="S", help="Seed of the samples.")] = 0,
+    samples: Annotated[int, integer(least=2, help="Samples to draw; S1 uses 20000 for FID.")] = 10_000,
+    seed: Annotated[int, integer(least=0, metavar="S", help="Seed of the samples.")] = 0,
     root: Root = None,
     device: Device = None,
     inception_weights: Annotated[
@@ -89,8 +90,8 @@ def evaluate(
     for name in names or []:
         if name not in evaluation.METRICS:
             raise runs.unknown("metric", name, evaluation.METRICS)
-    system, settings = runs.trained(run, device)
-    dataset = datasets.load(settings.data, root or settings.root, settings.image_size, download=download)
+    system, settings = runs.trained(run, device, root)
+    dataset = datasets.load(settings.data, settings.root, settings.image_size, download=download)
     runs.same_classes(system, dataset)
     evaluated = evaluation.Evaluation(
         system, dataset, n=samples, seed=seed, inception_weights=inception_weights, download=download

@@ -9,8 +9,9 @@ from rich.markup import escape
 from rich.padding import Padding
 
 from ..papers import EXPERIMENTS, Experiment, find
-from .app import Debug, Device, Download, app, console, errors, friendly, option
+from .app import Debug, Device, Download, app, console, errors, friendly, integer, option
 
+MOST_SEEDS = 10_000  # of which each is a training
 KEPT = (
     "Finished runs are kept in the folder's [b]rows.jsonl[/b] and are not repeated, so after Ctrl-C the same command "
     "continues. The report is [b]report.md[/b]; its numbers are in [b]report.json[/b]."
@@ -68,8 +69,14 @@ def _seeds(text: str | None) -> list[int] | None:
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"--seeds takes a number or a list like 0,1,2, got {text!r}") from None
-    return list(range(numbers[0])) if "," not in text and numbers else numbers
+        raise ValueError(f"--seeds takes a number or a list like 0,1,2, got {text!r:.80}") from None
+    if "," in text or not numbers:
+        return numbers
+    if not 1 <= numbers[0] <= MOST_SEEDS:
+        raise ValueError(
+            f"--seeds must be a number of seeds from 1 to {MOST_SEEDS}, or a list like 0,1,2, got {text!r:.80}"
+        )
+    return list(range(numbers[0]))
 
 
 def _paper_command(experiment: Experiment) -> None:
@@ -107,14 +114,17 @@ def _paper_command(experiment: Experiment) -> None:
             ),
         ] = None,
         steps: Annotated[
-            int | None, option(min=1, metavar="N", help="Steps of each training, instead of the experiment's.")
+            int | None,
+            integer(least=1, show_default=False, help="Steps of each training, instead of the experiment's."),
         ] = None,
         samples: Annotated[
-            int | None, option(min=2, metavar="N", help="Samples for each value, instead of the experiment's.")
+            int | None,
+            integer(least=2, show_default=False, help="Samples for each value, instead of the experiment's."),
         ] = None,
         device: Device = None,
         workers: Annotated[
-            int | None, option(min=1, metavar="N", help="Parallel runs; default: one per core, one on a GPU.")
+            int | None,
+            integer(least=1, show_default=False, help="Parallel runs; default: one per core, one on a GPU."),
         ] = None,
         out: Annotated[
             Path | None, option(metavar="DIR", help=f"Folder of the report; default: papers/{experiment.name}.")

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from ..train import declare
 from ..train.settings import Settings
-from .app import app, console, errors, friendly, listed, option, say
+from .app import THREADS, app, console, errors, friendly, integer, listed, option, say
 from .names import DATA, PAPERS, SYSTEMS
 from .options import COMMON, PerSystem, declared
 
@@ -52,7 +52,13 @@ def train(
     ] = False,
     threads: Annotated[
         int | None,
-        option(min=1, metavar="N", panel=declare.MACHINE, help="CPU threads; default: 1 for small networks."),
+        integer(
+            least=1,
+            most=THREADS,
+            panel=declare.MACHINE,
+            show_default=False,
+            help="CPU threads; default: 1 for small networks.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,
@@ -101,6 +107,8 @@ def _train(
         lambda: datasets.load(settings.data, settings.root, settings.image_size, download=download)
     )
     settings = runs.with_classes(settings, dataset)
+    if "classes" in given and settings.classes != given["classes"]:
+        raise ValueError(f"classes must be {settings.classes}, as {settings.data} has, got {given['classes']}")
     runs.use_threads(threads, settings)
     network = models.build(settings, tuple(dataset.train.shape[1:]))
     images, labels = runs.training_set(network, dataset, download=download)

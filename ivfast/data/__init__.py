@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _defaults
 from .._extra import needs
 from . import decoded
 from .recipe import DataNotFound, Encoded, Read
@@ -37,6 +37,7 @@ class Dataset(NamedTuple):
 
 
 @needs("ivfast.data.load")
+@_defaults.initial()
 def load(
     name: str,
     root: str | Path = "data",
@@ -79,6 +80,7 @@ def load(
         near = difflib.get_close_matches(family, DATASETS, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"name must be one of {', '.join(DATASETS)}, got {name!r}{hint}")
+    check_category(name)
     recipe, root = DATASETS[family], Path(root).expanduser()
     if recipe.size is None and (image_size, channels) != (None, None):
         raise ValueError(f"image_size and channels must be None for points ({name}), got {image_size}, {channels}")
@@ -108,6 +110,13 @@ def load(
     if cache is None:
         return Dataset(name, _fit(train, shape), train_labels, _fit(test, shape), test_labels, tuple(classes))
     return _decoded(name, Read(train, train_labels, test, test_labels, classes), shape, cache, workers, progress)
+
+
+def check_category(name: str) -> None:
+    """Raises ValueError for a category of a data set that has none."""
+    family, colon, _ = name.partition(":")
+    if colon and family != "lsun":
+        raise ValueError(f"only lsun has categories: {family} must be without one, got {name!r}")
 
 
 def _decoded(
@@ -147,6 +156,7 @@ def _dataset(name: str, tensors: dict[str, Tensor], classes: Iterable[str]) -> D
     return Dataset(name, train, tensors.get("train_labels"), test, tensors.get("test_labels"), tuple(classes))
 
 
+@_defaults.initial()
 def stratified(labels: Tensor, share: float) -> Tensor:
     """Row indices of a share of the images, int64, ascending: the same share of each class, at least one image.
 
@@ -174,10 +184,15 @@ def target_of(dataset: Dataset, target: str, root: str | Path = "data", *, downl
         root, download: as for `load`.
 
     Raises:
-        ValueError: a data set with other classes.
+        ValueError: no data set of images, or one with other classes.
     """
     if target == "negative":
         return dataset._replace(name=f"negative {dataset.name}", train=255 - dataset.train, test=255 - dataset.test)
+    images = [name for name, source in DATASETS.items() if source.size is not None]
+    if (family := target.partition(":")[0]) not in images:
+        near = difflib.get_close_matches(family, images, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"target must be negative or a data set of images, got {target!r}{hint}")
     _, channels, size, _ = dataset.train.shape
     other = load(target, root, size, channels, download=download)
     same_classes(f"the target {target}", other.classes, dataset.name, dataset.classes)

@@ -33,3 +33,4 @@ class Source(NamedTuple):
     channels: int | None
     about: str
     stamp: Callable[[Path, str], list] | None = None  # changes when the files do; None: too quick to cache
+    labelled: bool = True  # an image folder may be

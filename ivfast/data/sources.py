@@ -209,6 +209,7 @@ DATASETS = {
         3,
         "CelebA, central 140x140 pixels (S1)",
         _stamps(lambda root, _: [root / "celeba/list_eval_partition.txt", root / "celeba/img_align_celeba"]),
+        labelled=False,
     ),
     "lsun": Source(
         _lsun,
@@ -216,11 +217,12 @@ DATASETS = {
         3,
         "LSUN, one category: lsun:church_outdoor, lsun:bedroom, ...",
         _stamps(lambda root, category: [folder / "data.mdb" for folder in _lsun_folders(root, category)]),
+        labelled=False,
     ),
     "folder": Source(folder.read, 64, 3, "your own images: every image file below --root", folder.stamp),
     "stacked-digits": Source(_stacked(_digits), 8, 3, "three digits as colour channels, 1,000 modes (S2)"),
     "stacked-mnist": Source(
         _stacked(_mnist("MNIST")), 28, 3, "three MNIST digits as colour channels, 1,000 modes (S2)"
     ),
-    **{name: Source(_points(name), None, None, set_.about) for name, set_ in points.POINTS.items()},
+    **{name: Source(_points(name), None, None, set_.about, labelled=False) for name, set_ in points.POINTS.items()},
 }

@@ -32,7 +32,7 @@ def conditional_accuracy(classifier: Classifier, images: Tensor, device="cpu") -
     Source: S3 Table 2, middle, and section G.1.
     """
     p = probabilities(classifier, images, device)
-    return float((p.argmax(1) == torch.arange(len(p)) % p.shape[1]).double().mean())
+    return float((p.argmax(1) == torch.arange(len(p), device=p.device) % p.shape[1]).double().mean())
 
 
 def classifier_score(classifier: Callable[[Tensor], Tensor], images: Tensor, device="cpu") -> float:
@@ -66,7 +66,7 @@ def modes(classifier: Classifier, images: Tensor, *, confidence: float = 0.9, de
     p = probabilities(classifier, images.flatten(0, 1)[:, None], device).view(n, 3, -1)
     best, digit = p.max(2)
     sure = (best >= confidence).all(1)
-    return _coverage(digit @ torch.tensor([100, 10, 1]), sure, 1000)
+    return _coverage(digit @ digit.new_tensor([100, 10, 1]), sure, 1000)
 
 
 def point_modes(points: Tensor, mixture: Mixture, *, within: float = 3.0) -> Modes:

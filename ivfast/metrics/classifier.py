@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import _defaults
 from .._extra import needs
 from ..data import Dataset
 
@@ -50,6 +51,7 @@ class Classifier(nn.Module):
         return self.head(self.body(x))
 
 
+@_defaults.initial()
 def classifier_of(dataset: Dataset, *, device: str = "cpu", cache: Path | None = None) -> Classifier:
     """The classifier of `dataset`'s labels, trained from a fixed seed the first time and loaded after that.
 

@@ -6,6 +6,7 @@ from unittest import mock
 import torch
 from torch import nn
 
+from .. import _defaults
 from .._extra import needs
 
 FEATURES = (64, 192, 768, 2048)
@@ -16,6 +17,7 @@ class WeightsNotFound(FileNotFoundError):
 
 
 @needs("Inception")
+@_defaults.initial()
 def inception(weights: str | Path | None = None, *, download: bool = False, features: int = 2048) -> nn.Module:
     """Inception v3 as defined for FID: images `[n, 3, H, W]` in [0, 1] to one feature map.
 

@@ -48,7 +48,7 @@ def kl_to_prior(z: Tensor, neighbours: int = 5) -> float:
     distance, _ = NearestNeighbors(n_neighbors=neighbours).fit(z.numpy()).kneighbors()
     log_r = torch.from_numpy(distance[:, -1].copy()).log().mean()
     log_ball = d / 2 * math.log(math.pi) - math.lgamma(d / 2 + 1)
-    counts = torch.tensor([n, neighbours], dtype=torch.float64).digamma()
+    counts = z.new_tensor([n, neighbours]).digamma()
     entropy = counts[0] - counts[1] + log_ball + d * log_r
     return float(0.5 * z.square().sum(1).mean() + d / 2 * math.log(2 * math.pi) - entropy)
 

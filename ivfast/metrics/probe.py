@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import nets
+from .. import _check, _defaults, nets
 
 WIDTH, DEPTH, BATCH, RATE = 1000, 2, 60, 1e-4  # S1, section 4
 
@@ -17,6 +17,7 @@ class Probe(NamedTuple):
     errors: list[float]
 
 
+@_defaults.initial()
 def probe(
     train: Tensor,
     train_labels: Tensor,
@@ -37,10 +38,14 @@ def probe(
         train_labels, test_labels: int64 `[n]`; rows labelled −1 are left out.
 
     Raises:
-        ValueError: labels with fewer than two classes, or fewer labels than features.
+        ValueError: labels with fewer than two classes, fewer labels than features, or a seed, `steps` or `every` out
+            of range.
 
     Source: S1 Fig. 5.
     """
+    _check.count("steps", steps)
+    _check.count("every", every)
+    _check.count("seed", seed, at_least=0)
     for what, features, labels in (("train", train, train_labels), ("test", test, test_labels)):
         if labels is None or len(labels) != len(features):
             got = "none" if labels is None else len(labels)

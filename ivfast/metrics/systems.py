@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from .. import _check
+from .. import _check, _defaults
 
 BATCH = 500
 
@@ -35,12 +35,17 @@ def evaluating(system, seed: int = 0) -> Iterator[torch.device]:
     """Evaluation mode without gradients, with noise from `seed`; mode and generators are restored afterwards.
 
     Yields the system's device.
+
+    Raises:
+        ValueError: a seed that is not an integer >= 0.
     """
+    _check.count("seed", seed, at_least=0)
     training = any(module.training for module in system.modules.values())
     device = torch.device(system.settings.device)
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     system.train(False)
     try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad(), random, _defaults.initial():
             torch.manual_seed(seed)
             yield device
     finally:
@@ -86,6 +91,7 @@ def decoded(system, z: Tensor) -> Tensor:
 def generate(system, n: int, seed: int = 0) -> Tensor:
     """n samples as uint8 `[n, C, H, W]`, or points `[n, D]`, reproducible by seed; classes take turns."""
     _check.count("n", n)
+    _check.count("seed", seed, at_least=0)
     with evaluating(system) as device:
         generator = torch.Generator(device).manual_seed(seed)
         if getattr(system, "classes", 0):

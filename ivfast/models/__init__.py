@@ -2,7 +2,8 @@
 
 import torch
 
-from ..data.points import POINTS
+from .. import _defaults
+from ..data.sources import DATASETS
 from ..train.declare import About, table
 from ..train.phase import System
 from ..train.settings import Settings, no_system, one_of, register
@@ -89,16 +90,27 @@ def preset(system: str, data: str) -> Settings:
 
 
 def check_data(system: str, data: str) -> None:
-    """Raises ValueError for a system that cannot learn from the data set of that name; it says which systems can."""
+    """Raises ValueError for a system that cannot learn from the data set of that name.
+
+    The message says which systems can, and from which data sets the system can.
+    """
     name, factory = find(system)
     if reason := _misfit(factory, data):
         fitting = [other for other, its in SYSTEMS.items() if _misfit(its, data) is None]
-        raise ValueError(f"{name} {reason}; what can learn from it: {', '.join(fitting)}")
+        raise ValueError(f"{name} {reason}; what can learn from it: {', '.join(fitting)}; {learnable(name)}")
+
+
+def learnable(system: str) -> str:
+    """A phrase that says from which data sets a system can learn."""
+    name, factory = find(system)
+    return f"{name} can learn from {', '.join(data for data in DATASETS if _misfit(factory, data) is None)}"
 
 
 def _misfit(factory: type[System], data: str) -> str | None:
-    unlabelled = factory.labels != "none" and data in POINTS
-    return factory.misfit(data) or (f"learns from labels, and {data} has none" if unlabelled else None)
+    known = DATASETS.get(data.partition(":")[0])
+    if factory.labels != "none" and known is not None and not known.labelled:
+        return f"learns from labels, and {data} has none"
+    return factory.misfit(data)
 
 
 def documentation() -> str:
@@ -110,6 +122,7 @@ def documentation() -> str:
     return f"{DOCUMENTATION}\n{table({entry: one_of(names, SYSTEMS) for entry, names in having.items()})}\n"
 
 
+@_defaults.initial()
 def build(settings: Settings, image_shape: tuple[int, ...]) -> System:
     """The system that `settings` describe, freshly initialised on `settings.device`.
 
@@ -117,10 +130,13 @@ def build(settings: Settings, image_shape: tuple[int, ...]) -> System:
     global generators are left as they were.
 
     Raises:
-        ValueError: an unknown system, a data set that it does not fit, an image shape that its networks cannot take.
+        ValueError: an unknown system, a data set that it does not fit, an image shape that its networks cannot take,
+            a learning rate of a network that it does not have, settings of which one rules out another.
     """
     check_data(settings.system, settings.data)
     _, factory = find(settings.system)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.stream("weights"))  # weights are drawn on the CPU, then moved
-        return factory(settings, tuple(image_shape))
+        system = factory(settings, tuple(image_shape))
+    system.check()
+    return system

@@ -210,11 +210,20 @@ class UnrolledGan(Gan):
     """
 
     Settings = UnrolledGanSettings
-    table5: ClassVar = {"learning_rates": {"default": 1e-4, "unrolled": 0.1}, "unroll": 5}
+    table5: ClassVar = {"learning_rates": {"default": 1e-4}, "unroll": 5}
     second_order = ("generator",)
 
+    def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
+        super().__init__(settings, image_shape)
+        self.rate = self.learning_rate("unrolled")
+
+    @classmethod
+    def preset(cls, data: str) -> dict[str, Any]:
+        settings: dict[str, Any] = super().preset(data)
+        return {**settings, "learning_rates": {**settings["learning_rates"], "unrolled": 0.1}}
+
     def generator_loss(self, shared: Drawn) -> dict[str, Tensor]:
-        rate, discriminator = self.settings.learning_rate("unrolled"), self.modules["discriminator"]
+        rate, discriminator = self.rate, self.modules["discriminator"]
         weights = {name: weight.detach().requires_grad_() for name, weight in discriminator.named_parameters()}
 
         def unrolled(x):
@@ -265,5 +274,5 @@ _POINTS = {
     "discriminator_width": 128,
     "batch_size": 128,
     "epochs": 30,
-    "learning_rates": {"default": 1e-3, "unrolled": 0.1},
+    "learning_rates": {"default": 1e-3},
 }

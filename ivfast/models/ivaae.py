@@ -5,7 +5,7 @@ E and G carry recon together and meet no other common term, so one phase moves b
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -140,6 +140,12 @@ class WaeMmd(AutoEncoder):
             raise ValueError(f"batch_size must be at least 2 for the unbiased MMD, got {settings.batch_size}")
         self.phases = [Phase("autoencoder", self.adam("encoder", "decoder"), self.autoencoder_loss)]
 
+    @classmethod
+    def preset(cls, data: str) -> dict[str, Any]:
+        settings: dict[str, Any] = super().preset(data)
+        rates = {name: rate for name, rate in settings["learning_rates"].items() if name != "discriminator"}
+        return {**settings, "learning_rates": rates}
+
     def autoencoder_loss(self, shared: Encoded) -> dict[str, Tensor]:
         mmd = self.ops.mmd(shared.z, self.randn_like(shared.z))
         return {
@@ -226,6 +232,11 @@ class Ivaae(AutoEncoder):
 
 
 class IvaaeBlockwise(Ivaae):
+    def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
+        super().__init__(settings, image_shape)
+        if settings.latent_dim % settings.t:
+            raise ValueError(f"t must divide latent_dim = {settings.latent_dim}, got {settings.t}")
+
     def bridge(self, z: Tensor) -> Tensor:
         return self.ops.blockwise_bridge(z, self.settings.t)
 

@@ -128,6 +128,11 @@ class IvDcgan(EncodingGan):
     Settings = IvDcganSettings
     table5: ClassVar = {"learning_rates": {"default": 2e-4, "encoder": 5e-3}, "mu": 0.5, "lam": 0.25, "k": 4}
 
+    def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
+        super().__init__(settings, image_shape)
+        if settings.latent_dim % settings.k:
+            raise ValueError(f"k must divide latent_dim = {settings.latent_dim}, got {settings.k}")
+
     def networks(self) -> dict[str, nn.Module]:
         return {**super().networks(), "classifier": nn.Linear(self.features, self.settings.k)}
 

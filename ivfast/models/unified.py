@@ -101,7 +101,7 @@ class Generative(Unified):
         z = self.prior_codes(n, generator)
         if not self.classes:
             return self.image(self.write(z))
-        labels = torch.arange(n) % self.classes if labels is None else labels
+        labels = torch.arange(n, device=z.device) % self.classes if labels is None else labels
         return self.image(self.write(z, self.one_hot(labels.to(z.device))))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import nets
+from ..data.points import POINTS
 from ..train.declare import DATA, setting
 from ..train.phase import Phase
 from ..train.settings import Settings
@@ -53,6 +54,12 @@ class Gan(Generative):
             Phase("discriminator", self.adam("discriminator"), self.discriminator_loss),
             Phase("generator", self.adam("generator"), self.generator_loss),
         ]
+
+    @classmethod
+    def misfit(cls, data: str) -> str | None:
+        if data in POINTS and data != "four-points":
+            return f"generates numbers between −1 and 1, and {data} holds others"
+        return super().misfit(data)
 
     def image(self, logits: Tensor) -> Tensor:
         return logits.tanh()

@@ -164,7 +164,7 @@ class Svae(Bounded):
         log_q = self.classify(x).log_softmax(1)
         q = log_q.exp()
         r = torch.where(known[:, None], one_hot, q)  # [n, c]
-        every = torch.eye(c, device=x.device)
+        every = torch.eye(c, dtype=x.dtype, device=x.device)
         terms = self.gaussian_terms(x.repeat_interleave(c, 0), every.repeat(n, 1))  # image i with class j at i c + j
         entropy = torch.where(known, 0, -(q * log_q).sum(1))
         return {

@@ -238,7 +238,7 @@ class GaussianStatistics:
         """Copies of `mean`, and of `count` and `scatter`, or of `covariance` if the count is unknown."""
         if self.count is None:
             return {"mean": self.mean.clone(), "covariance": self.covariance}
-        return {"count": torch.tensor(self.count), "mean": self.mean.clone(), "scatter": self.scatter}
+        return {"count": torch.tensor(self.count, device="cpu"), "mean": self.mean.clone(), "scatter": self.scatter}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict`. A state that does not fit raises KeyError or ValueError and changes nothing."""
@@ -299,7 +299,7 @@ class GaussianStatistics:
         mean, covariance, count = _statistics_file.read(path)
         state = {"mean": mean, "covariance": covariance}
         if count is not None:
-            state = {"mean": mean, "count": torch.tensor(count), "scatter": covariance * (count - 1)}
+            state = {"mean": mean, "count": torch.tensor(count, device="cpu"), "scatter": covariance * (count - 1)}
         stats = cls(len(mean), device=device)
         stats.load_state_dict(state)
         return stats

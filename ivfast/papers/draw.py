@@ -20,6 +20,7 @@ def panels(path: Path, count: int, title: str, size: tuple[float, float] = (4.6,
     axes = figure.subplots(1, count, squeeze=False)[0]
     yield axes
     figure.suptitle(title, fontsize=12)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 

@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from .. import _defaults
 from . import Experiment
 from .session import Cell, Findings, Session, Spread, Table, start
 
 
+@_defaults.initial()
 def run(name: str, *, console: Console | None = None, **options) -> Findings:
     """Run an experiment, show it, and write report.md, report.json and its figures to the out folder.
 
@@ -25,6 +27,7 @@ def run(name: str, *, console: Console | None = None, **options) -> Findings:
     found = session.experiment.function()(session)
     found = found._replace(notes=[*session.notes, *found.notes])
     seconds = time.perf_counter() - begin
+    session.out.mkdir(parents=True, exist_ok=True)
     (session.out / "report.md").write_text(markdown(session, found, seconds))
     (session.out / "report.json").write_text(json.dumps(as_json(session, found, seconds), indent=1) + "\n")
     show(session.console, session, found, seconds)

@@ -285,7 +285,7 @@ def lemma1(at: Session) -> Findings:
     ])  # fmt: skip
 
 
-GRID = torch.linspace(-14, 14, 20001, dtype=torch.float64)
+GRID = torch.linspace(-14, 14, 20001, dtype=torch.float64, device="cpu")
 DISCRIMINATORS = ("optimal", "logistic", "uniform")
 
 

@@ -114,6 +114,7 @@ class Session:
     def load(self, system: str) -> data.Dataset:
         """The data set at the size of the system's preset. If its files are missing, the experiment says so and uses
         its small data set, at the small size."""
+        models.check_data(system, self.data)
         try:
             size = models.preset(system, self.data).image_size
             return data.load(self.data, self.root, size, download=self.download)
@@ -152,13 +153,14 @@ class Session:
         if len(todo) < len(jobs):
             self.console.print(f"{path} already has {len(jobs) - len(todo)} of {len(jobs)} runs", soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with path.open("a") as file, Progress(*columns, console=self.console, transient=True) as bar:
+        with Progress(*columns, console=self.console, transient=True) as bar:
             task = bar.add_task("runs", total=len(todo))
             tasks = [(i, function, jobs[i]) for i in todo]
             for i, values, times in _results(tasks, min(self.workers, len(tasks))):
                 kept[texts[i]] = values
-                file.write(json.dumps({"key": keys[i], "values": values, **times}) + "\n")
-                file.flush()
+                self.out.mkdir(parents=True, exist_ok=True)  # not before a job's settings have been found right
+                with path.open("a") as file:
+                    file.write(json.dumps({"key": keys[i], "values": values, **times}) + "\n")
                 bar.advance(task)
         return [Values(job, kept[text]) for job, text in zip(jobs, texts, strict=True)]
 
@@ -191,6 +193,8 @@ def start(
     seeds = tuple(range(experiment.full_seeds if full else experiment.seeds) if seeds is None else seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"--seeds must be different numbers, at least one, got {', '.join(map(str, seeds)) or 'none'}")
+    for seed in seeds:
+        _check.count("--seeds", seed, at_least=0)
     if steps is not None:
         _check.count("steps", steps)
     if samples is not None:
@@ -198,7 +202,6 @@ def start(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     runs.check_device(device)
     out = Path(out or Path("papers") / name)
-    out.mkdir(parents=True, exist_ok=True)
     if workers is None:
         workers = (os.cpu_count() or 1) if device == "cpu" else 1
     _check.count("workers", workers)

@@ -9,17 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import _defaults, models
 from .. import data as datasets
-from .. import models
 from ..data import Dataset, stratified, target_of
 from ..data.sources import DATASETS
 from ..train import checkpoint
 from ..train.average import floating_state
 from ..train.declare import did_you_mean
+from ..train.log import read_log
 from ..train.phase import System
 from ..train.run import RESUMABLE
 from ..train.settings import Settings, no_system, readers, refusal
-from .pictures import read_log
 
 RUNS = Path("runs")
 DEFAULT = Settings.declared()["system"].default
@@ -41,7 +41,8 @@ def assignments(pairs: Iterable[str], system: str) -> dict[str, object]:
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
         if name not in known and not readers(name):
-            raise unknown("setting", name, known)
+            near = did_you_mean(name, known, 0.4) or f"ivfast train {system} --help lists those of {system}"
+            raise ValueError(f"there is no setting {name!r}; {near}")
         if name not in known:
             raise refusal([name], system, kind)
         value = _value(text)
@@ -117,7 +118,8 @@ def with_classes(settings: Settings, dataset: Dataset) -> Settings:
         unlabelled = [name for name, system in models.SYSTEMS.items() if system.labels == "none"]
         raise ValueError(
             f"{settings.system} learns from labels, and {dataset.name} has none; sort an image folder into one "
-            f"subfolder per class, or use a system that needs none: {', '.join(unlabelled)}"
+            f"subfolder per class, or use a system that needs none: {', '.join(unlabelled)}; "
+            f"{models.learnable(settings.system)}"
         )
     return dataclasses.replace(settings, classes=len(dataset.classes))
 
@@ -131,7 +133,7 @@ def training_set(system: System, dataset: Dataset, *, download: bool = False) ->
         system.class_names = tuple(dataset.classes)
     settings, images, labels = system.settings, dataset.train, dataset.train_labels
     if settings.data_share < 1:
-        rows = stratified(torch.zeros(len(images)) if labels is None else labels, settings.data_share)
+        rows = stratified(torch.zeros(len(images), device="cpu") if labels is None else labels, settings.data_share)
         images, labels = images[rows], None if labels is None else labels[rows]
     if system.labels == "none":
         return images, None
@@ -168,6 +170,7 @@ def config(run: Path) -> Settings:
 def known_data(data: str) -> None:
     if data.partition(":")[0] not in DATASETS:
         raise unknown("data set", data, DATASETS)
+    datasets.check_category(data)
 
 
 def check_device(device: str) -> None:
@@ -198,12 +201,13 @@ def _next_folder(parent: Path, stem: str) -> Path:
     return parent / f"{stem}-{max((int(n) for n in numbers if n.isdigit()), default=0) + 1}"
 
 
-def trained(run: Path, device: str | None):
-    """The system of a run on `device` (default: the GPU if there is one), in evaluation mode, and its settings."""
+def trained(run: Path, device: str | None, root: Path | None = None) -> tuple[System, Settings]:
+    """The system of a run on `device` (default: the GPU if there is one), in evaluation mode, and its settings, with
+    the data sets in `root` (default: the run's)."""
     config(run)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    return load_system(run, device)
+    return load_system(run, device, root=root)
 
 
 def last_step(run: Path) -> int:
@@ -212,13 +216,17 @@ def last_step(run: Path) -> int:
     return max((record["step"] for record in read_log(log)), default=0) if log.is_file() else 0
 
 
-def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = True) -> tuple[System, Settings]:
+@_defaults.initial()
+def load_system(
+    run_folder: Path | str, device: str = "cpu", *, average: bool = True, root: Path | str | None = None
+) -> tuple[System, Settings]:
     """The trained system of a run, in evaluation mode on `device`, and its settings.
 
     Args:
         run_folder: the folder that `fit` wrote to, or a checkpoint file.
         device: replaces the training device.
         average: use the moving average of the weights if the run kept one.
+        root: replaces the folder of the data sets, such as the target of domain adaptation.
 
     Raises:
         CheckpointError: no checkpoint, or one that is truncated, foreign or does not fit; names the file and reason.
@@ -227,6 +235,8 @@ def load_system(run_folder: Path | str, device: str = "cpu", *, average: bool = 
     path = path if path.suffix == ".safetensors" else path / checkpoint.LAST
     saved = checkpoint.read(path)
     settings = dataclasses.replace(checkpoint.settings_of(saved, path), device=str(device))
+    if root is not None:
+        settings = dataclasses.replace(settings, root=str(root))
     try:
         system = models.build(settings, tuple(saved.about["image_shape"]))
     except (TypeError, ValueError, RuntimeError) as error:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .. import metrics
+from .. import _check, _defaults, metrics
 from ..data import Dataset, load, target_of
 from ..data.points import POINTS, Mixture
 from ..metrics.classifier import Classifier, classifier_of
@@ -42,11 +42,11 @@ def bound_of(system, dataset: Dataset) -> float:
     return metrics.lower_bound(system, dataset.test, dataset.test_labels if system.labels == "all" else None)
 
 
-def accuracy_of(system, dataset: Dataset) -> float:
-    """Accuracy; for ada, on the target domain."""
+def judged(system, dataset: Dataset, *, download: bool = False) -> Dataset:
+    """The data set whose test images the system's own classifier is judged by: for ada, the target domain."""
     if system.labels == "source":
-        dataset = target_of(dataset, system.settings.target, system.settings.root)
-    return metrics.accuracy(system, dataset.test, dataset.test_labels)
+        return target_of(dataset, system.settings.target, system.settings.root, download=download)
+    return dataset
 
 
 METHODS = {  # metric -> the method that a system must have for it
@@ -63,7 +63,7 @@ class Evaluation:
 
     Args:
         n: number of samples drawn from the system.
-        inception_weights, download: as in `ivfast.metrics.inception.inception`.
+        inception_weights, download: as in `ivfast.metrics.inception.inception`; data sets are fetched too.
     """
 
     def __init__(
@@ -76,6 +76,8 @@ class Evaluation:
         inception_weights: Path | None = None,
         download: bool = False,
     ):
+        _check.count("n", n)
+        _check.count("seed", seed, at_least=0)
         self.system, self.dataset, self.n, self.seed = system, dataset, n, seed
         self.inception_weights, self.download = inception_weights, download
         self.device = system.settings.device
@@ -130,6 +132,7 @@ class Evaluation:
             return f"{name} needs {least} training images or more, got {len(self.dataset.train)}"
         return None
 
+    @_defaults.initial()
     def run(self, name: str) -> list[Value]:
         """The values of one metric of `METRICS`; ValueError if it does not apply."""
         if reason := self.missing(name):
@@ -171,7 +174,9 @@ class Evaluation:
 
     def accuracy(self):
         where = "target's test images" if self.system.labels == "source" else "test images"
-        return [Value("accuracy", accuracy_of(self.system, self.dataset), f"of its own classifier, {where}")]
+        of = judged(self.system, self.dataset, download=self.download)
+        value = metrics.accuracy(self.system, of.test, of.test_labels)
+        return [Value("accuracy", value, f"of its own classifier, {where}")]
 
     def conditional_accuracy(self):
         if not getattr(self.system, "classes", 0):
@@ -243,7 +248,7 @@ class Evaluation:
         if base == self.dataset.name:
             raise ValueError(f"metrics: modes needs a stacked data set or a mixture, got {self.dataset.name}")
         settings = self.system.settings
-        digits = load(base, settings.root, self.dataset.train.shape[-1])
+        digits = load(base, settings.root, self.dataset.train.shape[-1], download=self.download)
         result = metrics.modes(classifier_of(digits, device=self.device), self.samples, device=self.device)
         return [
             Value("modes", result.covered, f"of 1,000, counting confident samples among {self.n:,}"),

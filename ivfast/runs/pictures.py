@@ -3,7 +3,6 @@
 Images are uint8 `[n, C, H, W]` on the CPU. matplotlib is imported only when a figure is drawn, and needs no display.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -92,7 +91,9 @@ def _strips(rows, path, title, *, pairs=False, ends=None):
     strip = rows[0][1]
     height, width = strip.shape[1:]
     gap, count = round(0.35 * height) if pairs else 0, len(rows)
-    canvas = torch.full((3, count * height + (count // 2 - 1 if pairs else 0) * gap, width), 255, dtype=torch.uint8)
+    canvas = torch.full(
+        (3, count * height + (count // 2 - 1 if pairs else 0) * gap, width), 255, dtype=torch.uint8, device="cpu"
+    )
     ticks = []
     for i, (_, picture) in enumerate(rows):
         top = i * height + (i // 2) * gap
@@ -142,12 +143,6 @@ def covariance(z: Tensor, path: Path, title: str = "") -> Path:
     axes.set_title("Covariance of the codes" + (f": {title}" if title else ""), fontsize=12)
     figure.savefig(path)
     return path
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a JSON-lines log; a last line cut short by a crash is left out."""
-    lines = Path(path).read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], path: Path, title: str) -> Path:

@@ -14,9 +14,10 @@ from torch import Tensor
 from .. import metrics
 from ..data import Dataset
 from ..data.points import POINTS
+from ..train.log import read_log
 from ..train.settings import Settings
 from . import pictures
-from .evaluation import CODES, LEAST, Value, accuracy_of, bound_of, has_encoder, mixture_of
+from .evaluation import CODES, LEAST, Value, bound_of, has_encoder, judged, mixture_of
 
 RECONSTRUCTED = 1_000  # test images per evaluation during training; `ivfast evaluate` takes all
 LOOK = 2_500  # points drawn to count modes during training (Srivastava et al. 2017)
@@ -26,6 +27,8 @@ def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
     """The `evaluate` of `ivfast.train.loop.fit`, with the metrics that the system supports: FLD of the training codes;
     reconstruction of 1,000 test images; the variational bound and the accuracy of the system's own classifier on all
     test images; modes of points."""
+
+    target: dict[str, Dataset] = {}  # read once
 
     def evaluate(system):
         values = {}
@@ -40,7 +43,10 @@ def while_training(dataset: Dataset) -> Callable[[object], dict[str, float]]:
         if hasattr(system, "bound"):
             values["bound"] = bound_of(system, dataset)
         if hasattr(system, "classify"):
-            values["accuracy"] = accuracy_of(system, dataset)
+            if "of" not in target:
+                target["of"] = judged(system, dataset)
+            of = target["of"]
+            values["accuracy"] = metrics.accuracy(system, of.test, of.test_labels)
         return values
 
     return evaluate
@@ -85,14 +91,15 @@ def interpolated(system, z: Tensor, rows: int = 6, columns: int = 12) -> Tensor:
     """Decoded z_i + a (z_j − z_i), a = 0..1, for the first pairs of codes: `[rows, columns, C, H, W]`."""
     rows = min(rows, len(z) // 2)
     first, second = z[:rows, None], z[rows : 2 * rows, None]
-    points = torch.lerp(first, second, torch.linspace(0, 1, columns)[:, None])  # [rows, columns, d]
+    steps = torch.linspace(0, 1, columns, dtype=z.dtype, device=z.device)
+    points = torch.lerp(first, second, steps[:, None])  # [rows, columns, d]
     return metrics.decoded(system, points.flatten(0, 1)).unflatten(0, (rows, columns))
 
 
 def _series(log: Path) -> dict[str, list[tuple[int, float]]]:
     series: dict[str, list[tuple[int, float]]] = {}
     for kind in ("losses", "metrics"):
-        for record in pictures.read_log(log):
+        for record in read_log(log):
             for name, value in record.get(kind, {}).items():
                 series.setdefault(name, []).append((record["step"], value))
     return series

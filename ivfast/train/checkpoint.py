@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _defaults
 from .._extra import needs
 from . import files
 from .phase import System
@@ -74,6 +75,7 @@ def _checksum(x: Tensor) -> str:
     return _hex(memoryview(x.reshape(-1).view(torch.uint8).numpy()), start)
 
 
+@_defaults.initial()
 def read(path: Path) -> Checkpoint:
     """A checkpoint that holds what was written.
 

@@ -75,7 +75,8 @@ class About:
         if not (number and self._in_range(value)):
             raise ValueError(f"{name} must {self.must or f'be {self.range}'}, got {value!r:.80}")
         if self.kind is int and abs(value) > LARGEST:
-            raise ValueError(f"{name} must be at most 2^63 - 1, got {value!r:.80}")
+            least = "-2^63 + 1" if self.at_least is None else f"{self.at_least:g}"
+            raise ValueError(f"{name} must be an integer from {least} to 2^63 - 1, got {value!r:.80}")
 
     def _in_range(self, value: float) -> bool:
         return (

@@ -90,19 +90,29 @@ class Quiet:
         pass
 
 
+def read_log(path: Path) -> list[dict]:
+    """The records of a log; a last line that a crash has cut short is left out.
+
+    Raises:
+        ValueError: a whole line that is no record; the message names the file and the line.
+    """
+    records = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path}: line {number} is not a record of a log: {line[:60].decode(errors='replace')!r}")
+        records.append(record)
+    return records
+
+
 def _kept(path: Path, resume_at: int | None) -> list[dict[str, object]]:
     """The lines of an earlier part of the run that its checkpoint covers; those after it are run again."""
     if resume_at is None or not path.exists():
         return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break  # a line cut short when the process was killed
-        if line["step"] <= resume_at and not line.get("partial"):
-            lines.append(line)
-    return lines
+    return [line for line in read_log(path) if line["step"] <= resume_at and not line.get("partial")]
 
 
 class Bar:

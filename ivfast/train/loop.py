@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .. import _defaults, _extra
 from . import checkpoint, lock
 from .checkpoint import CheckpointError
 from .lock import RunInUse
@@ -44,6 +45,7 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"stopped after step {step}; resume with: ivfast train --resume --out {shlex.quote(str(out))}")
 
 
+@_defaults.initial()
 def fit(
     system: System,
     images: Tensor,
@@ -59,8 +61,9 @@ def fit(
     """Train `system` on `images` and keep the run in the folder `out`.
 
     Writes `config.json`, `log.jsonl`, `tensorboard/`, `pictures/` and `checkpoints/last.safetensors`. PyTorch's global
-    generators are left as they were. The same settings give the same run, and on the CPU a run that was stopped, or
-    killed at any moment, and resumed gives the same bits.
+    generators are left as they were; a default dtype, a default device and autocast of the caller do not reach inside.
+    The same settings give the same run, and on the CPU a run that was stopped, or killed at any moment, and resumed
+    gives the same bits.
 
     Where a group of `torch.distributed` is there, every rank calls with all the images, trains on its rows of each
     batch of `settings.batch_size`, and the first writes the run, which can be resumed on another number of ranks. Only
@@ -92,6 +95,7 @@ def fit(
             says where and why.
         FileExistsError: `out` already holds a run and `resume` is False.
         RunInUse: another process trains in `out`.
+        PackageNotFound: tensorboard is not installed, and `settings.tensorboard` is True.
         NonFiniteLoss, NonFiniteWeights: training blew up; the last good checkpoint is kept.
         RankLost: another rank was killed; the message says how to resume.
         CheckpointError: a checkpoint cannot be written or read.
@@ -103,6 +107,8 @@ def fit(
     _check_images(images, system)
     _check_labels(labels, system)
     _check_folder(out, resume)
+    if settings.tensorboard:
+        _extra.check("settings.tensorboard", "tensorboard")
     with torch.random.fork_rng(devices=cuda_devices(settings.device)):
         run = Run(system, images, settings, out, labels)
         with lock.held(out) if run.ranks.first else contextlib.nullcontext():

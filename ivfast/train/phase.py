@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ivfast
 
+from .. import _defaults
 from ..distributed import exchange
 from ..optim import Adam
 from .settings import Settings
@@ -80,6 +81,7 @@ class System:
         settings, image_shape: what it was built from; `(C, H, W)`.
         latent_dim: d, the size of a code.
         modules: name -> network. Weights, EMA and learning rates go by these names.
+        rated: the names of learning rates that it has read.
         class_names: one per label where it reads labels and they are known; kept in checkpoints.
         phases: run in this order in every step.
         ops: where its losses find the ops that look at a batch as a whole or draw: `ivfast`, or the same names over a
@@ -98,6 +100,7 @@ class System:
     def __init__(self, settings: Settings, image_shape: tuple[int, int, int]):
         self.settings, self.image_shape, self.latent_dim = settings, tuple(image_shape), settings.latent_dim
         self.modules, self.phases, self.ops, self.part = {}, [], ivfast, Part()
+        self.rated: list[str] = []
         if not isinstance(settings, self.Settings):
             raise TypeError(f"settings must be {self.Settings.__name__}, got {type(settings).__name__}")
 
@@ -110,6 +113,27 @@ class System:
     def misfit(cls, data: str) -> str | None:
         """Why the system cannot learn from the data set of that name, as a phrase after its own; None where it may."""
         return None
+
+    def check(self) -> None:
+        """What is right about settings and networks together, once the system is built.
+
+        Raises:
+            ValueError: by the setting.
+        """
+        if unknown := [name for name in self.settings.learning_rates if name not in ("default", *self.rated)]:
+            raise ValueError(
+                f"learning_rates has {', '.join(map(repr, unknown))}, which {self.settings.system} does not have; "
+                f"its rates are {', '.join(self.rated)} and default, for the others"
+            )
+        norms = [part for module in self.modules.values() for part in module.modules()]
+        if self.settings.batch_size < 2 and any(isinstance(norm, nn.BatchNorm1d) for norm in norms):
+            raise ValueError(f"batch_size must be at least 2 for batch normalisation, got {self.settings.batch_size}")
+
+    def learning_rate(self, name: str) -> float:
+        """The base rate of a network, or of something else that the system's constructor names."""
+        if name not in self.rated:
+            self.rated.append(name)
+        return self.settings.learning_rate(name)
 
     def share(self, x: Tensor) -> object:
         """The forward pass that a step runs once; every phase of the step gets its result.
@@ -129,11 +153,12 @@ class System:
         """n codes from N(0, I), `[n, d]`. The generator may live on the CPU while the system does not."""
         device = self.settings.device
         place = device if generator is None else generator.device
-        return torch.randn(n, self.latent_dim, generator=generator, device=place).to(device)
+        z = torch.randn(n, self.latent_dim, generator=generator, dtype=_defaults.DTYPE, device=place)
+        return z.to(device)
 
     def randn(self, n: int, *shape: int) -> Tensor:
         """Standard normal noise `[n, *shape]` for the n rows of a batch."""
-        return self.part.draw(torch.randn, (n, *shape), device=self.settings.device)
+        return self.part.draw(torch.randn, (n, *shape), dtype=_defaults.DTYPE, device=self.settings.device)
 
     def randn_like(self, x: Tensor) -> Tensor:
         """Standard normal noise for the rows of a batch `[n, ...]`."""
@@ -141,7 +166,7 @@ class System:
 
     def rand(self, n: int, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1), `[n, *shape]`, for the n rows of a batch."""
-        return self.part.draw(torch.rand, (n, *shape), device=self.settings.device)
+        return self.part.draw(torch.rand, (n, *shape), dtype=_defaults.DTYPE, device=self.settings.device)
 
     def randint(self, high: int, n: int) -> Tensor:
         """Uniform integers in [0, high), `[n]`, for the n rows of a batch."""
@@ -186,7 +211,7 @@ class System:
         fused = device.type in ("cpu", "cuda")
         groups = []
         for name in names:
-            rate = self.settings.learning_rate(name)
+            rate = self.learning_rate(name)
             dtype = torch.float32 if device.type == "cuda" else torch.float64
             tensor = torch.tensor(rate, dtype=dtype, device=device) if fused else rate
             groups.append({"params": list(self.modules[name].parameters()), "lr": tensor, "initial_lr": rate})

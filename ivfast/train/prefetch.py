@@ -40,7 +40,7 @@ def _gather(images: Tensor, rows: Callable[[], Tensor], pin: bool, out: queue.Qu
         while not stop.is_set():
             take = rows()
             # page-locked blocks come from PyTorch's cache, which gives none out again before its copy is done
-            batch = torch.empty(len(take), *images.shape[1:], dtype=images.dtype, pin_memory=pin)
+            batch = torch.empty(len(take), *images.shape[1:], dtype=images.dtype, device="cpu", pin_memory=pin)
             out.put(torch.index_select(images, 0, take, out=batch))
     except BaseException as error:
         out.put(error)

@@ -162,7 +162,7 @@ class Run:
     def autocast(self) -> contextlib.AbstractContextManager[None]:
         if self.settings.precision == "fp32":
             return _NOTHING
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return _bfloat16(self.device.type)
 
     def set_rates(self) -> None:
         self.factor = self.settings.learning_rate_factor(self.step // self.batches.per_epoch)
@@ -262,6 +262,13 @@ class Run:
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _bfloat16(kind: str) -> Iterator[None]:
+    with torch.autocast(kind, dtype=torch.bfloat16):
+        yield
+    torch.clear_autocast_cache()  # PyTorch keeps it until the outermost autocast ends, which may be the caller's
 
 
 @contextlib.contextmanager

@@ -146,7 +146,7 @@ class Settings:
         """The seed of one of the independent random streams that `seed` starts: "weights", "noise" or "order"."""
         import torch
 
-        seeds = torch.randint(2**31, (len(_STREAMS),), generator=torch.Generator().manual_seed(self.seed))
+        seeds = torch.randint(2**31, (len(_STREAMS),), generator=torch.Generator().manual_seed(self.seed), device="cpu")
         return int(seeds[_STREAMS.index(purpose)])
 
     def learning_rate(self, module: str) -> float:
