@@ -180,10 +180,21 @@ def _pull(a, b, additive, prior, *, without_diagonal):
     return -(w * A * root).sum(-2), (0.5 * w * (A.square() * part - c_part)).sum(-2)
 
 
+def _shapes(mu_r: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """What forward returns for fake tensors; the reference takes the logarithm of numbers that n and m determine."""
+    batch, wide = mu_r.shape[:-2], torch.promote_types(mu_r.dtype, torch.float32)
+    return mu_r.new_empty(batch, dtype=wide), mu_r.new_empty(*batch, 3, dtype=wide)
+
+
+def _gradient_shapes(*inputs) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:4])
+
+
 _forward = register(
     "as_distance(Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g, bool additive, bool prior, bool log,"
     " bool unbiased) -> (Tensor value, Tensor sums)",
     reference=as_distance_reference,
+    meta=_shapes,
     triton="as_distance.forward",
     cuda=True,
     prefer=lambda mu_r, logvar_r, mu_g, *_: small_in_cuda(mu_r, mu_g),
@@ -193,6 +204,7 @@ _backward = register(
     " Tensor? dsums, bool additive, bool prior, bool log, bool unbiased)"
     " -> (Tensor dmu_r, Tensor dlogvar_r, Tensor dmu_g, Tensor dlogvar_g)",
     reference=_backward_reference,
+    meta=_gradient_shapes,
     triton="as_distance.backward",
     cuda=True,
     prefer=lambda mu_r, logvar_r, mu_g, *_: small_in_cuda(mu_r, mu_g),

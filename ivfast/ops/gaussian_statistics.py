@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from .._torch import without_autocast
 from . import _statistics_file
 from .frechet import frechet_distance
 
@@ -41,7 +42,7 @@ NARROW = 256  # dimensions up to which a GPU makes one pass over a batch; above,
 def _state() -> Iterator[None]:
     """Tensors made here can be modified anywhere: no graph, and no inference tensors under `inference_mode`. Products
     are as exact as their dtype, also under autocast."""
-    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+    with torch.inference_mode(False), torch.no_grad(), without_autocast():
         yield
 
 
@@ -63,7 +64,7 @@ class GaussianStatistics:
     """
 
     def __init__(self, d: int, *, device: torch.device | str = "cpu"):
-        _check.count("d", d)
+        d = _check.count("d", d)
         with _state():
             self.count: int | None = 0
             self.mean = torch.zeros(d, dtype=torch.float64, device=device)
@@ -232,7 +233,7 @@ class GaussianStatistics:
         """Copies of `mean`, and of `count` and `scatter`, or of `covariance` if the count is unknown."""
         if self.count is None:
             return {"mean": self.mean.clone(), "covariance": self.covariance}
-        return {"count": torch.tensor(self.count), "mean": self.mean.clone(), "scatter": self.scatter}
+        return {"count": torch.tensor(self.count, device="cpu"), "mean": self.mean.clone(), "scatter": self.scatter}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict`. A state that does not fit raises KeyError or ValueError and changes nothing."""
@@ -293,7 +294,7 @@ class GaussianStatistics:
         mean, covariance, count = _statistics_file.read(path)
         state = {"mean": mean, "covariance": covariance}
         if count is not None:
-            state = {"mean": mean, "count": torch.tensor(count), "scatter": covariance * (count - 1)}
+            state = {"mean": mean, "count": torch.tensor(count, device="cpu"), "scatter": covariance * (count - 1)}
         stats = cls(len(mean), device=device)
         stats.load_state_dict(state)
         return stats

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
+from .._torch import autocasting, transformed
 from . import multi_js
-from ._derivatives import differentiable, transformed
+from ._derivatives import differentiable
 from ._pairwise import arithmetic, few_in_cuda
 from .multi_js import check_smoothing, check_weights
 
@@ -50,8 +51,8 @@ def linear_multi_js_loss(
     features, weight, bias = _check.promoted(features, weight, bias)
     classes = _check_layer(features, weight, bias)
     weights = None if weights is None else check_weights(weights, classes, features)
-    check_smoothing(label_smoothing)
-    if features.shape[:-1].numel() * classes <= chunk_of(features):  # a single chunk leaves nothing to save
+    label_smoothing = check_smoothing(label_smoothing)
+    if features.shape[:-1].numel() * classes <= chunk_of(features) and not autocasting():  # one chunk saves nothing
         return _unfused(features, weight, bias, weights, label_smoothing)
     return fused(features, weight, bias, weights, label_smoothing)
 
@@ -66,8 +67,10 @@ def fused(
 
 
 def _unfused(features, weight, bias, weights, label_smoothing):
-    with torch.autocast(features.device.type, enabled=False):
-        logits = F.linear(features.reshape(-1, features.shape[-1]), weight, bias)
+    x = features.reshape(-1, features.shape[-1])
+    if autocasting():  # which leaves float64 alone, and in the products of derivatives too
+        x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
+    logits = F.linear(x, weight, bias).to(features.dtype)
     return multi_js.multi_js_loss(logits, weights=weights, label_smoothing=label_smoothing)
 
 
