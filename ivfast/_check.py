@@ -2,10 +2,13 @@
 
 import functools
 import math
-import numbers
+import operator
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
+
+from ._torch import autocasting, constant
 
 LARGEST = 2**63 - 1  # of an integer in PyTorch
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -21,7 +24,7 @@ def floating(name: str, x: Tensor) -> None:
 def promoted(*tensors):
     """Under autocast, tensors of different floating dtypes in the dtype that they promote to, as PyTorch's losses take
     them; otherwise as they are, and the checks say which differs."""
-    if not torch._C._is_any_autocast_enabled():
+    if not autocasting():
         return tensors
     dtypes = [x.dtype for x in tensors if isinstance(x, Tensor) and x.dtype in FLOATING]
     if all(dtype == dtypes[0] for dtype in dtypes):
@@ -78,17 +81,39 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def number(name: str, value: float, *, positive: bool = False, non_negative: bool = False) -> None:
+def number(name: str, value: SupportsFloat, *, positive: bool = False, non_negative: bool = False) -> float:
+    """`value` as Python's float or int, from any real type such as NumPy's or a tensor without dimensions."""
+    if not isinstance(value, int | float):
+        value = _real(name, value)
     # comparisons, because Dynamo has no math.isfinite of a number that varies between calls
     if not -math.inf < value < math.inf or (positive and value <= 0) or (non_negative and value < 0):
         kind = "finite and positive" if positive else "finite and >= 0" if non_negative else "finite"
         raise ValueError(f"{name} must be {kind}, got {value}")
+    return value
 
 
-def count(name: str, value: int, *, at_least: int = 1) -> int:
-    """`value` as Python's int, from any integer type such as NumPy's."""
-    if not isinstance(value, int | numbers.Integral) or isinstance(value, bool) or value < at_least:
+def _real(name: str, value: SupportsFloat) -> float:
+    if getattr(value, "ndim", 0) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, Tensor) and not constant(value):
+        raise TypeError(f"{name} must be a number, through which no derivative flows, got a Tensor that needs one")
+    return float(value)
+
+
+def count(name: str, value: SupportsIndex, *, at_least: int = 1) -> int:
+    """`value` as Python's int, from any integer type such as NumPy's or a tensor without dimensions."""
+    found = value if isinstance(value, int) else _integer(value)
+    if found is None or isinstance(found, bool) or found < at_least:
         raise ValueError(f"{name} must be an integer >= {at_least}, got {value!r}")
-    if value > LARGEST:
+    if found > LARGEST:
         raise ValueError(f"{name} must be an integer from {at_least} to 2^63 - 1, got {value!r:.80}")
-    return value if isinstance(value, int) else int(value)
+    return found
+
+
+def _integer(value: SupportsIndex) -> int | None:
+    if getattr(value, "ndim", 0) or str(getattr(value, "dtype", "")).endswith("bool"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ._torch import autocasting, carried, carry, has_kernel, without_autocast
+
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 OPS: dict[str, "Op"] = {}
 
@@ -35,9 +37,7 @@ _KEY = "ivfast.use"
 def _chosen() -> str | None:
     """What is forced in this thread, or in the thread whose backward pass a thread of autograd runs."""
     here = _choice.here
-    if here is None and not torch.compiler.is_compiling() and torch._C._is_key_in_tls(_KEY):
-        here = torch._C._get_obj_in_tls(_KEY)  # autograd hands this storage on to its threads
-    return here
+    return carried(_KEY) if here is None and not torch.compiler.is_compiling() else here
 
 
 @contextlib.contextmanager
@@ -50,18 +50,18 @@ def use(implementation: str) -> Iterator[None]:
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    previous = _choice.here
-    _force(implementation, +1)
+    previous = _choice.here, carried(_KEY)
+    _force(implementation, implementation, +1)
     try:
         yield
     finally:
-        _force(previous, -1)
+        _force(*previous, -1)
 
 
-def _force(implementation: str | None, blocks: int) -> None:
+def _force(here: str | None, on_autograd: str | None, blocks: int) -> None:
     global _forced, _blocks
-    _choice.here = implementation
-    torch._C._stash_obj_in_tls(_KEY, implementation)
+    _choice.here = here
+    carry(_KEY, on_autograd)
     with _lock:
         _blocks += blocks
         _forced = _choice if _blocks else None
@@ -72,9 +72,9 @@ def exact(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def exactly(*args):
-        if not torch._C._is_any_autocast_enabled():
+        if not autocasting():
             return function(*args)
-        with torch._C._DisableAutocast():
+        with without_autocast():
             return function(*args)
 
     return exactly
@@ -189,7 +189,7 @@ class Op:
 
     @staticmethod
     def _has_kernel(name: str, key: str) -> bool:
-        return torch._C._dispatch_has_kernel_for_dispatch_key(f"ivfast::{name}", key)
+        return has_kernel(f"ivfast::{name}", key)
 
 
 EXTENSION_ERRORS: dict[str, str] = {}

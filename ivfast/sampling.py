@@ -121,9 +121,9 @@ def svgd(
     Source: Liu & Wang 2016, Algorithm 1.
     """
     _check.samples("x0", x0)
-    _check.count("steps", steps, at_least=0)
+    steps = _check.count("steps", steps, at_least=0)
     if trajectory_every is not None:
-        _check.count("trajectory_every", trajectory_every)
+        trajectory_every = _check.count("trajectory_every", trajectory_every)
     if bad := int((~x0.isfinite()).any(-1).sum()):
         raise ValueError(f"x0 must be finite, got NaN or infinity in {bad} of {x0.shape[:-1].numel()} particles")
     target = _target(log_prob, score, x0)
@@ -156,7 +156,7 @@ def _target(log_prob, score, x0: Tensor) -> Callable[[Tensor], Tensor] | None:
             raise TypeError(f"score must be a callable x -> ∇ log p(x), got {type(score).__name__}")
 
         def checked(x):
-            s = score(x.detach())
+            s, x = _check.promoted(score(x.detach()), x)
             _check.same("score(x)", s, "x", x)
             return s.detach()
 
@@ -201,7 +201,7 @@ def _rule(optimizer, step_size: float | None, x: Tensor) -> Callable[[Tensor], T
     if step_size is not None:
         if optimizer is not None:
             raise ValueError("step_size is for the plain update: pass it or an optimizer, got both")
-        _check.number("step_size", step_size, positive=True)
+        step_size = _check.number("step_size", step_size, positive=True)
 
         def plain(phi):
             nonlocal x

@@ -401,7 +401,9 @@ def backward(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prio
         programs = own.N // OWNED
         pairs = [(own, side), ((g, r)[side], 2)]
         split = [shares(other.N // TILE.backward, sets * programs) for other, _ in pairs]
-        du, dl = torch.zeros(2, sum(splits for splits, _ in split), sets, D, own.N, device=mu_r.device)
+        du, dl = torch.zeros(
+            2, sum(splits for splits, _ in split), sets, D, own.N, dtype=torch.float32, device=mu_r.device
+        )
         first = 0
         for (other, kind), (splits, share) in zip(pairs, split, strict=True):
             _gradient_kernel[sets * programs, splits](

@@ -1,10 +1,13 @@
-"""What surrounds a call changes no number: autocast, and `use` in other threads."""
+"""What surrounds a call changes no number: autocast, defaults, modes of autograd, `use` in other threads, and how
+arguments are written."""
 
+import contextlib
 import threading
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import ivfast
 from ivfast import testing
@@ -27,12 +30,47 @@ def test_autocast_does_not_reach_inside(case, implementation):
     if case.op == "sqrtm_spd":  # its case multiplies matrices itself
         case = case._replace(function=ivfast.sqrtm_spd)
         tensors = [torch.cov(torch.randn(4, 20)).requires_grad_()]
-    with ivfast.use(implementation) if implementation else torch.enable_grad():
+    with ivfast.use(implementation) if implementation else contextlib.nullcontext():
         expected = testing.value_and_gradients(case, tensors)
         with cast():
             actual = testing.value_and_gradients(case, tensors)
     for ours, theirs in zip(actual, expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def layer(*p):
+    return ivfast.linear_multi_js_loss(*p, label_smoothing=0.1)
+
+
+one_chunk = testing.Case("linear_multi_js_loss", "one-chunk", layer, lambda generator: ())  # by other products
+
+
+@pytest.mark.parametrize("case", [*small(), one_chunk], ids=str)
+def test_autocast_reaches_no_order_of_derivatives(case):
+    tensors = testing.inputs(case, torch.float32)
+    if case.op == "sqrtm_spd":
+        case, tensors = case._replace(function=ivfast.sqrtm_spd), [torch.cov(torch.randn(4, 20)).requires_grad_()]
+    elif case is one_chunk:
+        tensors = [torch.randn(shape).requires_grad_() for shape in ((60, 6), (4, 6), (4,))]
+    leaves = [x for x in tensors if x.requires_grad]
+
+    def loss(x):
+        return sum(o.sin().sum() for o in testing.outputs(case.function(x, *tensors[1:])))
+
+    def results():
+        value = loss(leaves[0])
+        first = torch.autograd.grad(value, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, materialize_grads=True)
+        x = leaves[0].detach()
+        tangent = torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1]
+        return value, *first, *second, torch.func.grad(loss)(x), tangent
+
+    expected = results()
+    with cast():
+        actual = results()
+    for ours, theirs in zip(actual, expected, strict=True):
+        # float32 that is summed in another order; bfloat16 would leave 4e-3
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_autocast_reaches_neither_statistics_nor_chunks():
@@ -135,30 +173,139 @@ def test_threads_of_autograd_see_the_choice():
     assert {choice for _, choice in seen} == {None}
 
 
-def test_one_graph_serves_every_number_of_rows():
-    """With a median, whose divisor depends on n, scales as numbers, and draws left to the op."""
-    graphs = []
+def test_other_numbers_are_pythons():
+    """Integers and floats of NumPy, and tensors without dimensions."""
+    x, z, index = torch.randn(6, 4), torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
+    draws, steps, v = torch.randn_like(z), torch.randn(3, 4, 6), torch.rand(5)
+    calls = [
+        lambda i, f: ivfast.radial_bridge(z, i(3), draws=draws),
+        lambda i, f: ivfast.blockwise_bridge(z, i(3), draws=draws),
+        lambda i, f: ivfast.block_substitute(z, i(2), index, draws=draws),
+        lambda i, f: ivfast.svgd_bridge(
+            z, i(2), iterations=i(2), step_size=f(0.5), scale=f(2.0), noise=f(0.25), draws=steps
+        ),
+        lambda i, f: ivfast.svgd_direction(x, bandwidth=f(3.0), scale=i(2)),
+        lambda i, f: ivfast.mmd(x, x + 1, bandwidth=f(3.0), scales=[f(0.5), i(2)]),
+        lambda i, f: ivfast.mmd(x, x + 1, scales=torch.tensor([0.5, 2.0])),
+        lambda i, f: ivfast.exp_elbo_loss(v, v, scale=f(0.5), beta_reconstruction=i(1), beta_kl=f(0.5), alpha=i(2)),
+        lambda i, f: ivfast.multi_js_loss(x[:, :2], label_smoothing=f(0.25)),
+        lambda i, f: ivfast.linear_multi_js_loss(x, x[:2], label_smoothing=f(0.25)),
+        lambda i, f: ivfast.svgd(x, i(2), step_size=f(0.5), trajectory_every=i(1)).particles,
+    ]
+    for call in calls:
+        expected = call(int, float)
+        for one, other in ((np.int64, np.float32), (np.uint8, np.float16), (np.array, np.array)):
+            assert torch.equal(call(one, other), expected)
+        assert torch.equal(call(torch.tensor, torch.tensor), expected)
 
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
 
-    def function(x):
-        h = ivfast.median_bandwidth(x)
-        return ivfast.svgd_direction(x, bandwidth=h, scale=2.0), ivfast.radial_bridge(x, 2), ivfast.mmd(x, x + 1)
-
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
-    for n in (6, 10, 7):
-        x = torch.randn(n, 4)
-        assert torch.equal(compiled(x)[0], function(x)[0])
-    assert len(graphs) == 1
+def test_what_is_no_number_is_an_error_that_names_the_argument():
+    x = torch.randn(6, 4)
+    for value in (True, np.bool_(True), torch.tensor(True), 2.0, torch.tensor(2.0), torch.tensor([2]), "2", None):
+        with pytest.raises(ValueError, match="t must be an integer >= 1, got "):
+            ivfast.radial_bridge(x, value)
+    for value, given in (("2", "str"), (None, "NoneType"), (np.ones(2), "ndarray"), (torch.ones(2), "Tensor")):
+        with pytest.raises(TypeError, match=f"scale must be a number, got {given}"):
+            ivfast.svgd_direction(x, scale=value)
+    with pytest.raises(TypeError, match="bandwidth must be a number, got ndarray"):
+        ivfast.svgd_direction(x, bandwidth=np.ones(6))
 
 
-def test_integers_of_numpy_are_integers():
-    three, z = np.int64(3), torch.randn(4, 6)
-    draws = torch.randn_like(z)
-    assert torch.equal(ivfast.radial_bridge(z, three, draws=draws), ivfast.radial_bridge(z, 3, draws=draws))
-    assert torch.equal(ivfast.blockwise_bridge(z, three, draws=draws), ivfast.blockwise_bridge(z, 3, draws=draws))
-    with pytest.raises(ValueError, match="t must be an integer >= 1, got True"):
-        ivfast.radial_bridge(z, True)
+def test_a_number_with_a_derivative_is_refused():
+    x, two = torch.randn(6, 4), torch.tensor(2.0)
+    calls = {
+        "scale": lambda s: ivfast.svgd_direction(x, scale=s).sum(),
+        "noise": lambda s: ivfast.svgd_bridge(x, 2, noise=s).sum(),
+        "alpha": lambda s: ivfast.exp_elbo_loss(x, x, alpha=s).sum(),
+    }
+    ways = (
+        lambda f: f(two.clone().requires_grad_()),
+        lambda f: torch.func.grad(f)(two),
+        lambda f: torch.func.jvp(f, (two,), (two,)),
+    )
+    for name, call in calls.items():
+        for way in ways:
+            with pytest.raises(TypeError, match=f"{name} must be a number, through which no derivative flows"):
+                way(call)
+    beside = torch.func.grad(lambda x: ivfast.svgd_direction(x, scale=two).sum())(x)
+    assert torch.equal(beside, torch.func.grad(lambda x: ivfast.svgd_direction(x, scale=2.0).sum())(x))
+
+
+def test_a_bandwidth_of_the_wrong_shape_names_the_right_one():
+    x, sets = torch.randn(6, 4), torch.randn(3, 6, 4)
+    ops = {
+        "set": lambda x, h: ivfast.svgd_direction(x, bandwidth=h),
+        "pair of samples": lambda x, h: ivfast.mmd(x, x, bandwidth=h),
+    }
+    for each, op in ops.items():
+        with pytest.raises(ValueError, match=r"bandwidth must have shape \(\).*, got \(6,\)"):
+            op(x, torch.ones(6))
+        with pytest.raises(ValueError, match=rf"bandwidth must have shape \(3,\), one .* each {each}, or \(\).*\(2,\)"):
+            op(sets, torch.ones(2))
+        assert torch.equal(op(sets, torch.tensor(3)), op(sets, torch.full((3,), 3.0)))
+
+
+def value_and_slopes(function, tensors):
+    """With cotangents that are made without a generator."""
+    out = testing.outputs(function(*tensors))
+    leaves = [x for x in tensors if x.requires_grad]
+    return out, torch.autograd.grad(out, leaves, [torch.full_like(o, 0.7) for o in out], materialize_grads=True)
+
+
+def assert_equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["reference", None])
+@pytest.mark.parametrize("case", small(), ids=str)
+def test_defaults_of_the_caller_change_nothing(case, implementation):
+    tensors = testing.inputs(case, torch.float32)
+    with ivfast.use(implementation) if implementation else contextlib.nullcontext():
+        expected = value_and_slopes(case.function, tensors)
+        try:
+            torch.set_default_dtype(torch.float64)
+            torch.set_default_device("meta")  # a tensor that is made there has no values
+            actual = value_and_slopes(case.function, tensors)
+        finally:
+            torch.set_default_device("cpu")
+            torch.set_default_dtype(torch.float32)
+    assert_equal(actual, expected)
+
+
+def test_defaults_of_the_caller_reach_neither_draws_nor_statistics(tmp_path):
+    x = torch.randn(6, 4)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        draws = [ivfast.radial_bridge(x, 2), ivfast.svgd_bridge(x, 2), ivfast.reparameterize(x, x).z]
+        draws.append(ivfast.radial_bridge(x, 2, generator=torch.Generator()))
+        statistics = ivfast.GaussianStatistics(4).update(x)
+        statistics.save(tmp_path / "x.npz")
+        loaded = ivfast.GaussianStatistics.load(tmp_path / "x.npz")
+        loaded.load_state_dict(statistics.state_dict())
+        particles = ivfast.svgd(x, 2).particles
+    finally:
+        torch.set_default_device("cpu")
+        torch.set_default_dtype(torch.float32)
+    assert all(z.dtype == torch.float32 and z.device.type == "cpu" for z in (*draws, particles))
+    assert loaded.count == 6
+    assert torch.equal(loaded.covariance, statistics.covariance)
+
+
+@pytest.mark.parametrize("case", small(), ids=str)
+def test_modes_of_autograd_change_nothing(case):
+    """Inference, no gradient, checkpoints, and hooks that keep saved tensors elsewhere."""
+    tensors = testing.inputs(case, torch.float32)
+    expected = value_and_slopes(case.function, tensors)
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            value = testing.outputs(case.function(*tensors))
+        assert not any(v.requires_grad for v in value)
+        for ours, theirs in zip(value, expected[0], strict=True):  # a value alone may come from another method
+            assert testing.error(ours, theirs, 0.1) <= case.slack * testing.TOLERANCES[torch.float32]
+    checkpointed = lambda *x: checkpoint(case.function, *x, use_reentrant=False)  # noqa: E731
+    assert_equal(value_and_slopes(checkpointed, tensors), expected)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.clone()) or len(kept) - 1, kept.__getitem__):
+        assert_equal(value_and_slopes(case.function, tensors), expected)

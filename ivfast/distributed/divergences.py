@@ -54,7 +54,7 @@ def mmd(
     elif isinstance(bandwidth, Tensor):
         h = one_mmd._bandwidth(x, y, bandwidth)
     else:
-        _check.number("bandwidth", bandwidth, positive=True)
+        bandwidth = _check.number("bandwidth", bandwidth, positive=True)
         h = arithmetic(x).new_full(x.shape[:-2], bandwidth)
     return _Mmd.apply(x, y, h, kernel == "imq", factors, unbiased, *rows)
 

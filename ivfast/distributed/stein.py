@@ -39,7 +39,7 @@ def svgd_direction(
     (rows,) = rows_of(group, even, x=x)
     if score is not None:
         _check.same("score", score, "x", x)
-    _check.number("scale", scale, positive=True)
+    scale = _check.number("scale", scale, positive=True)
     if gathers(exchange, rows):
         whole = gather_rows(x, rows)
         target = None if score is None else gather_rows(score, rows)
@@ -89,9 +89,9 @@ def svgd_bridge(
     """
     t = _check.count("t", t)
     iterations = _check.count("iterations", iterations)
-    _check.number("step_size", step_size)
-    _check.number("scale", scale, positive=True)
-    _check.number("noise", noise, non_negative=True)
+    step_size = _check.number("step_size", step_size)
+    scale = _check.number("scale", scale, positive=True)
+    noise = _check.number("noise", noise, non_negative=True)
     z, draws = _check.promoted(z, draws)
     (rows,) = rows_of(group, even, z=z)
     draws = prior_draws(z, draws, generator, leading=((t - 1) * iterations + 1,))

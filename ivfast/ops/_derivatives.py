@@ -14,18 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
+from .._registry import exact
+from .._torch import alive, every_forward_level, transformed
+
 Gradients = Sequence[Tensor | None]
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func, or forward mode, is active. Dynamo has its own rules for both."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class Rule(NamedTuple):
@@ -116,16 +111,25 @@ def differentiable(
 
     def call(*inputs):
         if transformed():
-            found = every.apply(*unwrap_dead_wrappers(inputs))
+            found = every.apply(*alive(inputs))
             return found[0] if one else found[:values]
         if torch.is_grad_enabled():
             for x in inputs[:tensors]:
                 if x is not None and x.requires_grad:
-                    return quick.apply(*inputs)
+                    return quick.apply(*(_apart(inputs) if torch.compiler.is_compiling() else inputs))
         found = op(*inputs, *flags)  # a Function costs 2 µs
         return found if alone else found[0] if one else found[:values]
 
     return call
+
+
+def _apart(inputs: Sequence) -> Sequence:
+    """The same values in different tensors: Dynamo takes none twice among the arguments of a Function."""
+    found: list = []
+    for x in inputs:
+        again = isinstance(x, Tensor) and any(x is y for y in found)
+        found.append(x.view_as(x) if again else x)
+    return found
 
 
 def _first(rule: Rule, second: type[Function]) -> type[Function]:
@@ -168,10 +172,11 @@ def _every(rule: Rule, second: type[Function]) -> type[Function]:
 
         @staticmethod
         def backward(ctx, *grads):
-            alive = unwrap_dead_wrappers((*grads[: rule.values], *ctx.saved_tensors))  # their level may have ended
-            return rule.pulled(ctx, alive[: rule.values], alive[rule.values :], second)
+            found = alive((*grads[: rule.values], *ctx.saved_tensors))  # the level of some may have ended
+            return rule.pulled(ctx, found[: rule.values], found[rule.values :], second)
 
         @staticmethod
+        @exact
         def jvp(ctx, *tangents):
             tangents, saved = tangents[: rule.tensors], _primals(ctx)
             inputs, results = (*saved[: -rule.values], *ctx.constants), saved[-rule.values :]
@@ -181,7 +186,7 @@ def _every(rule: Rule, second: type[Function]) -> type[Function]:
                 found = zip(rule.smooth(grads, inputs, given), tangents, strict=True)
                 return tuple(torch.zeros_like(t) if x is None else x for x, t in found if t is not None)
 
-            with forward_ad._set_fwd_grad_enabled(True):  # an outer level's; PyTorch switches all levels off here
+            with every_forward_level():  # of which some may be outer ones
                 found = _transposed(pull, results, [t for t in tangents if t is not None])
             return *found, *(None,) * (rule.outputs - rule.values)
 
@@ -227,21 +232,23 @@ def _second(rule: Rule) -> type[Function]:
             return pull, [arguments[i] for i in places]
 
         @staticmethod
+        @exact
         def backward(ctx, *cotangents):
             places = [i for i in _variables(rule) if ctx.needs_input_grad[i]]
             wanted = [i for i, c in enumerate(cotangents) if c is not None]
             result: list[Tensor | None] = [None] * len(ctx.others)
             if places and wanted:
-                pull, primals = Second.function(ctx, unwrap_dead_wrappers(ctx.saved_tensors), places, wanted)
+                pull, primals = Second.function(ctx, alive(ctx.saved_tensors), places, wanted)
                 _, transpose = torch.func.vjp(pull, *primals)
                 for i, x in zip(places, transpose(tuple(cotangents[i] for i in wanted)), strict=True):
                     result[i] = x
             return tuple(result)
 
         @staticmethod
+        @exact
         def jvp(ctx, *tangents):
             places = [i for i in _variables(rule) if tangents[i] is not None]
-            with forward_ad._set_fwd_grad_enabled(True):  # as above
+            with every_forward_level():  # as above
                 pull, primals = Second.function(ctx, _primals(ctx), places, ctx.found)
                 slopes = _transposed(
                     lambda *cotangents: torch.func.vjp(pull, *primals)[1](cotangents),
@@ -272,4 +279,4 @@ def _transposed(linear: Callable, like: Sequence[Tensor], x: Sequence[Tensor]) -
 
 def _primals(ctx) -> list[Tensor | None]:
     """The saved tensors without their tangents, which PyTorch hands to a custom rule separately."""
-    return [x if x is None else forward_ad.unpack_dual(x).primal for x in unwrap_dead_wrappers(ctx.saved_tensors)]
+    return [x if x is None else forward_ad.unpack_dual(x).primal for x in alive(ctx.saved_tensors)]

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from .._torch import refused
+
 
 def once_differentiable(backward: Callable) -> Callable:
     """Under `create_graph=True`, gradients that raise RuntimeError when they are differentiated.
@@ -20,9 +22,7 @@ def once_differentiable(backward: Callable) -> Callable:
         with torch.no_grad():
             found = backward(ctx, *grads)
         found = found if isinstance(found, tuple) else (found,)
-        refused = torch._C._functions.DelayedError(
-            b"a function that exchanges rows between ranks is differentiable only once", len(found)
-        )
-        return refused(*(x if x is None else x.detach().requires_grad_() for x in found))
+        error = refused("a function that exchanges rows between ranks is differentiable only once", len(found))
+        return error(*(x if x is None else x.detach().requires_grad_() for x in found))
 
     return once

@@ -181,7 +181,7 @@ def _pull(a, b, additive, prior, *, without_diagonal):
     w = log_k.flatten(-2).softmax(-1).view(log_k.shape).unsqueeze(-1)
     if additive:
         w = w * _log_integral(a, b, prior).softmax(-1)
-    u_i, log_i, u_j, log_j, log_P = _pairs(a, b, prior)
+    u_i, log_i, _, log_j, log_P = _pairs(a, b, prior)
     # ∂ℓ/∂u_i = −A/P,  ∂ℓ/∂ log l_i = ½ (A² l_i/P² − c l_i/P)
     root, part = (-0.5 * log_P).exp(), (log_i - log_P).exp()  # 1/√P, l_i/P
     A, c_part = _differences(a, b) * root, part  # A/√P, c l_i/P
@@ -190,10 +190,21 @@ def _pull(a, b, additive, prior, *, without_diagonal):
     return -(w * A * root).sum(-2), (0.5 * w * (A.square() * part - c_part)).sum(-2)
 
 
+def _shapes(mu_r: Tensor, *_) -> tuple[Tensor, Tensor]:
+    """What forward returns for fake tensors; the reference takes the logarithm of numbers that n and m determine."""
+    batch, wide = mu_r.shape[:-2], torch.promote_types(mu_r.dtype, torch.float32)
+    return mu_r.new_empty(batch, dtype=wide), mu_r.new_empty(*batch, 3, dtype=wide)
+
+
+def _gradient_shapes(*inputs) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:4])
+
+
 _forward = register(
     "as_distance(Tensor mu_r, Tensor logvar_r, Tensor mu_g, Tensor logvar_g, bool additive, bool prior, bool log,"
     " bool unbiased) -> (Tensor value, Tensor sums)",
     reference=as_distance_reference,
+    meta=_shapes,
     triton="as_distance.forward",
     cuda=True,
     prefer=lambda mu_r, logvar_r, mu_g, *_: small_in_cuda(mu_r, mu_g),
@@ -203,6 +214,7 @@ _backward = register(
     " Tensor? dsums, bool additive, bool prior, bool log, bool unbiased)"
     " -> (Tensor dmu_r, Tensor dlogvar_r, Tensor dmu_g, Tensor dlogvar_g)",
     reference=_backward_reference,
+    meta=_gradient_shapes,
     triton="as_distance.backward",
     cuda=True,
     prefer=lambda mu_r, logvar_r, mu_g, *_: small_in_cuda(mu_r, mu_g),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
+from .._torch import innermost
 from ._derivatives import differentiable
 from ._draws import prior_draws
 from ._pairwise import arithmetic, few_in_cuda
@@ -89,8 +90,7 @@ def block_substitute(z: Tensor, k: int, index: Tensor, *, draws: Tensor | None =
 
 
 def check_range(index: Tensor, k: int) -> None:
-    while torch._C._functorch.is_functorch_wrapped_tensor(index):  # all values, without the levels of transforms
-        index = torch._C._functorch.get_unwrapped(index)
+    index = innermost(index)
     low, high = (int(value) for value in index.aminmax()) if index.numel() else (0, 0)
     if low < 0 or high >= k:
         raise ValueError(f"index must lie in [0, k) with k = {k}, got values from {low} to {high}")

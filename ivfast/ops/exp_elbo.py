@@ -43,9 +43,9 @@ def exp_elbo_loss(
     _check.same("kl", kl, "reconstruction", reconstruction)
     if reconstruction.dim() < 1 or reconstruction.shape[-1] < 1:
         raise ValueError(f"reconstruction must have shape [..., n] with n >= 1, got {tuple(reconstruction.shape)}")
-    for name, value in (("scale", scale), ("beta_reconstruction", beta_reconstruction), ("beta_kl", beta_kl)):
-        _check.number(name, value)
-    _check.number("alpha", alpha, positive=True)
+    scale, beta_kl = _check.number("scale", scale), _check.number("beta_kl", beta_kl)
+    beta_reconstruction = _check.number("beta_reconstruction", beta_reconstruction)
+    alpha = _check.number("alpha", alpha, positive=True)
     factors = (-alpha * scale * beta_reconstruction, -alpha * scale * beta_kl, alpha)
     return _loss(reconstruction, kl, *factors)
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from .._torch import without_autocast
 from . import _statistics_file
 from .frechet import frechet_distance
 
@@ -41,7 +42,7 @@ NARROW = 256  # dimensions up to which a GPU makes one pass over a batch; above,
 def _state() -> Iterator[None]:
     """Tensors made here can be modified anywhere: no graph, and no inference tensors under `inference_mode`. Products
     are as exact as their dtype, also under autocast."""
-    with torch.inference_mode(False), torch.no_grad(), torch._C._DisableAutocast():
+    with torch.inference_mode(False), torch.no_grad(), without_autocast():
         yield
 
 
@@ -63,7 +64,7 @@ class GaussianStatistics:
     """
 
     def __init__(self, d: int, *, device: torch.device | str = "cpu"):
-        _check.count("d", d)
+        d = _check.count("d", d)
         with _state():
             self.count: int | None = 0
             self.mean = torch.zeros(d, dtype=torch.float64, device=device)

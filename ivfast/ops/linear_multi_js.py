@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
-from .._registry import exact, register
+from .._registry import register
+from .._torch import autocasting, transformed
 from . import multi_js
-from ._derivatives import differentiable, transformed
+from ._derivatives import differentiable
 from ._pairwise import arithmetic, few_in_cuda
 from .multi_js import check_smoothing, check_weights
 
@@ -50,8 +51,8 @@ def linear_multi_js_loss(
     features, weight, bias = _check.promoted(features, weight, bias)
     classes = _check_layer(features, weight, bias)
     weights = None if weights is None else check_weights(weights, classes, features)
-    check_smoothing(label_smoothing)
-    if features.shape[:-1].numel() * classes <= chunk_of(features):  # a single chunk leaves nothing to save
+    label_smoothing = check_smoothing(label_smoothing)
+    if features.shape[:-1].numel() * classes <= chunk_of(features) and not autocasting():  # one chunk saves nothing
         return _unfused(features, weight, bias, weights, label_smoothing)
     return fused(features, weight, bias, weights, label_smoothing)
 
@@ -66,36 +67,11 @@ def fused(
 
 
 def _unfused(features, weight, bias, weights, label_smoothing):
-    cast = torch._C._is_any_autocast_enabled() and not torch.compiler.is_compiling()
-    linear = _linear if cast else F.linear
-    with torch.autocast(features.device.type, enabled=False):
-        logits = linear(features.reshape(-1, features.shape[-1]), weight, bias)
+    x = features.reshape(-1, features.shape[-1])
+    if autocasting():  # which leaves float64 alone, and in the products of derivatives too
+        x, weight, bias = x.double(), weight.double(), None if bias is None else bias.double()
+    logits = F.linear(x, weight, bias).to(features.dtype)
     return multi_js.multi_js_loss(logits, weights=weights, label_smoothing=label_smoothing)
-
-
-@exact
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear, which takes no batch of weights."""
-    if weight.dim() == 2:
-        return F.linear(x, weight, bias)
-    logits = x @ weight.mT
-    return logits if bias is None else logits + bias.unsqueeze(-2)
-
-
-def _product_gradients(backward, grads, inputs, outputs, needed):
-    (G,), (x, weight, _) = grads, inputs
-    dx = _linear(G, weight.mT, None) if needed[0] else None
-    dw = _linear(G.mT, x.mT, None) if needed[1] else None
-    return dx, dw, G.sum(-2) if needed[2] else None
-
-
-# F.linear whose derivatives do not round to half precision under autocast either
-_linear = differentiable(
-    _product,
-    _product_gradients,
-    tensors=3,
-    pull=lambda grads, inputs, needed: _product_gradients(None, grads, inputs, (), needed),
-)
 
 
 def chunk_of(x: Tensor) -> int:

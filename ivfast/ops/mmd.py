@@ -59,17 +59,15 @@ def mmd(
     if isinstance(bandwidth, str | Tensor):
         b = _bandwidth(x, y, bandwidth)
     else:  # a number is folded into the scales, which saves filling a tensor
-        _check.number("bandwidth", bandwidth, positive=True)
+        bandwidth = _check.number("bandwidth", bandwidth, positive=True)
         factors = [s * bandwidth for s in factors]
     return _discrepancy(x, y, b, kernel == "imq", factors, unbiased)
 
 
 def _checked(scales: Iterable[float]) -> list[float]:
-    factors = [float(s) for s in scales]
+    factors = [_check.number("scales", s, positive=True) for s in scales]
     if not factors:
         raise ValueError("scales must hold at least one factor, got none")
-    for s in factors:
-        _check.number("scales", s, positive=True)
     return factors
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from ._derivatives import differentiable, transformed
+from .._torch import transformed, wrapped
+from ._derivatives import differentiable
 from ._pairwise import arithmetic, few_in_cuda
 
 
@@ -33,11 +34,11 @@ def multi_js_loss(logits: Tensor, *, weights: Tensor | None = None, label_smooth
     Source: S1 (IVAAE) Eq. 1 and Theorem 2; S2 (IVGAN) Eq. 3.
     """
     _check_blocks(logits)
-    check_smoothing(label_smoothing)
+    label_smoothing = check_smoothing(label_smoothing)
     weights = None if weights is None else check_weights(weights, logits.shape[-1], logits)
     if transformed():
         logits = _blocks(logits)  # with dimensions for a batch to lead
-        if weights is not None and torch._C._functorch.is_functorch_wrapped_tensor(weights):
+        if weights is not None and wrapped(weights):
             return multi_js_loss_reference(logits, weights, label_smoothing)[0]  # the op has one π for a whole batch
     return _loss(logits, weights, label_smoothing)
 
@@ -80,9 +81,11 @@ def _check_blocks(logits: Tensor) -> None:
         raise ValueError(f"logits must be [..., C, n, C]: {classes} classes need {classes} blocks, got {tuple(shape)}")
 
 
-def check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing <= 1:
+def check_smoothing(label_smoothing: float) -> float:
+    smoothing = _check.number("label_smoothing", label_smoothing)
+    if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
+    return smoothing
 
 
 def check_weights(weights: Tensor, classes: int, like: Tensor) -> Tensor:

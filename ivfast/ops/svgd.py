@@ -48,7 +48,7 @@ def svgd_direction(
     _check.samples("x", x)
     if score is not None:
         _check.same("score", score, "x", x)
-    _check.number("scale", scale, positive=True)
+    scale = _check.number("scale", scale, positive=True)
     h = _bandwidth(x, bandwidth, scale, convention)
     return direction(x, score, h)
 
@@ -69,7 +69,7 @@ def _bandwidth(x: Tensor, bandwidth: float | Tensor | str, scale: float, convent
         h = bandwidth if bandwidth.dtype == dtype else bandwidth.to(dtype)
         h = h if scale == 1 else h * scale
         return h if h.shape == batch else h.expand(batch)
-    _check.number("bandwidth", bandwidth, positive=True)
+    bandwidth = _check.number("bandwidth", bandwidth, positive=True)
     return torch.full(batch, bandwidth * scale, dtype=dtype, device=x.device)
 
 

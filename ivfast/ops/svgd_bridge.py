@@ -48,9 +48,9 @@ def svgd_bridge(
     z, draws = _check.promoted(z, draws)
     t = check_codes(z, t)
     iterations = _check.count("iterations", iterations)
-    _check.number("step_size", step_size)
-    _check.number("scale", scale, positive=True)
-    _check.number("noise", noise, non_negative=True)
+    step_size = _check.number("step_size", step_size)
+    scale = _check.number("scale", scale, positive=True)
+    noise = _check.number("noise", noise, non_negative=True)
     draws = prior_draws(z, draws, generator, leading=((t - 1) * iterations + 1,))
     return _bridge(z, draws, t, iterations, step_size, scale, noise)
 
