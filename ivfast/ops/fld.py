@@ -94,6 +94,12 @@ def fld_gram_reference(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tenso
     return distance, ((2 / n) * mu + (2 / (n - 1) ** 0.5) * (c - P)).to(z.dtype), error
 
 
+def _shapes(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """What forward returns for fake tensors; a decomposition would compare n with d."""
+    distance = z.new_empty(z.shape[:-2], dtype=torch.promote_types(z.dtype, torch.float32))
+    return distance, z.new_empty(z.shape if gradient else 0)
+
+
 fld_gram = register(
     "fld_gram(Tensor z, bool gradient) -> (Tensor distance, Tensor gradient, Tensor error)",
     reference=fld_gram_reference,
@@ -105,6 +111,7 @@ _fld = register(
     "fld(Tensor z, bool gradient) -> (Tensor distance, Tensor gradient)",
     reference=fld_reference,
     composition=fld_op,
+    meta=_shapes,
     parts=(fld_gram,),
 )
 

@@ -52,7 +52,9 @@ def linear_multi_js_loss(
     classes = _check_layer(features, weight, bias)
     weights = None if weights is None else check_weights(weights, classes, features)
     label_smoothing = check_smoothing(label_smoothing)
-    if features.shape[:-1].numel() * classes <= chunk_of(features) and not autocasting():  # one chunk saves nothing
+    if autocasting() or torch.compiler.is_compiling():  # chunks are never cast; a graph serves any number of rows
+        return fused(features, weight, bias, weights, label_smoothing)
+    if row_count(features) * classes <= chunk_of(features):  # a single chunk leaves nothing to save
         return _unfused(features, weight, bias, weights, label_smoothing)
     return fused(features, weight, bias, weights, label_smoothing)
 
@@ -78,6 +80,12 @@ def chunk_of(x: Tensor) -> int:
     return CHUNK.get(x.device.type, CHUNK["cuda"])
 
 
+def row_count(features: Tensor) -> int:
+    """C·n, which `torch.Size.numel` would make a constant of a graph."""
+    rows = features.shape[0]
+    return rows if features.dim() == 2 else rows * features.shape[1]
+
+
 def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> int:
     """The number of classes."""
     _check.floating("features", features)
@@ -89,7 +97,7 @@ def _check_layer(features: Tensor, weight: Tensor, bias: Tensor | None) -> int:
         raise ValueError(
             f"features must be [C·n, f] or [C, n, f] with f = {width} as in weight, got {tuple(features.shape)}"
         )
-    rows = features.shape[:-1].numel()
+    rows = row_count(features)
     if rows == 0 or rows % classes or (features.dim() == 3 and features.shape[0] != classes):
         raise ValueError(
             f"features must hold n rows for each of weight's C = {classes} classes, got {tuple(features.shape)}"
@@ -109,7 +117,7 @@ def linear_multi_js_loss_reference(
     x, w = features.reshape(-1, features.shape[-1]), weight
     logits = F.linear(arithmetic(x), arithmetic(w), None if bias is None else arithmetic(bias))
     loss, lse = multi_js.multi_js_loss_reference(logits, weights, label_smoothing)
-    G = multi_js.backward_reference(torch.full_like(loss, len(x)), logits, weights, lse, label_smoothing)
+    G = multi_js.backward_reference(torch.full_like(loss, x.shape[0]), logits, weights, lse, label_smoothing)
     dx = (G @ arithmetic(w)).to(x.dtype).view(features.shape) if features_gradient else x.new_empty(0)
     dw = G.mT @ arithmetic(x) if weight_gradient else G.new_empty(0)
     db = G.sum(0) if bias_gradient else G.new_empty(0)
@@ -196,7 +204,7 @@ _forward = register(
 
 def _gradients(forward, grads, inputs, outputs, needed):
     _, *gradients = forward(*inputs, *needed[:3])
-    features, scale = inputs[0], grads[0] / inputs[0].shape[:-1].numel()
+    features, scale = inputs[0], grads[0] / row_count(inputs[0])
     return *((g * scale).to(features.dtype) if n else None for g, n in zip(gradients, needed[:3], strict=True)), None
 
 
@@ -225,7 +233,7 @@ def _first(rule, second):
                 return rule.pulled(ctx, (grad,), ctx.saved_tensors, second)
             else:
                 gradients, ctx.kept = ctx.kept, None
-            scale, needed = grad / features.shape[:-1].numel(), ctx.needs_input_grad[:3]
+            scale, needed = grad / row_count(features), ctx.needs_input_grad[:3]
             scaled = (g * scale if ctx.compiled else g.mul_(scale) for g in gradients)
             return *(g.to(features.dtype) if n else None for g, n in zip(scaled, needed, strict=True)), None, None
 

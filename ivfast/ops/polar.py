@@ -41,12 +41,21 @@ def polar_reference(m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     floor = S[..., :1] * max(m.shape[-2:]) * torch.finfo(S.dtype).eps
     kept = floor < S
     inverse = torch.where(kept, 1 / torch.where(kept, S, 1), 0)
-    return ((U * kept.unsqueeze(-2)) @ Vh).to(m.dtype), U, inverse, Vh
+    return ((U * kept.unsqueeze(-2)) @ Vh).to(m.dtype), U.contiguous(), inverse, Vh.contiguous()
+
+
+def _shapes(m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What forward returns for fake tensors; a decomposition would compare p with q."""
+    *batch, p, q = m.shape
+    k = torch.sym_min(p, q)
+    parts = (m.new_empty(*batch, *shape, dtype=torch.float64) for shape in ((p, k), (k,), (k, q)))
+    return m.new_empty(m.shape), *parts
 
 
 _polar = register(
     "polar(Tensor m) -> (Tensor factor, Tensor u, Tensor inverse, Tensor vh)",
     reference=polar_reference,
+    meta=_shapes,
 )
 
 
