@@ -1,8 +1,16 @@
 """Shared test helpers."""
 
+import contextlib
 import copy
 import datetime
+import os
 import pathlib
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -95,12 +103,51 @@ def command(*arguments: object, code: int = 0) -> str:
     return result.output
 
 
-def join(rank: int, world: int, folder: pathlib.Path) -> None:
-    """Make this process one of the gloo ranks, which meet in a file in `folder`."""
-    minute = datetime.timedelta(seconds=60)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world, timeout=minute
-    )
+PATIENCE = 900  # seconds, of a machine that is busy
+
+
+def run_script(file: str, folder: pathlib.Path, *flags: str) -> None:
+    """Run a test file as a script, which calls `as_ranks`; it must succeed."""
+    root = str(pathlib.Path(ivfast.__file__).parent.parent)  # the same sources, whether installed or not
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+    command = [sys.executable, *flags, file, str(folder)]
+    script = subprocess.Popen(command, cwd="/", env=environment, start_new_session=True)
+    try:
+        assert script.wait(PATIENCE) == 0
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its ranks are in its group
+            os.killpg(script.pid, signal.SIGKILL)
+
+
+def as_ranks(world: int, main: Callable[[int], None], folder: pathlib.Path, codes: Sequence[int] = ()) -> None:
+    """Run `main(rank)` in each of the ranks of a gloo group, which end with `codes`: by default 0.
+
+    They are forks of this process, a script without threads: what it has imported, they need not, and they meet at
+    once, in a file in `folder`.
+    """
+    ranks = []
+    for rank in range(world):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+            ranks.append(os.fork())
+        if not ranks[-1]:
+            code = 1
+            try:
+                dist.init_process_group(
+                    "gloo",
+                    init_method=f"file://{folder}/store{world}",
+                    rank=rank,
+                    world_size=world,
+                    timeout=datetime.timedelta(seconds=PATIENCE),
+                )
+                main(rank)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+    found = [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks]
+    assert found == list(codes or [0] * world)
 
 
 def same_bits_in_every_schedule(simt, call) -> None:

@@ -1,21 +1,19 @@
 """Ops over the samples of several gloo ranks: the same values and gradients as one process on the concatenation.
 
-As a script, this file runs one rank.
+As a script, this file runs the ranks.
 """
 
 import contextlib
-import os
+import functools
 import re
-import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import join
+from helpers import as_ranks, run_script
 
 import ivfast
 from ivfast import distributed
@@ -108,7 +106,6 @@ def own(x, rank, world, name):
 
 
 def rank_main(rank, world, folder):
-    join(rank, world, folder)
     distributed.exchange.TILE = 150  # several tiles, the last ones cut
     results = {}
     for name, (exchanges, _, function) in CASES.items():
@@ -158,20 +155,8 @@ def said(rank, world):
 def results(tmp_path_factory):
     """The results of the ranks of two groups, by the number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = str(Path(ivfast.__file__).parent.parent)  # the same sources, whether installed or not
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    found = {}
-    for world in (2, 3):
-        command = [sys.executable, "-W", "error", __file__, str(world), str(folder)]
-        started = [subprocess.Popen([*command, str(rank)], cwd="/", env=environment) for rank in range(world)]
-        end = time.monotonic() + 120
-        try:
-            assert [process.wait(max(1, end - time.monotonic())) for process in started] == [0] * world
-        finally:
-            for process in started:
-                process.kill()
-        found[world] = [torch.load(folder / f"{world}{rank}.pt") for rank in range(world)]
-    return found
+    run_script(__file__, folder, "-W", "error")
+    return {world: [torch.load(folder / f"{world}{rank}.pt") for rank in range(world)] for world in (2, 3)}
 
 
 @pytest.mark.parametrize("dtype", ALLOWED, ids=str)
@@ -219,10 +204,6 @@ def test_what_does_not_fit_raises_on_every_rank(results):
         ]
 
 
-if __name__ == "__main__":
-    rank_main(int(sys.argv[3]), int(sys.argv[1]), sys.argv[2])
-
-
 def test_collectives_are_called_in_one_place():
     """PyTorch renames them; ops/_collectives.py knows the names."""
     named = r"\bdist(?:ributed)?\.(all_(?:gather|reduce|to_all)\w*|reduce_scatter\w*|batch_isend_irecv|reduce|gather)\("
@@ -245,3 +226,8 @@ def test_the_newest_name_of_a_collective_is_called(monkeypatch):
             with contextlib.suppress(Exception):  # the group does not exist
                 _collectives._present(names)(torch.zeros(1), torch.zeros(1))
         assert [str(w.message) for w in seen if "deprecated" in str(w.message)] == []
+
+
+if __name__ == "__main__":
+    for ranks in (2, 3):
+        as_ranks(ranks, functools.partial(rank_main, world=ranks, folder=sys.argv[1]), sys.argv[1])

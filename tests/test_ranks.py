@@ -1,24 +1,22 @@
 """Training on several gloo ranks: the same weights and log as one process on the same batches, for every system.
 
-As a script, this file runs one rank.
+As a script, this file runs the ranks.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import join, settings_with
+from helpers import as_ranks, run_script, settings_with
 
-import ivfast
 from ivfast import _defaults, models
 from ivfast.models import build
 from ivfast.models.ivaae import IvaaeRadial
@@ -78,6 +76,8 @@ CASES = {
     "avb-conv": {"system": "avb", "contrast": "adaptive", **CONV},
     "avb-residual": {"system": "avb", **CONV, "net": "residual"},
     "svae-conv": {"system": "svae", **CONV},
+    # batch norm and the mean of gradients, which G's loss differentiates twice
+    "unrolled-conv": {"system": "unrolled-gan", **CONV},
 }
 
 
@@ -195,25 +195,11 @@ def on_three_ranks(rank, folder):
     (folder / f"lost{rank}").write_text(str(raised.value))
 
 
-def start(world, folder, codes):
-    root = str(Path(ivfast.__file__).parent.parent)  # the same sources, whether installed or not
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-    command = [sys.executable, __file__, str(world), str(folder)]
-    started = [subprocess.Popen([*command, str(rank)], cwd="/", env=environment) for rank in range(world)]
-    end = time.monotonic() + 400  # of a machine that is busy
-    try:
-        assert [process.wait(max(1, end - time.monotonic())) for process in started] == codes
-    finally:
-        for process in started:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Runs of two ranks, one of them resumed by three ranks, one of which is killed at last."""
     folder = tmp_path_factory.mktemp("ranks")
-    start(2, folder, [0, 0])
-    start(3, folder, [0, 0, -signal.SIGKILL])
+    run_script(__file__, folder)
     return folder
 
 
@@ -311,6 +297,6 @@ def test_a_loss_that_is_nan_on_one_rank_stops_all(folder):
 
 
 if __name__ == "__main__":
-    its_rank, its_world, its_folder = int(sys.argv[3]), int(sys.argv[1]), Path(sys.argv[2])
-    join(its_rank, its_world, its_folder)
-    (on_two_ranks if its_world == 2 else on_three_ranks)(its_rank, its_folder)
+    its_folder = Path(sys.argv[1])
+    as_ranks(2, functools.partial(on_two_ranks, folder=its_folder), its_folder)
+    as_ranks(3, functools.partial(on_three_ranks, folder=its_folder), its_folder, [0, 0, -signal.SIGKILL])
