@@ -44,7 +44,7 @@ def polar_reference(m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return ((U * kept.unsqueeze(-2)) @ Vh).to(m.dtype), U.contiguous(), inverse, Vh.contiguous()
 
 
-def _shapes(m: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shapes(m: Tensor) -> tuple[Tensor, ...]:
     """What forward returns for fake tensors; a decomposition would compare p with q."""
     *batch, p, q = m.shape
     k = torch.sym_min(p, q)
