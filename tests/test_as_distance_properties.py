@@ -102,3 +102,23 @@ def test_shares_add_up_to_one_however_large_the_logarithm(use, measure):
         expected = torch.autograd.grad(ivfast.log_gaussian_kernel_sums(*exact, measure=measure)[2], exact)
     for a, b in zip(gradients, expected, strict=True):
         assert error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("kernel", ["product", "additive"])
+def test_second_derivatives_beside_a_narrow_posterior(kernel):
+    """A posterior's product with itself does not depend on its mean, so 1/variance, here e⁴⁵, does not show."""
+    mu, logvar = torch.randn(2, 3, dtype=DOUBLE), torch.tensor([[-45.0], [0.0]], dtype=DOUBLE).expand(2, 3)
+
+    def plain(mu):
+        log_s = torch.logaddexp(logvar.unsqueeze(1), logvar)
+        own = -0.5 * (log_s + math.log(2 * math.pi))
+        between = own[0, 1] - 0.5 * (mu[0] - mu[1]).square() / log_s[0, 1].exp()
+        l = torch.stack((own[0, 0], own[1, 1], between, between))
+        return l.sum(-1).logsumexp(0) if kernel == "product" else l.logsumexp((0, 1)) - math.log(3)
+
+    def ours(mu):
+        return ivfast.log_gaussian_kernel_sums(mu, logvar, mu.detach(), logvar, kernel=kernel)[0]
+
+    hessian = torch.autograd.functional.hessian
+    assert error(ours(mu), plain(mu)) < 1e-12
+    assert error(hessian(ours, mu), hessian(plain, mu)) < 1e-9  # of exponentials of numbers up to 70

@@ -119,6 +119,16 @@ def _log_means(sums, mu_r, mu_g, unbiased):
     return [s - math.log(p) for s, p in zip(sums.unbind(-1), pairs, strict=True)]
 
 
+def _differences(a, b):
+    """u_i − u_j `[..., n, m, d]`, within a batch constant on the diagonal: there the derivatives, up to 1/P, cancel in
+    exact arithmetic only."""
+    difference = a[0].unsqueeze(-2) - b[0].unsqueeze(-3)
+    if a is not b:
+        return difference
+    eye = torch.eye(difference.shape[-2], dtype=torch.bool, device=difference.device).unsqueeze(-1)
+    return difference.masked_fill(eye, 0)
+
+
 def _log_kernel(a, b, additive, prior, *, without_diagonal):
     """log k_ij `[..., n, m]`; −∞ on the diagonal if it is left out."""
     l = _log_integral(a, b, prior)
@@ -140,7 +150,7 @@ def _pairs(a, b, prior):
 def _log_integral(a, b, prior):
     """ℓ per pair and dimension `[..., n, m, d]`."""
     u_i, log_i, u_j, log_j, log_P = _pairs(a, b, prior)
-    ratio = ((u_i - u_j) * (-0.5 * log_P).exp()).square()
+    ratio = (_differences(a, b) * (-0.5 * log_P).exp()).square()
     if prior:
         ratio = ratio + (u_i * (0.5 * (log_j - log_P)).exp()).square() + (u_j * (0.5 * (log_i - log_P)).exp()).square()
     return -0.5 * (log_P + ratio) - (0.5 + 0.5 * prior) * math.log(2 * math.pi)
@@ -171,10 +181,10 @@ def _pull(a, b, additive, prior, *, without_diagonal):
     w = log_k.flatten(-2).softmax(-1).view(log_k.shape).unsqueeze(-1)
     if additive:
         w = w * _log_integral(a, b, prior).softmax(-1)
-    u_i, log_i, u_j, log_j, log_P = _pairs(a, b, prior)
+    u_i, log_i, _, log_j, log_P = _pairs(a, b, prior)
     # ∂ℓ/∂u_i = −A/P,  ∂ℓ/∂ log l_i = ½ (A² l_i/P² − c l_i/P)
     root, part = (-0.5 * log_P).exp(), (log_i - log_P).exp()  # 1/√P, l_i/P
-    A, c_part = (u_i - u_j) * root, part  # A/√P, c l_i/P
+    A, c_part = _differences(a, b) * root, part  # A/√P, c l_i/P
     if prior:
         A, c_part = A + u_i * (log_j - 0.5 * log_P).exp(), part + (log_i + log_j - log_P).exp()
     return -(w * A * root).sum(-2), (0.5 * w * (A.square() * part - c_part)).sum(-2)
