@@ -52,3 +52,25 @@ def test_no_gradient_flows_through_the_median_unless_asked():
 
     assert torch.equal(gradient("median"), gradient(h.detach()))
     assert error(gradient(h), gradient(h.detach())) > 1e-4
+
+
+def test_duplicates_share_second_derivatives():
+    """Rows A, A, B, C: the middle distances of the six pairs are ‖A − B‖ and ‖A − C‖, of two pairs each."""
+    a, b, c = normal(3, 2) * 0.1 + torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 2.0]], dtype=DOUBLE)
+    tangent = normal(4, 2)
+    tangent[1] = tangent[0]
+
+    def curvature(function, x, tangent):
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(function(x), x, create_graph=True)
+        return torch.autograd.grad((gradient * tangent).sum(), x)[0]
+
+    expected = curvature(
+        lambda x: ((x[0] - x[1]).norm() + (x[0] - x[2]).norm()).square() / (4 * math.log(4)),
+        torch.stack((a, b, c)),
+        tangent[1:],
+    )
+    function = lambda x: ivfast.median_bandwidth(x, convention="paper")  # noqa: E731
+    actual = curvature(function, torch.stack((a, a, b, c)), tangent)
+    expected = torch.cat((expected[:1] / 2, expected[:1] / 2, expected[1:]))
+    assert error(actual, expected) < 1e-10

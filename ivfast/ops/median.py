@@ -111,7 +111,9 @@ def _backward_reference(grad, x, middles, squared, divisor):
     X = X - X.mean(-2, keepdim=True)
     d2 = squared_distances(X).to(middles.dtype)
     chosen = middles[..., None, None, :] == d2.unsqueeze(-1)  # [..., n, n, 2]
-    share = _slope(middles, squared) / chosen.sum((-3, -2)) * (grad / divisor).unsqueeze(-1)
+    count = chosen.sum((-3, -2))
+    shared = (chosen * d2.unsqueeze(-1)).sum((-3, -2)) / count  # the middles, as tied pairs share them
+    share = _slope(shared, squared) / count * (grad / divisor).unsqueeze(-1)
     c = (chosen * share.double()[..., None, None, :]).sum(-1)
     c = c + c.mT
     dx = 2 * (c.sum(-1, keepdim=True) * X - c @ X)

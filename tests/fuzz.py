@@ -1,0 +1,358 @@
+"""One set of random arguments of an op, in one mode, against the op's formula.
+
+An op is right if it errs by no more than rounding explains. That is measured, not guessed: the formula is evaluated a
+few times with every arithmetic operation, and the arguments, changed at random by a unit in the last place of the
+arithmetic that the op works in (Monte Carlo arithmetic: Parker 1997), forward and backward. What the results vary by is
+what rounding does to this very set, cancellation and amplification included.
+"""
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import formulas
+import torch
+from fuzz_sets import DRAWS, Draw, Set
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ivfast
+from ivfast.testing import outputs
+
+WORST = 16  # allowed error, in units of the largest variation of the formula's noisy evaluations
+NOISY = (1, 8)  # so many evaluations, and so many more before an error counts
+EPS64 = torch.finfo(torch.float64).eps
+POOL = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+# the dtype that an op computes in; the others use float32 for half precision
+ARITHMETIC: dict[str, Callable[[torch.dtype], torch.dtype]] = {
+    **dict.fromkeys(
+        ("frechet_distance", "frechet_distance_from_samples", "polar", "sqrtm_spd"), lambda _: torch.float64
+    ),
+    "linear_multi_js_loss": lambda dtype: dtype,  # logits are those of `F.linear`
+}
+Results = list[Tensor]
+
+
+class Noise(TorchDispatchMode):
+    """Every arithmetic operation's result, times 1 + `size` ε with ε ~ N(0, 1)."""
+
+    ROUNDED = frozenset(
+        [
+            "add",
+            "sub",
+            "rsub",
+            "mul",
+            "div",
+            "pow",
+            "sqrt",
+            "rsqrt",
+            "exp",
+            "expm1",
+            "log",
+            "log1p",
+            "logaddexp",
+            "logsumexp",
+            "sigmoid",
+            "reciprocal",
+            "sum",
+            "mean",
+            "mm",
+            "bmm",
+            "addmm",
+            "baddbmm",
+            "dot",
+            "mv",
+            "_softmax",
+            "_linalg_solve_ex",
+        ]
+    )
+
+    def __init__(self, size: float, seed: int):
+        super().__init__()
+        self.size, self.place = size, seed * 8191 % (len(POOL) // 2)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ not in self.ROUNDED:
+            return result
+        if isinstance(result, tuple):
+            return (self.rounded(result[0]), *result[1:])
+        return self.rounded(result)
+
+    def rounded(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float64:
+            return x
+        return torch.addcmul(x, x, self.noise(x), value=self.size)
+
+    def noise(self, x: Tensor) -> Tensor:
+        """Standard normal numbers: a piece of the pool that no other operation of this evaluation has, if it is short."""
+        count = x.numel()
+        self.place = self.place + count if self.place + 2 * count < len(POOL) else count % 8191
+        return POOL[self.place : self.place + count].view(x.shape)
+
+
+def cotangents(out: Sequence[Tensor], seed: int) -> Results:
+    """Random quarters, which every dtype holds."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(-8, 9, o.shape, generator=generator).to(o.dtype) / 4 for o in out]
+
+
+def weighted(function, seed):
+    """Σ ⟨c, f(x)⟩ with random c."""
+
+    def total(*x):
+        out = function(*x)
+        return sum((o * c).sum() for o, c in zip(out, cotangents(out, seed), strict=True))
+
+    return total
+
+
+def pulled(out, leaves, weights, **graph) -> Results:
+    """The gradients of Σ ⟨weights, out⟩; 0 where there are none."""
+    pairs = [(o, w) for o, w in zip(out, weights, strict=True) if o.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(x) for x in leaves]
+    out, weights = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(out, leaves, weights, allow_unused=True, materialize_grads=True, **graph))
+
+
+def gradient(function, x, seed):
+    leaves = [a.detach().requires_grad_() for a in x]
+    out = function(*leaves)
+    return [*(o.detach() for o in out), *pulled(out, leaves, cotangents(out, seed))]
+
+
+def twice(function, x, directions, weights_of):
+    """The results, and the derivatives of ⟨t, gradient⟩ in the arguments and in the cotangents."""
+    leaves = [a.detach().requires_grad_() for a in x]
+    out = function(*leaves)
+    weights = [w.requires_grad_() for w in weights_of(out)]
+    first = pulled(out, leaves, weights, create_graph=True)
+    slope = sum((g * t).sum() for g, t in zip(first, directions, strict=True))
+    found = pulled([slope], [*leaves, *weights], [torch.ones_like(slope)])
+    return [o.detach() for o in out], found[: len(leaves)], found[len(leaves) :]
+
+
+def double(function, x, seed):
+    _, in_x, in_weights = twice(function, x, cotangents(x, seed + 1), lambda out: cotangents(out, seed))
+    return [*in_x, *in_weights]
+
+
+def forward_mode(function, x, seed):
+    x = tuple(a.detach() for a in x)
+    value, tangent = torch.func.jvp(lambda *x: tuple(function(*x)), x, tuple(cotangents(x, seed)))
+    return [*value, *tangent]
+
+
+def transposed_twice(function, x, seed):
+    """What forward mode gives, by reverse mode: J t is the derivative of ⟨Jᵀ w, t⟩ in w."""
+    out, _, tangent = twice(function, x, cotangents(x, seed), lambda out: [torch.zeros_like(o) for o in out])
+    return [*out, *tangent]
+
+
+def function_gradient(function, x, seed):
+    return list(torch.func.grad(weighted(function, seed), tuple(range(len(x))))(*x))
+
+
+def without_gradient(function, x, seed):
+    with torch.no_grad():
+        return list(function(*(a.detach().requires_grad_() for a in x)))
+
+
+def inference(function, x, seed):
+    with torch.inference_mode():
+        return [o.clone() for o in function(*x)]
+
+
+def value(function, x, seed):
+    return [o.detach() for o in function(*(a.detach().requires_grad_() for a in x))]
+
+
+VALUES = {"value": value, "no_grad": without_gradient, "inference": inference}
+FIRST = {"gradient": gradient, "grad": function_gradient}
+SECOND = {"double": double, "jvp": forward_mode}  # forward mode takes second derivatives, too
+MODES = VALUES | FIRST | SECOND
+
+
+OF_FORMULA = {"jvp": transposed_twice}  # `Noise` does not reach into forward mode
+
+
+def calls(case: Set) -> tuple[Callable, Callable]:
+    """The op and its formula as functions of the tensors, and then the constants."""
+    names = [*case.tensors, *case.constants]
+
+    def op(*x):
+        return outputs(case.op(**dict(zip(names, x, strict=True)), **case.options))
+
+    def formula(*x):
+        return outputs(case.formula(**dict(zip(names, x, strict=True)), **case.options))
+
+    return op, formula
+
+
+def exact(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
+def halves(x: Tensor) -> list[Tensor]:
+    """Two tensors to map over: x, and half of it, which every op takes."""
+    return [x, x * 0.5 if x.is_floating_point() else x.flip(0)]
+
+
+def mapped(op, formula, x, rng):
+    """The op under vmap, and its formula for one after the other; any dimension of any argument may be mapped."""
+    dims = [rng.choice((*range(a.dim() + 1), None)) for a in x]
+    dims[0] = dims[0] or 0
+    x = [a if d is None else torch.stack(halves(a), d) for a, d in zip(x, dims, strict=True)]
+
+    def each(*x):
+        found = [formula(*(a if d is None else a.select(d, i) for a, d in zip(x, dims, strict=True))) for i in range(2)]
+        return tuple(torch.stack(o) for o in zip(*found, strict=True))
+
+    return torch.func.vmap(op, tuple(dims)), each, x
+
+
+def reach(x: Tensor) -> Tensor:
+    """The largest distance of a number from its column's mean, per set."""
+    if x.dim() < 2:
+        return x.abs()
+    return (x - x.mean(-2, keepdim=True)).abs().amax((-2, -1), keepdim=True)
+
+
+def shaken(name: str, x: Results, size: float, noise: Noise) -> Results:
+    """x with the rounding of its distances from its mean, in units of `size`."""
+    if not all(a.numel() for a in x):
+        return x
+    sizes = [size * reach(a) for a in x]
+    if name == "GaussianStatistics":  # which keeps means of parts in float64
+        sizes = [min(size, 64 * EPS64) * a.abs().max() + s for a, s in zip(x, sizes, strict=True)]
+    return [a + s * noise.noise(a) for a, s in zip(x, sizes, strict=True)]
+
+
+@contextlib.contextmanager
+def distances_of_gram(size: float, noise: Noise) -> Iterator[None]:
+    """Kernels form distances by a Gram matrix, in float64 if points are too far apart for float32 (csrc/README.md)."""
+    formulas.gram = lambda x: size * noise.noise(x)
+    try:
+        yield
+    finally:
+        formulas.gram = None
+
+
+def variation(name, run, x, clean: Results, seeds: range, eps: float) -> list[float]:
+    """What rounding in units of `eps` does to each result of run(x)."""
+    stretch = 64 if eps < 1e-12 else 1  # so that float64's own rounding does not show
+    spread = [0.0] * len(clean)
+    for seed in seeds:
+        noise = Noise(stretch * eps, seed)
+        moved = shaken(name, x, stretch * eps, noise)
+        with noise, distances_of_gram(stretch * EPS64, noise):
+            noisy = run(moved)
+        for i, (a, b) in enumerate(zip(noisy, clean, strict=True)):
+            if a.numel():
+                spread[i] = max(spread[i], float((a - b).abs().nan_to_num(0).max()) / stretch)
+    return spread
+
+
+def allowance(ours: Tensor, exact: Tensor, spread: float) -> float:
+    """The largest difference that rounding explains: in the arithmetic, of the result, and of results near 0."""
+    size = float(exact.abs().nan_to_num(0, 0, 0).max()) if exact.numel() else 0.0
+    info = torch.finfo(ours.dtype)
+    least = info.smallest_normal * (info.eps if ours.dtype == torch.float16 else 1)
+    return WORST * spread + 2 * info.eps * size + 2 * least
+
+
+def ratio(ours: Tensor, exact: Tensor, allowed: float) -> float:
+    """The largest error in units of what is allowed; infinite for a wrong shape, or NaN in the wrong place."""
+    if ours.shape != exact.shape:
+        return math.inf
+    if not exact.numel():
+        return 0.0
+    most = torch.finfo(ours.dtype).max
+    ours, exact = ours.detach().double(), exact.detach()
+    if not torch.equal(ours.isnan(), exact.isnan()):
+        return math.inf
+    difference = (ours.clamp(-most, most) - exact.clamp(-most, most)).abs().nan_to_num(0)
+    return float(difference.max()) / allowed
+
+
+def errors(name: str, case: Set, mode: str, op, formula, x: Results, seed: int) -> list[float]:
+    """The error of each result in units of what is allowed."""
+    count, run = len(case.tensors), MODES[mode]
+    constants, precise = x[count:], [exact(a) for a in x]
+    ours = run(lambda *x: op(*x, *constants), x[:count], seed)
+
+    def of_formula(x):
+        return OF_FORMULA.get(mode, run)(lambda *x: formula(*x, *precise[count:]), x, seed)
+
+    arithmetic = ARITHMETIC.get(name, lambda dtype: torch.promote_types(dtype, torch.float32))(case.dtype)
+    theirs = of_formula(precise[:count])
+    first, found = seed, []
+    for evaluations in NOISY:
+        seeds = range(first, first + evaluations)
+        spread = variation(name, of_formula, precise[:count], theirs, seeds, torch.finfo(arithmetic).eps)
+        found = [ratio(a, b, allowance(a, b, s)) for a, b, s in zip(ours, theirs, spread, strict=True)]
+        if max(found, default=0.0) <= 1:
+            break
+        first += evaluations
+    return found
+
+
+def not_a_number(op, formula, x, rng) -> list[float]:
+    """With a NaN somewhere, NaN where the formula has it."""
+    places = [i for i, a in enumerate(x) if a.is_floating_point() and a.numel()]
+    if not places:
+        return []
+    place = rng.choice(places)
+    x = list(x)
+    x[place] = x[place].clone(memory_format=torch.contiguous_format)
+    x[place].view(-1)[rng.randrange(x[place].numel())] = math.nan
+    found = zip(op(*x), formula(*map(exact, x)), strict=True)
+    return [0.0 if torch.equal(a.isnan(), b.isnan()) else math.inf for a, b in found]
+
+
+def modes_of(case: Set) -> list[str]:
+    modes = [*VALUES, "reference", "autocast", "nan"] + ["vmap"] * case.maps
+    if case.smooth:
+        modes += [*FIRST, *FIRST] + ["vmap gradient"] * case.maps
+        modes += SECOND if case.twice else ()
+    return modes
+
+
+def drawn(name: str, seed: int) -> tuple[Set, str, random.Random]:
+    """The set of `seed`, its mode, and the random choices that the mode makes."""
+    draw = Draw(seed)
+    case = DRAWS[name](draw)
+    return case, draw.choice(modes_of(case)), draw.random
+
+
+def examine(name: str, seed: int) -> float:
+    """The largest error of the set of `seed`, in units of what is allowed."""
+    case, mode, rng = drawn(name, seed)
+    op, formula = calls(case)
+    x = [*case.tensors.values(), *case.constants.values()]
+    before = [a.clone() for a in x]
+    plain = "gradient" if case.smooth else "value"
+    if mode == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = errors(name, case, plain, op, formula, x, seed)
+    elif mode == "nan":
+        found = not_a_number(op, formula, x, rng)
+    elif mode == "reference":
+        with ivfast.use("reference"):
+            found = errors(name, case, plain, op, formula, x, seed)
+    elif mode.startswith("vmap"):
+        batched = mapped(op, formula, x, rng)
+        found = errors(name, case, "gradient" if "gradient" in mode else "value", *batched, seed)
+    else:
+        found = errors(name, case, mode, op, formula, x, seed)
+    untouched = all(torch.equal(a, b) for a, b in zip(x, before, strict=True))
+    return max(found, default=0.0) if untouched else math.inf
+
+
+def described(name: str, seed: int) -> str:
+    """The set of `seed`, for a message."""
+    case, mode, _ = drawn(name, seed)
+    tensors = {k: (tuple(v.shape), v.stride()) for k, v in (case.tensors | case.constants).items()}
+    return f"{name}, seed {seed}, mode {mode}, {case.dtype}, {case.options}, shapes and strides {tensors}"
