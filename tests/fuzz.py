@@ -226,7 +226,7 @@ def shaken(name: str, x: Results, size: float, noise: Noise) -> Results:
     if not all(a.numel() for a in x):
         return x
     sizes = [size * reach(a) for a in x]
-    if name == "GaussianStatistics":  # which keeps means of parts in float64
+    if name in ("GaussianStatistics", "fld"):  # which subtract means that are rounded to float64
         sizes = [min(size, 64 * EPS64) * a.abs().max() + s for a, s in zip(x, sizes, strict=True)]
     return [a + s * noise.noise(a) for a, s in zip(x, sizes, strict=True)]
 

@@ -144,7 +144,9 @@ def _kernel(d2, b, imq, scales, gradient):
 
 
 def _pull(slope, X, Y):
-    """Σ_j slope_ij (x_i − y_j)."""
+    """Σ_j slope_ij (x_i − y_j), in which a sample's pair with itself would cancel in exact arithmetic only."""
+    if X is Y:
+        slope = slope.masked_fill(torch.eye(X.shape[-2], dtype=torch.bool, device=X.device), 0)
     return slope.sum(-1, keepdim=True) * X - slope @ Y
 
 
