@@ -1,20 +1,18 @@
-"""Random arguments for every op: shapes, values, layouts, dtypes and options, all determined by one seed."""
+"""Random arguments for every op: one function for each."""
 
 import math
-import random
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import formulas
 import torch
+from fuzz_draw import Draw
+from fuzz_smooth import SMOOTH, TWICE
 from torch import Tensor
 
 import ivfast
 
 CONVENTIONS = ("liu-wang", "blackjax", "numpyro", "paper")
-HALF = (torch.bfloat16, torch.float16)
-BORDERS = (15, 16, 17, 31, 32, 33, 63, 64, 65, 70)  # of the kernels' tiles
-NUMBERS = 3000  # of an op's pairs and dimensions, n·m·d, in all sets of a batch
 
 
 class Set(NamedTuple):
@@ -31,148 +29,12 @@ class Set(NamedTuple):
     maps: bool = True  # whether vmap can batch it
 
 
-class Draw:
-    """The random choices of one set."""
-
-    def __init__(self, seed: int):
-        self.random = random.Random(seed)
-        self.generator = torch.Generator().manual_seed(seed)
-        self.dtype = self.choice((torch.float64, torch.float32, torch.float32, torch.bfloat16, torch.float16))
-        self.half = self.dtype in HALF
-        self.batch: tuple[int, ...] = ()
-        self.scale = self.centre = 0.0
-        self.renew()
-
-    def renew(self) -> None:
-        """The scale and the offset of the next tensors."""
-        reach = 1 if self.dtype == torch.float16 else 4
-        self.scale = 10 ** self.random.uniform(-reach, reach) if self.often(0.5) else 1.0
-        self.centre = 0.0
-        if self.often(0.3):
-            self.centre = self.choice((-1, 1)) * 10 ** self.random.uniform(0, min(5, reach + 1))
-
-    def choice(self, options):
-        return self.random.choice(options)
-
-    def often(self, probability: float) -> bool:
-        return self.random.random() < probability
-
-    def size(self, low: int = 1, most: int = 70) -> int:
-        kind = self.random.random()
-        size = self.random.randint(low, max(low, 8 if kind < 0.6 else 20))
-        return min(max(low, self.choice(BORDERS) if kind > 0.9 else size), most)
-
-    def leading(self, numbers: int) -> None:
-        """Leading dimensions for sets of so many numbers."""
-        count = self.choice((0, 0, 0, 1, 1, 2))
-        self.batch = tuple(self.random.randint(1, 3) for _ in range(count))
-        if count and self.often(0.04):
-            self.batch = (0, *self.batch[1:])
-        if math.prod(self.batch) * numbers > NUMBERS:
-            self.batch = ()
-
-    def pairs(self, low: int = 1) -> tuple[int, int, int]:
-        """n, m and d of two sets of samples; large ones are rare, because formulas hold n·m·d numbers."""
-        n, m, d = self.size(low), self.size(low), self.size()
-        if n * m * d > 10 * NUMBERS:
-            d = min(d, 5)
-        return n, m, d
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator, dtype=torch.float64)
-
-    def samples(self, *shape: int, repeats: bool = True) -> Tensor:
-        """`[..., n, d]` of the current scale and offset, now and then with equal rows or constant columns."""
-        x = self.normal(*self.batch, *shape) * self.scale + self.centre
-        if repeats and self.often(0.15):
-            rows = torch.randint(shape[-2], (shape[-2],), generator=self.generator)
-            x = x[..., rows, :]
-        if repeats and self.often(0.1):
-            x[..., self.random.randrange(shape[-1])] = self.centre
-        if self.batch and x.numel() and self.often(0.1):
-            x = x[:1].expand(x.shape)
-        return x
-
-    def stored(self, x: Tensor) -> Tensor:
-        """x rounded to the dtype, in one of the layouts that a caller may have."""
-        x = x.to(self.dtype)
-        layout = self.random.random()
-        if x.dim() == 0 or layout < 0.5:
-            return x if 0 in x.stride() else x.contiguous()
-        if layout < 0.65 and x.dim() > 1:
-            return x.mT.contiguous().mT
-        if layout < 0.75 and x.dim() > 2:
-            return x.movedim(0, -1).contiguous().movedim(-1, 0)
-        if layout < 0.9:
-            wide = torch.full((*x.shape, 2), float("nan"), dtype=x.dtype)
-            wide[..., 1] = x
-            return wide[..., 1]
-        shifted = torch.empty(x.numel() + 1, dtype=x.dtype)  # off every alignment
-        return shifted[1:].view(x.shape).copy_(x)
-
-
 def of(draw: Draw, name: str, tensors: dict, constants=None, /, **options) -> Set:
     constants = {k: v if v.dtype == torch.int64 else draw.stored(v) for k, v in (constants or {}).items()}
     tensors = {k: draw.stored(x) for k, x in tensors.items()}
     smooth = SMOOTH[name](**tensors, **options) if name in SMOOTH else True
     twice = TWICE[name](**tensors) if name in TWICE else True
     return Set(getattr(ivfast, name), getattr(formulas, name), tensors, constants, options, draw.dtype, smooth, twice)
-
-
-def well_conditioned(*matrices: Tensor) -> bool:
-    """Whether square roots have derivatives that float64 can compute in several ways."""
-    values = [torch.linalg.eigvalsh((a + a.mT) / 2) for a in (m.double() for m in matrices)]
-    return all(bool((v[..., 0] > 1e-6 * v[..., -1]).all()) for v in values)
-
-
-def one_pair(x: Tensor, convention: str) -> bool:
-    """Whether the middle distances are those of one pair of rows each, and of its duplicates, clear of all others.
-
-    Ties of different pairs, which half precision makes on its grid, do not survive rounding: which of them share the
-    gradient is open.
-    """
-    for rows in x.double().reshape(-1, *x.shape[-2:]):
-        values = formulas.pair_distances(rows, convention).sort().values
-        d2 = formulas.squares(rows, rows)
-        for m in (values[(len(values) - 1) // 2], values[len(values) // 2]):
-            i, j = ((d2 - m).abs() <= 1e-4 * m).nonzero(as_tuple=True)
-            first, last = rows[i[0]], rows[j[0]]
-            one = (rows[i] == first) & (rows[j] == last), (rows[i] == last) & (rows[j] == first)
-            if m > 0 and not all(one[0].all(-1) | one[1].all(-1)):
-                return False
-    return True
-
-
-def full_rank(m: Tensor) -> bool:
-    S = torch.linalg.svdvals(m.double())
-    return bool((S[..., -1] > 1e-3 * S[..., 0]).all())
-
-
-def factor(x: Tensor) -> Tensor:
-    return formulas.covariance_factor(x.double())[1]
-
-
-def distinct(x: Tensor) -> bool:
-    return all(len(rows.unique(dim=0)) == len(rows) for rows in x.reshape(-1, *x.shape[-2:]))
-
-
-TWICE = {
-    "fld": lambda z: full_rank(factor(z)),  # the formulas differentiate singular vectors
-    "frechet_distance_from_samples": lambda x, y: full_rank(factor(x) @ factor(y).mT),
-    "median_bandwidth": distinct,  # a median has no second derivative at ties
-}
-
-
-SMOOTH = {
-    "frechet_distance": lambda mu1, sigma1, mu2, sigma2: well_conditioned(sigma1, sigma2),
-    "median_bandwidth": one_pair,
-    "multi_js_block_losses": lambda logits: False,  # for logging
-    "polar": full_rank,
-    "sqrtm_spd": lambda a: well_conditioned(a),
-}
 
 
 def median_bandwidth(draw):

@@ -10,13 +10,12 @@ import fuzz
 import pytest
 import torch
 
-SETS, PART, SHARE = int(os.environ.get("IVFAST_FUZZ", 100_000)), 500, 64
+SETS, PART, SHARE = int(os.environ.get("IVFAST_FUZZ", 100_000)), 500, 50
 PARTS = -(-SETS // (PART * len(fuzz.DRAWS)))
 
 
-def examine(op: str, count: int) -> None:
+def examine(op: str, count: int, first: int) -> None:
     wrong = []
-    first = int(torch.randint(2**31, ()))
     for seed in range(first, first + count):
         try:
             error = fuzz.examine(op, seed)
@@ -29,11 +28,11 @@ def examine(op: str, count: int) -> None:
 
 @pytest.mark.parametrize("op", fuzz.DRAWS)
 def test_a_share(op):
-    examine(op, SHARE)
+    examine(op, SHARE, 10_000)  # the same sets in every run, as the whole fuzz is for what is not known yet
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("op", fuzz.DRAWS)
 def test_all(op, part):
-    examine(op, PART)
+    examine(op, PART, int(torch.randint(2**31, ())))

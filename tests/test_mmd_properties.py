@@ -72,3 +72,19 @@ def test_mmd_of_one_sample_with_itself_is_zero_and_of_two_distributions_is_not()
     assert error(ivfast.mmd(x, x + 3), ivfast.mmd(x + 3, x)) < 1e-10
     values = torch.stack([ivfast.mmd(normal(40, 3), normal(40, 3), kernel="rbf", bandwidth=3.0) for _ in range(400)])
     assert abs(float(values.mean())) < 4 * float(values.std()) / 20  # unbiased
+
+
+@pytest.mark.parametrize("use", ["reference", "cpu"])
+def test_gradients_of_far_samples_do_not_cancel(use):
+    """At 1,000 bandwidths the slope of a pair is 1e-12 of that of a sample with itself, whose distance is always 0."""
+    if use == "cpu":
+        pytest.importorskip("ivfast._C")
+    x, y = (normal(4, 3) * 1e3 for _ in range(2))
+    x.requires_grad_()
+    xx, xy = ((x.unsqueeze(1) - z).square().sum(-1) for z in (x, y))
+    k_xx, k_xy = (1 / (1 + d2) for d2 in (xx, xy))
+    plain = (k_xx.sum() - 4) / 12 - 2 * k_xy.mean()
+    with ivfast.use(use):
+        value = ivfast.mmd(x, y, scales=(1.0,), bandwidth=1.0)
+        (gradient,) = torch.autograd.grad(value, x)
+    assert error(gradient, torch.autograd.grad(plain, x)[0]) < 1e-11

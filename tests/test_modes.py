@@ -87,6 +87,13 @@ def test_autocast_reaches_neither_statistics_nor_chunks():
         assert all(torch.equal(a, b) for a, b in zip(results(), expected, strict=True))
 
 
+def test_float16_under_autocast_to_bfloat16():
+    x, y = torch.randn(6, 4).half(), torch.randn(5, 4).half()
+    expected = ivfast.mmd(x, y, bandwidth="median")
+    with cast():
+        assert torch.equal(ivfast.mmd(x, y, bandwidth="median"), expected)
+
+
 def test_mixed_dtypes_are_promoted_under_autocast_alone():
     x, y = torch.randn(6, 4), torch.randn(6, 4).bfloat16()
     v = torch.rand(6)

@@ -31,6 +31,14 @@ def test_a_root_squares_to_its_matrix(d, condition):
     assert error(ivfast.sqrtm_spd(single).double(), ivfast.sqrtm_spd(single.double())) < 1e-7
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_eigenvalues_that_rounding_made_negative_count_as_0(dtype):
+    a = torch.diag_embed(torch.tensor([2.0, 1.0, 1.0, -(2.0**-20)], dtype=dtype)).expand(2, 4, 4)
+    expected = torch.diag(torch.tensor([2.0**0.5, 1, 1, 0], dtype=torch.float64)).expand(2, 4, 4)
+    for matrices in (a, a.clone().requires_grad_()):
+        assert error(ivfast.sqrtm_spd(matrices).double(), expected) < torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_singular_matrices_have_roots(rank):
     factor = torch.randn(2, 6, rank, dtype=torch.float64)

@@ -15,7 +15,7 @@ from ..ops import fld as one_fld
 from ..ops import mmd as one_mmd
 from ..ops import multi_js as one_js
 from ..ops._once import once_differentiable
-from ..ops._pairwise import arithmetic
+from ..ops._pairwise import arithmetic, pooled
 from .exchange import Rows, centred, diagonal, distances, gather_rows, gathers, ring, rows_of, summed, tiles, total
 from .stein import median_bandwidth
 
@@ -49,8 +49,7 @@ def mmd(
     if isinstance(bandwidth, str):
         _check.choice("bandwidth", bandwidth, ("median",))
         n = sum(its.total for its in rows)
-        pooled = torch.cat((x, y), -2).detach()
-        h = median_bandwidth(pooled, group, convention="paper", exchange="ring", even=even) * math.log(max(n, 2))
+        h = median_bandwidth(pooled(x, y), group, convention="paper", exchange="ring", even=even) * math.log(max(n, 2))
     elif isinstance(bandwidth, Tensor):
         h = one_mmd._bandwidth(x, y, bandwidth)
     else:

@@ -17,6 +17,12 @@ def squared_distances(x: Tensor) -> Tensor:
     return d2.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
 
 
+def pooled(x: Tensor, y: Tensor) -> Tensor:
+    """The samples of x and y in one, without gradient."""
+    with torch.autocast(x.device.type, enabled=False):  # to bfloat16, in which `torch.cat` refuses float16
+        return torch.cat((x.detach(), y.detach()), -2)
+
+
 def small_in_cuda(x: Tensor, y: Tensor) -> tuple[str, ...]:
     """CUDA C++ for small samples in up to 128 dimensions, otherwise Triton. Both compute in float32."""
     if x.dtype == torch.float64:

@@ -12,7 +12,7 @@ from .. import _check
 from .._registry import register
 from . import median
 from ._derivatives import differentiable
-from ._pairwise import small_in_cuda, squared_distances
+from ._pairwise import pooled, small_in_cuda, squared_distances
 
 KERNELS = ("imq", "rbf")
 SCALES = {"imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0), "rbf": (1.0,)}
@@ -75,8 +75,7 @@ def _bandwidth(x: Tensor, y: Tensor, bandwidth: Tensor | str) -> Tensor:
     """One b per pair of samples, `x.shape[:-2]`, in the dtype of the arithmetic."""
     if isinstance(bandwidth, str):
         _check.choice("bandwidth", bandwidth, ("median",))
-        pooled = torch.cat((x, y), -2).detach()
-        return median.squared_median(pooled)
+        return median.squared_median(pooled(x, y))
     batch = x.shape[:-2]
     if bandwidth.shape not in (batch, ()) or bandwidth.device != x.device:
         shapes = f"{tuple(batch)}, one value for each pair of samples, or ()" if batch else "()"
@@ -143,7 +142,9 @@ def _kernel(d2, b, imq, scales, gradient):
 
 
 def _pull(slope, X, Y):
-    """Σ_j slope_ij (x_i − y_j)."""
+    """Σ_j slope_ij (x_i − y_j), in which a sample's pair with itself would cancel in exact arithmetic only."""
+    if X is Y:
+        slope = slope.masked_fill(torch.eye(X.shape[-2], dtype=torch.bool, device=X.device), 0)
     return slope.sum(-1, keepdim=True) * X - slope @ Y
 
 

@@ -50,7 +50,7 @@ def sqrtm_spd_op(a: Tensor, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     inverse, _, error = inverse_root(exact)
     root = symmetric(exact @ inverse).to(a.dtype)
     if not a.is_cuda:  # on a GPU, reading the error would wait for the device
-        failed = error > CONVERGED
+        failed = ~(error <= CONVERGED)  # NaN where an eigenvalue is negative through rounding
         if bool(failed.any()):
             root = root.masked_scatter(failed[..., None, None], sqrtm_spd_reference(a[failed], False)[0])
     return root, exact.new_empty(0), exact.new_empty(0)
