@@ -230,6 +230,16 @@ def test_not_a_number_stays_one(isa, imq):
         assert dx.isnan().any()
 
 
+@pytest.mark.parametrize("imq", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_a_bandwidth_that_is_not_a_number_gives_none(isa, imq, dtype):
+    x, y = torch.randn(2, 9, 5).to(dtype), torch.randn(2, 4, 5).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    results = op(x, y, torch.tensor([float("nan"), 1.0], dtype=wide), imq=imq, scales=[1.0, 2.0])
+    assert all(result[0].isnan().all() for result in results)
+    assert all(result[1].isfinite().all() for result in results)
+
+
 def test_no_sets():
     value, dx, dy = op(torch.empty(0, 4, 3), torch.empty(0, 5, 3))
     assert (value.shape, dx.shape, dy.shape) == ((0,), (0, 4, 3), (0, 5, 3))

@@ -22,12 +22,12 @@ def _solve(S: Tensor, G: Tensor) -> Tensor:
 
 
 def solved(values: Tensor, V: Tensor, G: Tensor) -> Tensor:
-    """The solution for S = V diag(values) Vᵀ; 0 between directions whose eigenvalues are 0 up to rounding."""
+    """The solution for S = V diag(values) Vᵀ; 0 between directions whose eigenvalues are 0 up to rounding, NaN for NaN."""
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
-    values = torch.where(values > floor, values, 0)
+    values = torch.where(values <= floor, 0, values)
     sums = values.unsqueeze(-1) + values.unsqueeze(-2)
     inner = V.mT @ G @ V
-    return V @ torch.where(sums > 0, inner / torch.where(sums > 0, sums, 1), 0) @ V.mT
+    return V @ torch.where(sums == 0, 0, inner / torch.where(sums == 0, 1, sums)) @ V.mT
 
 
 def _gradients(backward, grads, inputs, outputs, needed):
