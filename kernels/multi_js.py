@@ -19,6 +19,7 @@ ONE_PROGRAM = 16  # tiles up to which a single program sums, so that a small los
 PARTS = 4096  # programs per set at most: as many as one program can add up
 # fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+FORWARD_OPTIONS = OPTIONS | {"maxnreg": 128}  # two programs per SM; without the bound, up to 171 registers and one
 
 ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -211,7 +212,7 @@ def forward(logits, weights, label_smoothing):
     _forward_kernel[shape.sets, parts](
         *(logits.contiguous(), weights, out, lse, *two_parts(label_smoothing)),
         *(shape.n, shape.R, shape.C, label_smoothing > 0, *shape.tile),
-        **OPTIONS,
+        **FORWARD_OPTIONS,
     )
     if parts > 1:
         _sum_kernel[shape.sets,](out, loss, parts, triton.next_power_of_2(parts), **OPTIONS)

@@ -74,7 +74,9 @@ def variants() -> list[Variant]:
         weights = y if weighted else "None"
         found += [
             Variant(
-                "multi_js._forward_kernel", f"{x} {weights} {y} {y} {numbers} {int(weighted)} {tile}", multi_js.OPTIONS
+                "multi_js._forward_kernel",
+                f"{x} {weights} {y} {y} {numbers} {int(weighted)} {tile}",
+                multi_js.FORWARD_OPTIONS,
             ),
             Variant("multi_js._backward_kernel", f"{x} {x} {weights} {y} {x} {numbers} {tile}", multi_js.OPTIONS),
         ]

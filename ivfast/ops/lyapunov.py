@@ -22,7 +22,7 @@ def _solve(S: Tensor, G: Tensor) -> Tensor:
 
 
 def solved(values: Tensor, V: Tensor, G: Tensor) -> Tensor:
-    """The solution for S = V diag(values) Vᵀ; 0 between directions whose eigenvalues are 0 up to rounding, NaN for NaN."""
+    """The solution for S = V diag(values) Vᵀ; 0 between directions whose eigenvalues are rounding's. NaN stays NaN."""
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
     values = torch.where(values <= floor, 0, values)
     sums = values.unsqueeze(-1) + values.unsqueeze(-2)
