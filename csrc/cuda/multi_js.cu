@@ -12,16 +12,20 @@ namespace ivfast {
 constexpr int kMostStaged = 32;  // classes up to which one thread handles a row, from shared memory
 constexpr int kMostRows = 1024;  // rows of a set up to which one block of such threads handles them
 constexpr int kMostBlocks = 512;  // of all sets together: each reads the reports of all others in its set
+constexpr int64_t kMostInGrid = 65535;  // of a set, where no block waits for another
 constexpr int kFewTiles = 4;  // up to this many, one block is faster than several that report to each other
 
-// Each block: tiles with one row per thread. The gradient, if any, overwrites x.
+// Each block: tiles with one row per thread. The gradient, if any, may overwrite x; it is that of Σ grad·loss, or of the
+// loss without `grad`.
 template <class T>
 __global__ void __launch_bounds__(kMostRows, 1) staged_kernel(
-    const T* x, T* gradient, const float* __restrict__ weights, float* __restrict__ lse, float* __restrict__ loss,
-    volatile Report<1>* reports, Rows rows) {
+    const T* x, T* gradient, const float* __restrict__ grad, const float* __restrict__ weights, float* __restrict__ lse,
+    float* __restrict__ loss, volatile Report<1>* reports, Rows rows) {
   const int64_t set = blockIdx.x;
   const int C = rows.classes, stride = C | 1;  // odd: the rows of a warp are on different banks
-  x += set * rows.count * C, lse += lse ? set * rows.count : 0, reports += set * gridDim.y;
+  x += set * rows.count * C, gradient += gradient ? set * rows.count * C : 0, lse += lse ? set * rows.count : 0;
+  reports += reports ? set * gridDim.y : 0;
+  const float scale = grad ? grad[set] : 1.f;
   float* tile = reinterpret_cast<float*>(dynamic_shared);
   float* row = tile + static_cast<int>(threadIdx.x) * stride;
   double sum = 0;
@@ -60,15 +64,15 @@ __global__ void __launch_bounds__(kMostRows, 1) staged_kernel(
       Row r{finite(most), 0.f, 0.f};
       for (int c = 0; c < C; ++c) {
         const float e = expf(row[c] - r.shift);
-        r.sum += e, r.total += row[c];
+        r.sum += e, r.total += row[c] - finite(x_own);
         if (gradient) row[c] = e;
       }
       const double weight = rows.weight(weights, own);
       sum += weight * static_cast<double>(r.loss(rows, x_own));
       if (lse) lse[start + threadIdx.x] = r.lse();
       if (gradient) {
-        const float w = static_cast<float>(weight), softmax = 1 / r.sum;
-        for (int c = 0; c < C; ++c) row[c] = w * (row[c] * softmax - rows.share - (c == own ? rows.keep : 0.f));
+        const float w = scale * static_cast<float>(weight), per_sum = r.per_sum();
+        for (int c = 0; c < C; ++c) row[c] = w * (row[c] * per_sum - rows.share - (c == own ? rows.keep : 0.f));
       }
     }
     if (gradient) {
@@ -78,19 +82,21 @@ __global__ void __launch_bounds__(kMostRows, 1) staged_kernel(
       });
     }
   }
-  sum_over_blocks(sum, loss + set, reports, rows.signature);
+  if (loss) sum_over_blocks(sum, loss + set, reports, rows.signature);
 }
 
-// Each block: kThreads / Team rows at a time. The gradient, if any, overwrites x.
+// Each block: kThreads / Team rows at a time.
 template <int Team, class T>
 __global__ void __launch_bounds__(kThreads, 3) team_kernel(
-    const T* x, T* gradient, const float* __restrict__ weights, float* __restrict__ lse, float* __restrict__ loss,
-    volatile Report<1>* reports, Rows rows) {
+    const T* x, T* gradient, const float* __restrict__ grad, const float* __restrict__ weights, float* __restrict__ lse,
+    float* __restrict__ loss, volatile Report<1>* reports, Rows rows) {
   constexpr int teams = kThreads / Team;
   __shared__ float scratch[kThreads / 32];
   const int64_t set = blockIdx.x;
   const int C = rows.classes, lane = threadIdx.x % Team;
-  x += set * rows.count * C, lse += lse ? set * rows.count : 0, reports += set * gridDim.y;
+  x += set * rows.count * C, gradient += gradient ? set * rows.count * C : 0, lse += lse ? set * rows.count : 0;
+  reports += reports ? set * gridDim.y : 0;
+  const float scale = grad ? grad[set] : 1.f;
   double sum = 0;
 
   for (int64_t start = int64_t{blockIdx.y} * teams; start < rows.count; start += int64_t{gridDim.y} * teams) {
@@ -99,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, 3) team_kernel(
     const T* x_row = x + (exists ? at_row : 0) * C;
     const int classes = exists ? C : 0, own = exists ? rows.class_of(at_row) : 0;
     const float x_own = static_cast<float>(x_row[own]);
-    const Row row = row_of<Team>(x_row, classes, scratch);
+    const Row row = row_of<Team>(x_row, classes, x_own, scratch);
 
     const double weight = rows.weight(weights, own);
     if (exists && lane == 0) {
@@ -109,53 +115,20 @@ __global__ void __launch_bounds__(kThreads, 3) team_kernel(
     if (gradient) {
       if constexpr (Team > 32) __syncthreads();  // all have read x_own
       else __syncwarp();
-      const float w = static_cast<float>(weight), softmax = 1 / row.sum;
+      const float w = scale * static_cast<float>(weight), per_sum = row.per_sum();
       T* to = gradient + (exists ? at_row : 0) * C;
       for (int at = lane * kPack<T> - past_boundary(x_row); at < classes; at += Team * kPack<T>) {
         float v[kPack<T>];
         load_pack(v, x_row, at, classes, 0.f);
 #pragma unroll
         for (int i = 0; i < kPack<T>; ++i) {
-          v[i] = w * (expf(v[i] - row.shift) * softmax - rows.share - (at + i == own ? rows.keep : 0.f));
+          v[i] = w * (expf(v[i] - row.shift) * per_sum - rows.share - (at + i == own ? rows.keep : 0.f));
         }
         store_pack(to, v, at, classes);
       }
     }
   }
-  sum_over_blocks(sum, loss + set, reports, rows.signature);
-}
-
-// A pack of four or eight logits per thread, wherever rows start
-template <class T>
-__global__ void __launch_bounds__(kThreads) multi_js_backward_kernel(
-    const float* __restrict__ grad, const T* __restrict__ x, const float* __restrict__ weights,
-    const float* __restrict__ lse, T* __restrict__ dx, Rows rows, int64_t elements) {
-  const int C = rows.classes;
-  const int64_t base = int64_t{blockIdx.x} * kThreads * kPack<T>, row_of_base = base / C;
-  const int count = static_cast<int>(min(int64_t{kThreads} * kPack<T>, elements - base));
-  const int at = static_cast<int>(threadIdx.x) * kPack<T>;
-  if (at >= count) return;
-
-  const int64_t column = base - row_of_base * C + at, rows_on = quotient(column, C);
-  int64_t row = row_of_base + rows_on;
-  int c = static_cast<int>(column - rows_on * C), own = 0;
-  float scale = 0.f, lse_row = 0.f;
-  const auto enter = [&] {
-    const int64_t set = quotient(row, rows.count);
-    own = rows.class_of(row - set * rows.count);
-    scale = grad[set] * static_cast<float>(rows.weight(weights, own)), lse_row = lse[row];
-  };
-
-  float v[kPack<T>];
-  load_pack(v, x + base, at, count, 0.f);
-  enter();
-#pragma unroll
-  for (int i = 0; i < kPack<T>; ++i) {
-    if (at + i >= count) break;
-    if (c == C) c = 0, ++row, enter();
-    v[i] = scale * (expf(v[i] - lse_row) - rows.share - (c++ == own ? rows.keep : 0.f));
-  }
-  store_pack(dx + base, v, at, count);
+  if (loss) sum_over_blocks(sum, loss + set, reports, rows.signature);
 }
 
 Rows rows_of(const char* op, int64_t first, int64_t count, int64_t n, int64_t classes, double smoothing) {
@@ -168,20 +141,21 @@ Rows rows_of(const char* op, int64_t first, int64_t count, int64_t n, int64_t cl
       new_signature()};
 }
 
-// loss [sets] of x [sets, rows.count, C]; also lse and the gradient, which overwrites x, if requested
+// Of x [sets, rows.count, C], those of loss [sets], lse and gradient that are not null
 template <class T>
 void launch_rows(
-    const Tensor& x, const std::optional<Tensor>& weights, float* lse, const Tensor& loss, int64_t sets, const Rows& rows,
-    bool gradient) {
+    const Tensor& x, const std::optional<Tensor>& weights, float* lse, float* loss, int64_t sets, const Rows& rows,
+    T* gradient, const float* grad = nullptr) {
   const auto start = [&](auto kernel, int64_t rows_at_once, int threads, size_t shared) {
-    const int64_t tiles = ceil_div(rows.count, rows_at_once), most = std::max<int64_t>(1, kMostBlocks / sets);
-    const int64_t blocks = tiles <= kFewTiles ? 1 : std::min(tiles, most);
+    const int64_t tiles = ceil_div(rows.count, rows_at_once);
+    const int64_t most = loss ? std::max<int64_t>(1, kMostBlocks / sets) : kMostInGrid;
+    const int64_t blocks = loss && tiles <= kFewTiles ? 1 : std::min(tiles, most);
     std::optional<Tensor> reports;
-    if (blocks > 1) reports = new_reports<1>(x, sets, blocks);
+    if (loss && blocks > 1) reports = new_reports<1>(x, sets, blocks);
     launch(
-        x, kernel, dim3(sets, blocks), threads, shared, x.const_data_ptr<T>(),
-        gradient ? x.mutable_data_ptr<T>() : nullptr, weights ? weights->const_data_ptr<float>() : nullptr, lse,
-        loss.mutable_data_ptr<float>(), reports ? reports_in<1>(*reports) : nullptr, rows);
+        x, kernel, dim3(sets, blocks), threads, shared, x.const_data_ptr<T>(), gradient, grad,
+        weights ? weights->const_data_ptr<float>() : nullptr, lse, loss, reports ? reports_in<1>(*reports) : nullptr,
+        rows);
   };
   if (rows.classes <= kMostStaged) {
     const int stride = rows.classes | 1, fit = 48 * 1024 / static_cast<int>(sizeof(float)) / stride / 32 * 32;
@@ -217,27 +191,26 @@ std::tuple<Tensor, Tensor> multi_js_loss(Tensor logits, std::optional<Tensor> we
   Tensor loss = empty(logits, shape.batch, ScalarType::Float), lse = empty(logits, shape.rows, ScalarType::Float);
   by_dtype("multi_js_loss", logits, [&](auto zero) {
     if (shape.sets == 0) return;
-    launch_rows<decltype(zero)>(logits, weights, lse.mutable_data_ptr<float>(), loss, shape.sets, rows, false);
+    launch_rows<decltype(zero)>(
+        logits, weights, lse.mutable_data_ptr<float>(), loss.mutable_data_ptr<float>(), shape.sets, rows, nullptr);
   });
   return {loss, lse};
 }
 
+// The shares need Σ e^{x − lse}, which a rounded lse does not make 1: each row's is summed again, and lse is not read.
 Tensor multi_js_loss_backward(
-    Tensor grad, Tensor logits, std::optional<Tensor> weights, Tensor lse, double label_smoothing) {
+    Tensor grad, Tensor logits, std::optional<Tensor> weights, Tensor, double label_smoothing) {
   const Logits shape(logits);
   const Rows rows = rows_of("multi_js_loss_backward", 0, shape.classes * shape.n, shape.n, shape.classes, label_smoothing);
-  grad = as_contiguous(grad), logits = as_contiguous(logits), lse = as_contiguous(lse);
+  grad = as_contiguous(grad), logits = as_contiguous(logits);
   if (weights) weights = as_contiguous(*weights);
   const auto sizes = logits.sizes();
   Tensor dx = empty(logits, {sizes.begin(), sizes.end()}, logits.scalar_type());
   by_dtype("multi_js_loss_backward", logits, [&](auto zero) {
     using T = decltype(zero);
-    const int64_t elements = logits.numel();
-    if (elements == 0) return;
-    launch(
-        logits, multi_js_backward_kernel<T>, dim3(ceil_div(elements, kThreads * kPack<T>)), kThreads, 0,
-        grad.const_data_ptr<float>(), logits.const_data_ptr<T>(), weights ? weights->const_data_ptr<float>() : nullptr,
-        lse.const_data_ptr<float>(), dx.mutable_data_ptr<T>(), rows, elements);
+    if (shape.sets == 0) return;
+    launch_rows<T>(
+        logits, weights, nullptr, nullptr, shape.sets, rows, dx.mutable_data_ptr<T>(), grad.const_data_ptr<float>());
   });
   return dx;
 }
@@ -249,7 +222,9 @@ Tensor multi_js_rows_(
   const Tensor x = as_contiguous(logits);
   Tensor loss = empty(logits, {}, ScalarType::Float);
   by_dtype("multi_js_rows_", logits, [&](auto zero) {
-    launch_rows<decltype(zero)>(x, weights, nullptr, loss, 1, rows, gradient);
+    using T = decltype(zero);
+    T* to = gradient ? x.mutable_data_ptr<T>() : nullptr;
+    launch_rows<T>(x, weights, nullptr, loss.mutable_data_ptr<float>(), 1, rows, to);
   });
   if (gradient && !logits.is_contiguous()) torch::stable::copy_(logits, x);
   return loss;

@@ -23,20 +23,22 @@ struct Rows {
   }
 };
 
-// The largest logit, or 0 if it is infinite; Σ e^{x − shift}; Σ x. NaN logits make `sum` NaN.
+__device__ __forceinline__ float finite(float most) { return fabsf(most) == INFINITY ? 0.f : most; }
+
+// The largest logit, or 0 if it is infinite; Σ e^{x − shift}; Σ (x − own). NaN logits make `sum` NaN.
 struct Row {
   float shift, sum, total;
 
-  // a target without an own class leaves out 0·(−inf)
+  // Σ target (x − own) keeps what a large offset of all logits loses; a target without an own class leaves out 0·(−inf)
   __device__ __forceinline__ float loss(const Rows& rows, float own) const {
-    float target = rows.keep > 0 ? rows.keep * own : 0.f;
+    float target = rows.keep > 0 ? rows.keep * (own - finite(own)) : 0.f;
     if (rows.share > 0) target += rows.share * total;
-    return logf(sum) + (shift - target);
+    return logf(sum) + (shift - finite(own) - target);
   }
   __device__ __forceinline__ float lse() const { return shift + logf(sum); }
+  // softmax = e^{x − shift} per_sum; NaN where a logit is infinite
+  __device__ __forceinline__ float per_sum() const { return sum < INFINITY ? 1 / sum : NAN; }
 };
-
-__device__ __forceinline__ float finite(float most) { return fabsf(most) == INFINITY ? 0.f : most; }
 
 // The factor that makes a sum relative to `most` relative to `more`; an empty sum stays 0
 __device__ __forceinline__ float rescale(float most, float more) {
@@ -61,7 +63,7 @@ __device__ __forceinline__ float team_reduce(float value, [[maybe_unused]] float
 
 // x [classes] in one pass; each thread of the team works relative to the largest logit that it has seen
 template <int Team, class T>
-__device__ __forceinline__ Row row_of(const T* x, int classes, float* scratch) {
+__device__ __forceinline__ Row row_of(const T* x, int classes, float own, float* scratch) {
   constexpr int pack = kPack<T>, at_once = 16 / pack;
   const int lane = threadIdx.x % Team;
   float most = -INFINITY, sum = 0.f, total = 0.f;
@@ -77,7 +79,7 @@ __device__ __forceinline__ Row row_of(const T* x, int classes, float* scratch) {
     for (int i = 0; i < 16; ++i) {
       const int at = first + i / pack * Team * pack + i % pack;
       sum += expf(v[i / pack][i % pack] - finite(most));
-      total += at >= 0 && at < classes ? v[i / pack][i % pack] : 0.f;
+      total += at >= 0 && at < classes ? v[i / pack][i % pack] - finite(own) : 0.f;
     }
   }
   const auto plus = [](float a, float b) { return a + b; };
