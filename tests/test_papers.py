@@ -223,7 +223,7 @@ ERRORS = {
     "stacked alone": (["s2-stacked", "--data", "digits"], r"one of stacked-digits, stacked-mnist, got digits"),
     "a mixture alone": (["s2-ring", "--data", "spirals"], r"one of ring, grid, 8-gaussians, got spirals"),
     "seeds": (["s2-ring", "--seeds", "one"], r"--seeds takes a number or a list like 0,1,2, got 'one'"),
-    "no seeds": (["s2-ring", "--seeds", "0"], r"--seeds must be different numbers, at least one, got none"),
+    "no seeds": (["s2-ring", "--seeds", "0"], r"--seeds must be a number of seeds from 1 to 10000, .* got '0'"),
     "seeds twice": (["s2-ring", "--seeds", "1,1"], r"--seeds must be different numbers, at least one, got 1, 1"),
     "device": (["s2-ring", "--device", "gpu"], r"--device must be cpu, cuda or cuda:N, got 'gpu'"),
 }
