@@ -82,7 +82,9 @@ def _backward_kernel(
         b_dx = 2 * b_grad * (b_x - b_t)
         b_dt = -b_dx
     elif KIND == L1:
-        b_dx = b_grad * ((b_x > b_t).to(dtype) - (b_x < b_t).to(dtype))
+        b_apart = b_x - b_t
+        b_sign = (b_apart > 0).to(dtype) - (b_apart < 0).to(dtype)
+        b_dx = b_grad * tl.where(b_apart != b_apart, b_apart, b_sign)
         b_dt = -b_dx
     else:
         b_dx = b_grad * (1 / (1 + tl.exp(-b_x)) - b_t)

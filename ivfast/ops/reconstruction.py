@@ -64,7 +64,8 @@ def _backward_reference(grad, output, target, kind, target_gradient):
         dx = g * (torch.sigmoid(x) - t)
         dt = -g * _finite(x) if target_gradient else None
     else:
-        dx = 2 * g * (x - t) if kind == L2 else g * ((x - t).sign() + 0 * (x - t))
+        apart = x - t
+        dx = 2 * g * apart if kind == L2 else g * torch.where(apart.isnan(), apart, apart.sign())
         dt = -dx if target_gradient else None
     return dx.to(output.dtype), output.new_empty(0) if dt is None else dt.to(output.dtype)
 
