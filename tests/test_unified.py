@@ -338,7 +338,8 @@ def test_presets_are_dcgans_settings():
 
 
 def test_networks_are_dcgans():
-    system = build(replace(preset("cgan", "celeba"), device="cpu", width=8, discriminator_width=4), (3, 64, 64))
+    settings = preset("cgan", "folder")  # 64 pixels wide, with labels
+    system = build(replace(settings, device="cpu", width=8, discriminator_width=4), (3, 64, 64))
     G, D_ = system.modules["generator"], system.modules["discriminator"]
     kernels = [tuple(p.shape) for p in G.parameters() if p.dim() == 4]
     assert kernels == [(64, 32, 5, 5), (32, 16, 5, 5), (16, 8, 5, 5), (8, 3, 5, 5)]
