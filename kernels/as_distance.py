@@ -1,9 +1,7 @@
-"""AS-Distance and its gradient in Triton: log-sums over all pairs of two batches of Gaussians, no pair matrix.
+"""AS-Distance in Triton: log-sums over all pairs of two batches of Gaussians, no pair matrix.
 
 Per pair and dimension ℓ = −½ (A/P + log P) + const, with δ = u_i − u_j and
   P = l_i + l_j, A = δ² (Lebesgue measure);  P = l_i + l_j + l_i l_j, A = δ² + u_i² l_j + u_j² l_i (the prior's).
-Backward, with w_ij = (∂L/∂log Σk) k_ij/Σk, per dimension for the additive kernel, and c = 1, or 1 + l_j for the prior,
-  t = δ/P, or (δ + u_i l_j)/P,  ∂u_i = −Σ_j w t,  ∂log l_i = ½ l_i Σ_j w (t² − c/P).
 
 Special functions are the bottleneck: fractions are merged, so that four dimensions need one division and one
 logarithm. A thread owns one Gaussian and compares it with the others in registers, so its sums need no exchange between
@@ -26,18 +24,8 @@ GROUP = tl.constexpr(4)
 CHUNK = tl.constexpr(64)  # dimensions summed before they are added to the total, which then rounds less often
 LOG2E = tl.constexpr(math.log2(math.e))
 LOG2_2PI = tl.constexpr(math.log2(2 * math.pi))
-
-
-class Tile(NamedTuple):
-    """How many others a program processes at once: the most that fit in registers. Nothing here is measured yet."""
-
-    forward: int = 8
-    backward: int = 8
-
-
-TILE = Tile()
-# three programs per SM, two in backward; without the bound ptxas targets 96 registers and spills a few
-SUMS_OPTIONS, GRADIENT_OPTIONS = OPTIONS | {"maxnreg": 168}, OPTIONS | {"maxnreg": 192}
+OTHERS = 8  # Gaussians that a program compares its own with at once: the most that fit in registers, not measured yet
+SUMS_OPTIONS = OPTIONS | {"maxnreg": 168}  # three programs per SM; without the bound ptxas targets 96 and spills a few
 
 
 @triton.jit
@@ -68,7 +56,7 @@ def _pack_kernel(
 
 
 @triton.jit
-def _fraction(u_i, l_i, u_j, l_j, PRIOR: tl.constexpr):
+def fraction(u_i, l_i, u_j, l_j, PRIOR: tl.constexpr):
     """A and P of one dimension, [others, owned]."""
     apart = u_i[None, :] - u_j[:, None]
     P = l_i[None, :] + l_j[:, None]
@@ -80,7 +68,7 @@ def _fraction(u_i, l_i, u_j, l_j, PRIOR: tl.constexpr):
 
 
 @triton.jit
-def _load(p_u_i, p_l_i, p_u_j, p_l_j, k, N, M, OTHERS: tl.constexpr, OWNED: tl.constexpr):
+def load_dimension(p_u_i, p_l_i, p_u_j, p_l_j, k, N, M, OTHERS: tl.constexpr, OWNED: tl.constexpr):
     """u_i, l_i [owned] and u_j, l_j [others] in dimension k."""
     i, j = tl.cast(k, tl.int64) * N + tl.arange(0, OWNED), tl.cast(k, tl.int64) * M + tl.arange(0, OTHERS)
     return tl.load(p_u_i + i), tl.load(p_l_i + i), tl.load(p_u_j + j), tl.load(p_l_j + j)
@@ -95,9 +83,9 @@ def _added(h, at, D, N, M, PRIOR: tl.constexpr, GROUP: tl.constexpr, OTHERS: tl.
         mantissa = tl.full([OTHERS, OWNED], 1.0, tl.float32)
         exponent = tl.zeros([OTHERS, OWNED], tl.int32)
         for k in range(first, last, GROUP):
-            A, P = _fraction(*_load(*at, k, N, M, OTHERS, OWNED), PRIOR)
+            A, P = fraction(*load_dimension(*at, k, N, M, OTHERS, OWNED), PRIOR)
             for more in tl.static_range(1, GROUP):
-                A_2, P_2 = _fraction(*_load(*at, k + more, N, M, OTHERS, OWNED), PRIOR)
+                A_2, P_2 = fraction(*load_dimension(*at, k + more, N, M, OTHERS, OWNED), PRIOR)
                 A = A * P_2 + A_2 * P
                 P *= P_2
             ratio += A / P
@@ -110,7 +98,7 @@ def _added(h, at, D, N, M, PRIOR: tl.constexpr, GROUP: tl.constexpr, OTHERS: tl.
 
 
 @triton.jit
-def _log_kernel(
+def log_kernel(
     at,
     wide,
     d,
@@ -128,7 +116,7 @@ def _log_kernel(
         top = tl.full([OTHERS, OWNED], -float("inf"), tl.float32)
         s = tl.zeros([OTHERS, OWNED], tl.float32)
         for k in range(0, d):
-            A, P = _fraction(*_load(*at, k, N, M, OTHERS, OWNED), PRIOR)
+            A, P = fraction(*load_dimension(*at, k, N, M, OTHERS, OWNED), PRIOR)
             l = -0.5 * (A / P * LOG2E + tl.log2(P))
             less = tl.exp2(-tl.abs(l - top))
             s = tl.where(l > top, s * less + 1, s + less)
@@ -143,7 +131,7 @@ def _log_kernel(
 
 
 @triton.jit
-def _pairs(first_i, first_j, n, m, DIAGONAL: tl.constexpr, OTHERS: tl.constexpr, OWNED: tl.constexpr):
+def existing(first_i, first_j, n, m, DIAGONAL: tl.constexpr, OTHERS: tl.constexpr, OWNED: tl.constexpr):
     """Which pairs of a tile exist."""
     i, j = first_i + tl.arange(0, OWNED)[None, :], first_j + tl.arange(0, OTHERS)[:, None]
     there = (i < n) & (j < m)
@@ -184,8 +172,8 @@ def _sums_kernel(
     for j in range(tl.maximum(low, first_i) if WITHIN else low, high, OTHERS):
         wide = tl.maximum(wide_i, tl.max(tl.load(p_wide_j + i_set * M + j + tl.arange(0, OTHERS)), 0))
         at = p_u + at_i, p_l + at_i, p_u_j + i_set * D * M + j, p_l_j + i_set * D * M + j
-        log_k = _log_kernel(at, wide, d, D, N, M, ADDITIVE, PRIOR, OTHERS, OWNED)
-        log_k = tl.where(_pairs(first_i, j, n, m, DIAGONAL, OTHERS, OWNED), log_k, -float("inf"))
+        log_k = log_kernel(at, wide, d, D, N, M, ADDITIVE, PRIOR, OTHERS, OWNED)
+        log_k = tl.where(existing(first_i, j, n, m, DIAGONAL, OTHERS, OWNED), log_k, -float("inf"))
         higher = tl.maximum(top, tl.max(log_k, 0))
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         # within a batch the tiles above the diagonal also count for those below
@@ -247,101 +235,7 @@ def _combine_kernel(
     tl.store(p_value + i_set, value)
 
 
-@triton.jit
-def _gradient_kernel(
-    p_u,
-    p_l,
-    p_wide,
-    p_u_j,
-    p_l_j,
-    p_wide_j,
-    p_sums,
-    p_dvalue,
-    p_dsums,
-    p_du,
-    p_dl,
-    sets,
-    n,
-    m,
-    d,
-    D,
-    N,
-    M,
-    share,
-    KIND: tl.constexpr,
-    LOG: tl.constexpr,
-    DIAGONAL: tl.constexpr,
-    ADDITIVE: tl.constexpr,
-    PRIOR: tl.constexpr,
-    OTHERS: tl.constexpr,
-    OWNED: tl.constexpr,
-):
-    """Add Σ_j w t and Σ_j w (t² − c/P) over pairs of KIND 0 (r, r'), 1 (g, g') or 2 (r, g) to p_du and p_dl."""
-    i_set, first_i = (tl.program_id(0) // (N // OWNED)).to(tl.int64), tl.program_id(0) % (N // OWNED) * OWNED
-    low, high = tl.program_id(1) * share, tl.minimum((tl.program_id(1) + 1) * share, M)
-    at_i = i_set * D * N + first_i
-    part = tl.program_id(1).to(tl.int64) * sets * D * N + at_i
-    # ∂L/∂log Σk; within a batch a pair (i, j) occurs twice
-    log_sum, weight = tl.load(p_sums + 3 * i_set + KIND), 0.0
-    if p_dsums is not None:
-        weight += tl.load(p_dsums + 3 * i_set + KIND)
-    if p_dvalue is not None:
-        pairs = tl.cast(n, tl.float32) * (m if DIAGONAL else m - 1)
-        weight += (-2 if KIND == 2 else 1) * tl.load(p_dvalue + i_set) * (1.0 if LOG else tl.exp(log_sum) / pairs)
-    weight *= 1 if KIND == 2 else 2
-    log_sum *= LOG2E
-
-    wide_i = tl.max(tl.load(p_wide + i_set * N + first_i + tl.arange(0, OWNED)), 0)
-    for j in range(low, high, OTHERS):
-        wide = tl.maximum(wide_i, tl.max(tl.load(p_wide_j + i_set * M + j + tl.arange(0, OTHERS)), 0))
-        at = p_u + at_i, p_l + at_i, p_u_j + i_set * D * M + j, p_l_j + i_set * D * M + j
-        pair = _pairs(first_i, j, n, m, DIAGONAL, OTHERS, OWNED)
-        if ADDITIVE:
-            log_sum_d = log_sum + tl.log2(tl.cast(d, tl.float32)) + (0.5 + 0.5 * PRIOR) * LOG2_2PI
-            w = weight
-        else:
-            log_k = _log_kernel(at, wide, d, D, N, M, ADDITIVE, PRIOR, OTHERS, OWNED)
-            w = weight * tl.exp2(tl.where(pair, log_k - log_sum, -1000.0))
-        for k in range(0, d):
-            u_i, l_i, u_j, l_j = _load(*at, k, N, M, OTHERS, OWNED)
-            A, P = _fraction(u_i, l_i, u_j, l_j, PRIOR)
-            inverse = 1 / P
-            w_k = w
-            if ADDITIVE:
-                l = -0.5 * (A * inverse * LOG2E + tl.log2(P))
-                w_k = w * tl.exp2(tl.where(pair, l - log_sum_d, -1000.0))
-            if PRIOR:
-                t, c = (u_i[None, :] - u_j[:, None] + u_i[None, :] * l_j[:, None]) * inverse, 1 + l_j[:, None]
-            else:
-                t, c = (u_i[None, :] - u_j[:, None]) * inverse, 1.0
-            to = part + tl.cast(k, tl.int64) * N + tl.arange(0, OWNED)
-            tl.store(p_du + to, tl.load(p_du + to) + tl.sum(w_k * t, 0))
-            tl.store(p_dl + to, tl.load(p_dl + to) + tl.sum(w_k * (t * t - c * inverse), 0))
-
-
-@triton.jit
-def _finish_kernel(p_l, p_du, p_dl, p_dmu, p_dlogvar, sets, n, d, N, D, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """∂u = −Σ_j w t and ∂log l = ½ l Σ_j w (t² − c/P), transposed back."""
-    i_set, row = (
-        (tl.program_id(0) // (N // ROWS)).to(tl.int64),
-        tl.program_id(0) % (N // ROWS) * ROWS + tl.arange(0, ROWS),
-    )
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    packed, inside = (i_set * D + column)[:, None] * N + row[None, :], (column < d)[:, None] & (row < n)[None, :]
-    given, mask = (i_set * n + row)[:, None] * d + column[None, :], (row < n)[:, None] & (column < d)[None, :]
-
-    l = tl.load(p_l + packed, mask=inside, other=0.0)
-    du, dl = tl.zeros([WIDTH, ROWS], tl.float32), tl.zeros([WIDTH, ROWS], tl.float32)
-    for i_part in range(parts):
-        part = tl.cast(i_part, tl.int64) * sets * D * N
-        du += tl.load(p_du + part + packed, mask=inside, other=0.0)
-        dl += tl.load(p_dl + part + packed, mask=inside, other=0.0)
-
-    tl.store(p_dmu + given, tl.trans(-du), mask=mask)
-    tl.store(p_dlogvar + given, tl.trans(0.5 * l * dl), mask=mask)
-
-
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """Transposed Gaussians, `[sets, D, N]` except `wide` `[sets, N]`."""
 
     u: torch.Tensor
@@ -351,7 +245,7 @@ class _Batch(NamedTuple):
     N: int
 
 
-def _pack(mu, logvar, prior) -> tuple[_Batch, int]:
+def pack(mu, logvar, prior) -> tuple[Batch, int]:
     sets, (n, d) = mu.shape[:-2].numel(), mu.shape[-2:]
     N, D = triton.cdiv(n, OWNED) * OWNED, triton.cdiv(d, 4) * 4
     u, l = (torch.empty(sets, D, N, dtype=torch.float32, device=mu.device) for _ in range(2))
@@ -359,7 +253,7 @@ def _pack(mu, logvar, prior) -> tuple[_Batch, int]:
     _pack_kernel[sets * (N // PACK_ROWS),](
         *(mu.contiguous(), logvar.contiguous(), u, l, wide, n, d, N, D, prior, PACK_ROWS, PACK_WIDTH), **OPTIONS
     )
-    return _Batch(u, l, wide, n, N), D
+    return Batch(u, l, wide, n, N), D
 
 
 def forward(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
@@ -367,54 +261,22 @@ def forward(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
     check_dtype("as_distance", mu_r)
     batch, d = mu_r.shape[:-2], mu_r.shape[-1]
     value = torch.empty(batch, dtype=torch.float32, device=mu_r.device)
-    sums = torch.empty(*batch, 3, dtype=torch.float32, device=mu_r.device)
+    sums = torch.empty(*batch, 3, dtype=torch.float64, device=mu_r.device)
     sets = value.numel()
     if sets == 0:
         return value, sums
-    (r, D), (g, _) = _pack(mu_r, logvar_r, prior), _pack(mu_g, logvar_g, prior)
+    (r, D), (g, _) = pack(mu_r, logvar_r, prior), pack(mu_g, logvar_g, prior)
     parts = []
     for own, other in ((r, r), (g, g), (r, g)):
         programs = own.N // OWNED
-        splits, share = shares(other.N // TILE.forward, sets * programs)
+        splits, share = shares(other.N // OTHERS, sets * programs)
         parts.append(torch.empty(sets, programs * splits, 2, dtype=torch.float64, device=mu_r.device))
         _sums_kernel[sets * programs, splits](
-            *(*own[:3], *other[:3], parts[-1], own.n, other.n, d, D, own.N, other.N, share * TILE.forward),
-            *(own is other, own is not other or not unbiased, additive, prior, TILE.forward, OWNED),
+            *(*own[:3], *other[:3], parts[-1], own.n, other.n, d, D, own.N, other.N, share * OTHERS),
+            *(own is other, own is not other or not unbiased, additive, prior, OTHERS, OWNED),
             **SUMS_OPTIONS,
         )
     _combine_kernel[sets,](
         *(*parts, value, sums, *(part.shape[1] for part in parts), r.n, g.n, log, unbiased, PARTS), **OPTIONS
     )
     return value, sums
-
-
-def backward(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prior, log, unbiased):
-    """∂mu_r, ∂logvar_r, ∂mu_g and ∂logvar_g, given the gradients of forward's results; None means zeros."""
-    check_dtype("as_distance_backward", mu_r)
-    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (mu_r, logvar_r, mu_g, logvar_g)]
-    sets, d = mu_r.shape[:-2].numel(), mu_r.shape[-1]
-    if sets == 0:
-        return tuple(gradients)
-    given = [t if t is None else t.contiguous() for t in (sums, dvalue, dsums)]
-    (r, D), (g, _) = _pack(mu_r, logvar_r, prior), _pack(mu_g, logvar_g, prior)
-    for side, own in enumerate((r, g)):
-        programs = own.N // OWNED
-        pairs = [(own, side), ((g, r)[side], 2)]
-        split = [shares(other.N // TILE.backward, sets * programs) for other, _ in pairs]
-        du, dl = torch.zeros(
-            2, sum(splits for splits, _ in split), sets, D, own.N, dtype=torch.float32, device=mu_r.device
-        )
-        first = 0
-        for (other, kind), (splits, share) in zip(pairs, split, strict=True):
-            _gradient_kernel[sets * programs, splits](
-                *(*own[:3], *other[:3], *given, du[first:], dl[first:], sets, own.n, other.n, d, D, own.N, other.N),
-                *(share * TILE.backward, kind, log, kind == 2 or not unbiased, additive, prior, TILE.backward, OWNED),
-                **GRADIENT_OPTIONS,
-            )
-            first += splits
-        _finish_kernel[sets * (own.N // PACK_ROWS), triton.cdiv(d, PACK_WIDTH)](
-            *(own.l, du, dl, *gradients[2 * side : 2 * side + 2], sets, own.n, d, own.N, D, first),
-            *(PACK_ROWS, PACK_WIDTH),
-            **OPTIONS,
-        )
-    return tuple(gradients)

@@ -186,6 +186,17 @@ def normal(*shapes, scale=1.0):
     )
 
 
+def undecided(shape, scale=3.0):
+    """Logits of which a row is undecided: where all rows are certain, the loss is below the rounding of Σ exp(x − max)."""
+
+    def draw(generator):
+        logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+        logits[..., 0, :] = 0
+        return (logits,)
+
+    return draw
+
+
 def close(ours: torch.Tensor, theirs: torch.Tensor, slack: float = 1.0, unit: float = 0.0):
     assert ours.shape == theirs.shape
     assert testing.error(ours, theirs, unit) <= slack * testing.TOLERANCES[ours.dtype]

@@ -108,12 +108,12 @@ class TestAsDistance:
         additive, prior = form["kernel"] == "additive", form["measure"] == "prior"
         options = additive, prior, False, True
         _, sums = torch.ops.ivfast.as_distance.cuda(*tensors, *options)
-        dvalue, dsums = torch.randn(2), torch.randn(2, 3)
+        dvalue, dsums = torch.randn(2), torch.randn(2, 3, dtype=torch.float64)
         backward = torch.ops.ivfast.as_distance_backward
         for gradients in ((dvalue, None), (None, dsums), (dvalue, dsums)):
             ours = backward.cuda(*tensors, sums, *gradients, *options)
             doubles = [None if g is None else g.double() for g in gradients]
-            theirs = backward.default(*(t.double() for t in tensors), sums.double(), *doubles, *options)
+            theirs = backward.default(*(t.double() for t in tensors), sums, *doubles, *options)
             scale = max(float(t.abs().max()) for t in theirs)
             for a, b in zip(ours, theirs, strict=True):
                 assert testing.error(a, b, scale) <= testing.TOLERANCES[torch.float32]
@@ -133,7 +133,11 @@ class TestAsDistanceArguments:
     def test_strides(self):
         r = [torch.randn(3, 12, 2, 21)[:, :, 1].mT, torch.randn(12, 21, 3).permute(2, 1, 0)]
         g = [torch.randn(3, 12, 35).mT[:, 3:], torch.randn(1, 1, 12).expand(3, 32, 12)]
-        form, dvalue, dsums = (False, False, False, False), torch.rand(()).expand(3), torch.rand(3, 3).mT
+        form, dvalue, dsums = (
+            (False, False, False, False),
+            torch.rand(()).expand(3),
+            torch.rand(3, 3, dtype=torch.float64).mT,
+        )
         results = []
         for copy in (lambda t: t, torch.Tensor.contiguous):
             q = [copy(t) for t in (*r, *g)]

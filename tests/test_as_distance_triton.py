@@ -23,9 +23,10 @@ def check(case, dtype=torch.float32):
 @pytest.fixture
 def large_tiles(monkeypatch):
     """The interpreter's time grows with the number of tiles."""
-    from ivfast.kernels import as_distance
+    from ivfast.kernels import as_distance, as_distance_backward
 
-    monkeypatch.setattr(as_distance, "TILE", as_distance.Tile(128, 128))
+    for module in (as_distance, as_distance_backward):
+        monkeypatch.setattr(module, "OTHERS", 128)
 
 
 def as_case(n, m, d, *, batch=(), logvar=(-3.0, 1.0), shift=0.0, apart=0.0, log=True, slack=1.0, unit=0.0, **form):
@@ -115,9 +116,10 @@ class TestAsDistance:
         check(as_case(1, 1, 4, log=False, unit=0.01))
 
     def test_splits_strides_and_bits(self, monkeypatch):
-        from ivfast.kernels import as_distance, particles
+        from ivfast.kernels import as_distance, as_distance_backward, particles
 
-        monkeypatch.setattr(as_distance, "TILE", as_distance.Tile(32, 64))
+        monkeypatch.setattr(as_distance, "OTHERS", 32)
+        monkeypatch.setattr(as_distance_backward, "OTHERS", 64)
         q = [torch.randn(2, 3, n, device=device).mT.requires_grad_() for n in (40, 40, 9, 9)]
         results = []
         for programs in (1, 264, 264):

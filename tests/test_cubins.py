@@ -293,10 +293,11 @@ def mmd_variants() -> list[Variant]:
 
 
 def as_distance_variants() -> list[Variant]:
-    from ivfast.kernels import as_distance, particles
+    from ivfast.kernels import as_distance, as_distance_backward, particles
 
     shape = {"ROWS": as_distance.PACK_ROWS, "WIDTH": as_distance.PACK_WIDTH}
     parts = {"p_rr": "*fp64:16", "p_gg": "*fp64:16", "p_rg": "*fp64:16", "BLOCK": as_distance.PARTS}
+    parts["p_sums"] = "*fp64:16"
     found = [
         filled("as_distance._combine_kernel", particles.OPTIONS, **parts, LOG=log, UNBIASED=1 - log) for log in (0, 1)
     ]
@@ -305,17 +306,19 @@ def as_distance_variants() -> list[Variant]:
         given = {"p_mu": x, "p_logvar": x, "p_wide": "*i32:16", "PRIOR": prior}
         found += [
             filled("as_distance._pack_kernel", particles.OPTIONS, **given, **shape),
-            filled("as_distance._finish_kernel", particles.OPTIONS, p_dmu=x, p_dlogvar=x, **shape),
+            filled("as_distance_backward._finish_kernel", particles.OPTIONS, p_dmu=x, p_dlogvar=x, **shape),
         ]
     for additive in (0, 1):
         for prior in (0, 1):
             pairs = {"ADDITIVE": additive, "PRIOR": prior, "DIAGONAL": prior, "OWNED": as_distance.OWNED}
             pairs |= {"p_wide": "*i32:16", "p_wide_j": "*i32:16", "M": "i32:16"}
-            forward = {"OTHERS": as_distance.TILE.forward, "WITHIN": 1 - prior, "p_parts": "*fp64:16"}
-            backward = {"OTHERS": as_distance.TILE.backward, "KIND": 2 * prior, "LOG": additive}
+            pairs |= {"p_parts": "*fp64:16", "p_sums": "*fp64:16", "p_dsums": "*fp64:16"}
+            forward = {"OTHERS": as_distance.OTHERS, "WITHIN": 1 - prior}
+            backward = {"OTHERS": as_distance_backward.OTHERS, "KIND": 2 * prior, "LOG": additive}
+            options = as_distance_backward.GRADIENT_OPTIONS
             found += [
-                filled("as_distance._sums_kernel", as_distance.SUMS_OPTIONS, **pairs, **forward),
-                filled("as_distance._gradient_kernel", as_distance.GRADIENT_OPTIONS, **pairs, **backward),
+                some("as_distance._sums_kernel", as_distance.SUMS_OPTIONS, **pairs, **forward),
+                some("as_distance_backward._gradient_kernel", options, **pairs, **backward),
             ]
     return found
 

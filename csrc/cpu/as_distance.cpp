@@ -116,9 +116,10 @@ std::tuple<Tensor, Tensor> as_distance(const Tensor& mu_r, const Tensor& logvar_
   std::vector<int64_t> batch = inputs.r.batch;
   Tensor distance = empty(mu_r, batch, wide);
   batch.push_back(3);
-  Tensor sums = empty(mu_r, batch, wide);
+  // rounded log-sums would leave shares that do not add up to 1, by eps |log k|
+  Tensor sums = empty(mu_r, batch, ScalarType::Double);
 
-  const Data distances(distance, 1, wide), all_sums(sums, 1, wide);
+  const Data distances(distance, 1, wide), all_sums(sums, 1, ScalarType::Double);
   each_set(inputs.r.sets, inputs.cost(additive), [&](int64_t set, bool threaded) {
     Posteriors q = inputs[set];
     as_distance_run(q, inputs.dtype, additive, prior, threaded);
@@ -136,8 +137,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> as_distance_backward(
   const ScalarType dtype = inputs.dtype, wide = inputs.wide;
   const Tensor sums = as_contiguous(sums_), dvalue = dvalue_ ? as_contiguous(*dvalue_) : sums;
   const Tensor dsums = dsums_ ? as_contiguous(*dsums_) : sums;
-  for (const Tensor& x : {sums, dvalue, dsums})
-    STD_TORCH_CHECK(x.scalar_type() == wide, "sums and gradients must be in the dtype of the arithmetic");
+  STD_TORCH_CHECK(sums.scalar_type() == ScalarType::Double && dsums.scalar_type() == ScalarType::Double &&
+                      (!dvalue_ || dvalue.scalar_type() == wide),
+                  "sums and dsums must be float64, and dvalue of the dtype of the arithmetic");
   Tensor results[4];
   Data data[4];
   for (int i = 0; i < 4; ++i) {
@@ -146,12 +148,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> as_distance_backward(
     data[i] = Data(results[i], shape.n * shape.d, dtype);
   }
 
-  const Data all_sums(sums, 1, wide), dvalues(dvalue, 1, wide), all_dsums(dsums, 1, wide);
+  const Data all_sums(sums, 1, ScalarType::Double), all_dsums(dsums, 1, ScalarType::Double), dvalues(dvalue, 1, wide);
   each_set(inputs.r.sets, 4 * inputs.cost(additive), [&](int64_t set, bool threaded) {
     Posteriors q = inputs[set];
     for (int k = 0; k < 3; ++k) q.log_sum[k] = value(all_sums, 3 * set + k);
-    // rounded log-sums would leave shares that do not add up to 1, by eps |log k|
-    if (wide == ScalarType::Float) as_distance_run(q, dtype, additive, prior, threaded);
     const LogMeans means(q);
     for (int k = 0; k < 3; ++k) {
       if (dsums_) q.grad[k] += value(all_dsums, 3 * set + k);

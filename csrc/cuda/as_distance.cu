@@ -35,7 +35,7 @@ __device__ __forceinline__ void log_sum_lanes(float& most, float& sum) {
 template <bool IsAdditive, bool Prior, class T>
 __global__ void __launch_bounds__(kThreads, 1) as_distance_kernel(
     const T* __restrict__ mu_r, const T* __restrict__ logvar_r, const T* __restrict__ mu_g,
-    const T* __restrict__ logvar_g, float* __restrict__ value, float* __restrict__ sums, volatile Report<2>* reports,
+    const T* __restrict__ logvar_g, float* __restrict__ value, double* __restrict__ sums, volatile Report<2>* reports,
     AsPlan plan) {
   // this block: a tile of (r, r'), (g, g') or (r, g)
   const int64_t set = blockIdx.x;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1) as_distance_kernel(
     for (int of = 0; of < 3; ++of) {
       const double log_mean = log_sums[of] - plan.form.log_pairs[of];
       D += (of == 2 ? -2 : 1) * (plan.form.log ? log_mean : exp(log_mean));
-      sums[3 * set + of] = static_cast<float>(log_sums[of]);
+      sums[3 * set + of] = log_sums[of];
     }
     value[set] = static_cast<float>(D);
   }
@@ -151,7 +151,7 @@ std::tuple<Tensor, Tensor> as_distance(
   Tensor value = empty(mu_r, sets.x.batch, ScalarType::Float);
   std::vector<int64_t> three = sets.x.batch;
   three.push_back(3);
-  Tensor sums = empty(mu_r, three, ScalarType::Float);
+  Tensor sums = empty(mu_r, three, ScalarType::Double);
 
   const int n = sets.x.n, m = sets.y.n, d = sets.x.d;
   AsPlan plan{n, m, d, Panels(2 * kSide, d), AsForm(n, m, d, additive, prior, log, unbiased), new_signature()};
@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor> as_distance(
           mu_r, as_distance_kernel<is_additive, has_prior, T>, dim3(sets.x.count, blocks), kThreads,
           2 * sizeof(float) * plan.panels.floats, mu_r.const_data_ptr<T>(), logvar_r.const_data_ptr<T>(),
           mu_g.const_data_ptr<T>(), logvar_g.const_data_ptr<T>(), value.mutable_data_ptr<float>(),
-          sums.mutable_data_ptr<float>(), reports_in<2>(reports), plan);
+          sums.mutable_data_ptr<double>(), reports_in<2>(reports), plan);
     });
   });
   return {value, sums};

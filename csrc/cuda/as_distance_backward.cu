@@ -61,8 +61,8 @@ __device__ __forceinline__ void add_gradients(
 template <bool IsAdditive, bool Prior, class T>
 __global__ void __launch_bounds__(kMostColumns, 1) as_distance_backward_kernel(
     const T* __restrict__ mu_r, const T* __restrict__ logvar_r, const T* __restrict__ mu_g,
-    const T* __restrict__ logvar_g, const float* __restrict__ sums, const float* __restrict__ dvalue,
-    const float* __restrict__ dsums, AsGradients<T> gradients, AsBackwardPlan plan) {
+    const T* __restrict__ logvar_g, const double* __restrict__ sums, const float* __restrict__ dvalue,
+    const double* __restrict__ dsums, AsGradients<T> gradients, AsBackwardPlan plan) {
   // this block: two rows of r against r and g, or of g against g and r
   const int64_t set = blockIdx.x, at_r = set * plan.n * plan.d, at_g = set * plan.m * plan.d;
   const int tile = blockIdx.y, r_tiles = (plan.n + kRows - 1) / kRows;
@@ -110,21 +110,21 @@ __global__ void __launch_bounds__(kMostColumns, 1) as_distance_backward_kernel(
 
   if (column < pool.columns) {
     const int of = is_own ? (in_r ? 0 : 1) : 2;
-    const float log_sum = sums[3 * set + of];
-    float factor = dsums ? dsums[3 * set + of] : 0.f;
+    const double log_sum = sums[3 * set + of], exact = log_sum + plan.form.constant;
+    const float shift = static_cast<float>(exact);
+    double factor = dsums ? dsums[3 * set + of] : 0.0;
     if (dvalue) {
       const double* log_pairs = plan.form.log_pairs;  // a kernel parameter, which only takes constant indices
       const double pairs = of == 0 ? log_pairs[0] : of == 1 ? log_pairs[1] : log_pairs[2];
-      const float term = plan.form.log ? 1.f : expf(static_cast<float>(log_sum - pairs));
-      factor += (of == 2 ? -2.f : 1.f) * term * dvalue[set];
+      factor += (of == 2 ? -2 : 1) * (plan.form.log ? 1.0 : exp(log_sum - pairs)) * dvalue[set];
     }
-    factor *= is_own ? 2.f : 1.f;
-    const float shift = static_cast<float>(log_sum + plan.form.constant);
+    // what `shift` rounds off is in the factor: shares add up to 1
+    const float weight = static_cast<float>((is_own ? 2 : 1) * factor * exp(shift - exact));
     PairWeights mine;
 #pragma unroll
     for (int p = 0; p < kRows; ++p) {
       const bool left_out = is_own && plan.form.unbiased && first_row + p == column;
-      mine.w[p] = left_out ? 0.f : factor * expf(kernels[p].log() - shift);
+      mine.w[p] = left_out ? 0.f : weight * expf(kernels[p].log() - shift);
       mine.least[p] = 0.f;
       if constexpr (IsAdditive) mine.w[p] /= kernels[p].sum, mine.least[p] = kernels[p].least;
     }
@@ -196,8 +196,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> as_distance_backward(
       launch(
           mu_r, as_distance_backward_kernel<is_additive, has_prior, T>, dim3(sets.x.count, tiles), threads,
           fixed + sizeof(float) * floats, mu_r.const_data_ptr<T>(), logvar_r.const_data_ptr<T>(),
-          mu_g.const_data_ptr<T>(), logvar_g.const_data_ptr<T>(), sums.const_data_ptr<float>(),
-          dvalue ? dvalue->const_data_ptr<float>() : nullptr, dsums ? dsums->const_data_ptr<float>() : nullptr,
+          mu_g.const_data_ptr<T>(), logvar_g.const_data_ptr<T>(), sums.const_data_ptr<double>(),
+          dvalue ? dvalue->const_data_ptr<float>() : nullptr, dsums ? dsums->const_data_ptr<double>() : nullptr,
           gradients, plan);
     });
   });

@@ -77,11 +77,12 @@ def log_gaussian_kernel_sums(
 
     Source: S5 (AS-IntroVAE) Eq. 8.
     """
-    return _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, True, unbiased)[1]
+    value, sums = _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, True, unbiased)
+    return sums.to(value.dtype)
 
 
 def _apply(mu_r, logvar_r, mu_g, logvar_g, kernel, measure, log, unbiased):
-    """D `[...]` and the log-sums `[..., 3]`."""
+    """D `[...]` and the log-sums `[..., 3]`, these in float64: gradients divide by the sums."""
     mu_r, logvar_r, mu_g, logvar_g = _check.promoted(mu_r, logvar_r, mu_g, logvar_g)
     _check.two_samples("mu_r", mu_r, "mu_g", mu_g)
     _check.same("logvar_r", logvar_r, "mu_r", mu_r)
@@ -110,7 +111,7 @@ def as_distance_reference(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, 
     rr, gg, rg = _log_means(sums, mu_r, mu_g, unbiased)
     value = rr + gg - 2 * rg if log else rr.exp() + gg.exp() - 2 * rg.exp()
     wide = torch.promote_types(mu_r.dtype, torch.float32)
-    return value.to(wide), sums.to(wide)
+    return value.to(wide), sums
 
 
 def _log_means(sums, mu_r, mu_g, unbiased):
@@ -193,7 +194,7 @@ def _pull(a, b, additive, prior, *, without_diagonal):
 def _shapes(mu_r: Tensor, *_) -> tuple[Tensor, Tensor]:
     """What forward returns for fake tensors; the reference takes the logarithm of numbers that n and m determine."""
     batch, wide = mu_r.shape[:-2], torch.promote_types(mu_r.dtype, torch.float32)
-    return mu_r.new_empty(batch, dtype=wide), mu_r.new_empty(*batch, 3, dtype=wide)
+    return mu_r.new_empty(batch, dtype=wide), mu_r.new_empty(*batch, 3, dtype=torch.float64)
 
 
 def _gradient_shapes(*inputs) -> tuple[Tensor, ...]:
@@ -215,7 +216,7 @@ _backward = register(
     " -> (Tensor dmu_r, Tensor dlogvar_r, Tensor dmu_g, Tensor dlogvar_g)",
     reference=_backward_reference,
     meta=_gradient_shapes,
-    triton="as_distance.backward",
+    triton="as_distance_backward.backward",
     cuda=True,
     prefer=lambda mu_r, logvar_r, mu_g, *_: small_in_cuda(mu_r, mu_g),
 )
