@@ -1,4 +1,4 @@
-"""The private parts of PyTorch that ops depend on, each under a name of ours, so that a rename is mended here.
+"""The private parts of PyTorch that ops depend on, each under a name of ours, so that a rename is mended in one place.
 
 All exist, with the same meaning, from PyTorch 2.10 to 2.15.
 """

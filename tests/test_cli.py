@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from helpers import command
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ivfast import cli, data, metrics, models
+from ivfast.cli.app import explain
 from ivfast.data import sources
 from ivfast.runs import evaluation, load_system
 from ivfast.train.checkpoint import LAST
@@ -341,3 +343,10 @@ def test_bare_command_teaches():
     result = CliRunner().invoke(cli.app, [])
     assert "train" in result.output
     assert "evaluate" in result.output
+
+
+def test_torchvision_that_cannot_load_is_explained(capsys):
+    error = RuntimeError("operator torchvision::nms does not exist")
+    with pytest.raises(typer.Exit):
+        explain(error, debug=False)
+    assert re.search(r"torchvision \S+ does not fit torch \S+: install both from one index", capsys.readouterr().err)

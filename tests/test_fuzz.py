@@ -28,7 +28,7 @@ def examine(op: str, count: int, first: int) -> None:
 
 @pytest.mark.parametrize("op", fuzz.DRAWS)
 def test_a_share(op):
-    examine(op, SHARE, 10_000)  # the same sets in every run, as the whole fuzz is for what is not known yet
+    examine(op, SHARE, 10_000)  # the same sets in every run; the full fuzz looks for new faults
 
 
 @pytest.mark.fuzz

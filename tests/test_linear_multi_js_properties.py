@@ -93,3 +93,13 @@ def test_half_precision_sums_its_chunks_in_float32(monkeypatch, dtype, classes, 
     (theirs,) = torch.autograd.grad(ivfast.multi_js_loss(logits), exact)  # at the rounded logits
     (ours,) = torch.autograd.grad(linear_multi_js.fused(x, w, None), w)
     assert testing.error(ours, theirs) <= testing.TOLERANCES[dtype]
+
+
+def test_a_graph_of_higher_order_keeps_no_gradients_of_the_first(chunks):
+    features, weight, _ = layer(6, 50, 4)
+    loss = ivfast.linear_multi_js_loss(features, weight)
+    assert loss.grad_fn.kept is not None
+    first = torch.autograd.grad(loss, features, create_graph=True)
+    assert loss.grad_fn.kept is None
+    (again,) = torch.autograd.grad(ivfast.linear_multi_js_loss(features, weight), features)
+    assert error(*first, again) < 1e-12

@@ -136,3 +136,22 @@ def test_a_matrix_that_is_not_finite_gives_nan_and_leaves_the_others(function, d
             (gradient,) = torch.autograd.grad(function(a).sum(), a)
             assert gradient[1].isnan().all()
             assert gradient[::2].isfinite().all()
+
+
+def test_second_derivatives_at_a_singular_covariance_are_nan_and_first_ones_of_least_norm():
+    mu, eye = torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+    singular = torch.diag(torch.tensor([4.0, 0.0, 0.0], dtype=torch.float64))
+    direction = spd(3, batch=())
+
+    def distance(sigma):
+        return ivfast.frechet_distance(mu, sigma, mu, eye)
+
+    both = torch.stack([singular, spd(3, batch=())])
+    assert torch.vmap(torch.func.hessian(distance))(both).isnan().flatten(1).all(1).tolist() == [True, False]
+    # tr Σ − 2 tr √Σ has gradient I − Σ^−½ within the range
+    expected = direction.trace() - direction[0, 0] / 2
+    for slope in (
+        torch.func.jvp(distance, (singular,), (direction,))[1],
+        (torch.func.grad(distance)(singular) * direction).sum(),
+    ):
+        torch.testing.assert_close(slope, expected)

@@ -6,6 +6,7 @@ import io
 import signal
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -88,6 +89,11 @@ def explain(error: Exception, debug: bool) -> NoReturn:
     text = str(error) or type(error).__name__
     if type(error).__name__ == "OutOfMemoryError":
         fail(f"the GPU ran out of memory: use a smaller --batch-size ({text.splitlines()[0]})")
+    if text.startswith("operator torchvision::"):  # one is built for CUDA, the other for the CPU
+        fail(
+            f"torchvision {version('torchvision')} does not fit torch {version('torch')}: install both from one index, "
+            f"pip install --force-reinstall torch torchvision ({text})"
+        )
     if not isinstance(error, (TypeError, ValueError, OSError, ArithmeticError, RuntimeError, PackageNotFound)):
         text = f"{type(error).__name__}: {text}; --debug shows where it comes from"
     fail(text)

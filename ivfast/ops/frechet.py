@@ -27,8 +27,8 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 
     Returns:
         distance `[...]` in squared units of the samples, float32 for half precision. Differentiable in all four
-        arguments; at a singular covariance the gradient is the subgradient of least norm, and there are no higher
-        derivatives.
+        arguments; at a singular covariance the gradient is the subgradient of least norm, and higher derivatives
+        are NaN.
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit.
@@ -269,11 +269,19 @@ def _factor_pull(grads, inputs, needed):
 
 def _covariance_pull(grads, inputs, needed):
     """½ R₁⁺ P R₂ and ½ R₂⁺ Pᵀ R₁, with symmetric roots R and the polar factor P of R₁R₂."""
-    R1, R2 = (sqrtm_spd(sigma) for sigma in inputs)
+    R1, R2 = (sqrtm_spd(sigma) + _kink(sigma) for sigma in inputs)
     P, g = polar(R1 @ R2), grads[0][..., None, None]
     inverse1, inverse2 = (torch.linalg.pinv(R, hermitian=True, rtol=ROUNDING) for R in (R1, R2))
     d1, d2 = 0.5 * inverse1 @ P @ R2, 0.5 * inverse2 @ P.mT @ R1
     return g * (d1 + d1.mT) / 2, g * (d2 + d2.mT) / 2
+
+
+def _kink(sigma: Tensor) -> Tensor:
+    """0 `[..., 1, 1]`, whose derivative is NaN at a singular matrix."""
+    values = torch.linalg.eigvalsh(finite_matrices(_symmetric(sigma.detach()))[0])
+    singular = values[..., :1] <= values[..., -1:] * ROUNDING**2
+    nothing = (0 * sigma).sum((-2, -1)).unsqueeze(-1)
+    return torch.where(singular, torch.where(singular, nothing, 1).sqrt(), 0).unsqueeze(-1)
 
 
 ROUNDING = 1e-11  # of a root's eigenvalues: those that are not 0 are above 1e-8, and those that are 0 below 1e-14

@@ -230,6 +230,7 @@ def _first(rule, second):
             if ctx.compiled:
                 gradients = saved
             elif torch.is_grad_enabled() or ctx.kept is None:
+                ctx.kept = None  # a graph of higher order would hold them for as long as it lives
                 return rule.pulled(ctx, (grad,), ctx.saved_tensors, second)
             else:
                 gradients, ctx.kept = ctx.kept, None

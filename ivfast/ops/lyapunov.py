@@ -1,7 +1,7 @@
 """S D + D S = G for symmetric positive semi-definite S: the derivative of matrix square roots and polar factors.
 
-The solution is its own adjoint in G, and its derivatives in S are solutions too, so every order has a closed form in
-which no difference of eigenvalues is divided by, unlike in the derivatives of an eigendecomposition.
+The solution is its own adjoint in G, and its derivatives in S are solutions too, so every order has a closed form
+that never divides by a difference of eigenvalues, unlike the derivatives of an eigendecomposition.
 
 Source: Higham, Functions of Matrices (2008), sections 6.1 and 8.2.
 """
@@ -22,7 +22,7 @@ def _solve(S: Tensor, G: Tensor) -> Tensor:
 
 
 def solved(values: Tensor, V: Tensor, G: Tensor) -> Tensor:
-    """The solution for S = V diag(values) Vᵀ; 0 between directions whose eigenvalues are rounding's. NaN stays NaN."""
+    """For S = V diag(values) Vᵀ; 0 between directions whose eigenvalues are rounding error. NaN gives NaN."""
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
     values = torch.where(values <= floor, 0, values)
     sums = values.unsqueeze(-1) + values.unsqueeze(-2)
