@@ -253,9 +253,14 @@ def finite(m: Tensor) -> Tensor:
     return torch.where(spoiled(m) == 0, m, 0)
 
 
+def factorized(m: Tensor) -> Tensor:
+    """m as a backward stable factorization sees it, off by rounding in units of its norm."""
+    return m if gram is None else m + gram(m) * torch.linalg.matrix_norm(m.detach(), keepdim=True)
+
+
 def nuclear_norm(m: Tensor) -> Tensor:
     """The sum of the singular values; those that are 0 up to rounding have no gradient."""
-    S = torch.linalg.svdvals(finite(m))
+    S = torch.linalg.svdvals(factorized(finite(m)))
     return torch.where(1e-13 * S[..., :1] < S, S, 0).sum(-1) + spoiled(m)[..., 0, 0]
 
 

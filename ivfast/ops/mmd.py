@@ -92,7 +92,8 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
     units of r². Draws y from a prior need no gradient, which saves their half of the products with the slopes.
     """
     X, Y = _centred(x, y)
-    (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y), _weights(X, Y, unbiased)
+    own = X - X.mean(-2, keepdim=True)  # x may be far from y
+    (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y, own), _weights(X, Y, unbiased)
     b = 1 if bandwidth is None else bandwidth.double()[..., None, None]
     slopes = x_gradient, y_gradient, x_gradient or y_gradient
     kernels = [_kernel(d2, b, imq, scales, wanted) for d2, wanted in zip((xx, yy, xy), slopes, strict=True)]
@@ -107,7 +108,7 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
     # ∂/∂x_i = Σ_j 4 w_xx k'(r²_ij)(x_i − x_j) − Σ_j 4 w_xy k'(r²_ij)(x_i − y_j)
     s_xx, s_yy, s_xy = (slope for _, slope in kernels)
     if x_gradient:
-        dx = 4 * (w_xx * _pull(s_xx, X, X) - w_xy * _pull(s_xy, X, Y))
+        dx = 4 * (w_xx * _pull(s_xx, own, own) - w_xy * _pull(s_xy, X, Y))
     if y_gradient:
         dy = 4 * (w_yy * _pull(s_yy, Y, Y) - w_xy * _pull(s_xy.mT, Y, X))
     return total.to(wide), dx.to(wide), dy.to(wide)
@@ -119,10 +120,10 @@ def _centred(x, y):
     return X - centre, Y - centre
 
 
-def _distances(X, Y):
-    """Squared distances within X, within Y (zero diagonals) and between them."""
+def _distances(X, Y, own):
+    """Squared distances within X, which is `own` about its mean, within Y (zero diagonals) and between them."""
     between = X.square().sum(-1).unsqueeze(-1) + Y.square().sum(-1).unsqueeze(-2) - 2 * (X @ Y.mT)
-    return squared_distances(X), squared_distances(Y), between.clamp_min(0)
+    return squared_distances(own), squared_distances(Y), between.clamp_min(0)
 
 
 def _weights(X, Y, unbiased):
