@@ -167,3 +167,9 @@ def test_a_second_derivative_of_a_compiled_op_is_an_error():
 
     with pytest.raises(RuntimeError, match="double backward"):
         penalised()
+
+
+def test_an_empty_batch():
+    x = torch.randn(0, 5, 3)
+    assert vmap(ivfast.reconstruction_loss)(x, x).shape == (0, 5)
+    assert vmap(grad(lambda a: ivfast.reconstruction_loss(a, a.detach()).sum()))(x).shape == x.shape

@@ -90,7 +90,9 @@ class Rule(NamedTuple):
         constants = [None] * (len(arguments) - len(axes))
         results = function.apply(*map(placed, arguments, dims, (*axes, *constants)))
         if self.fold:
-            results = tuple(x if x is None else x.view(info.batch_size, -1, *x.shape[1:]) for x in results)
+            first, dim = next((x, dim) for x, dim in zip(arguments, dims, strict=True) if isinstance(x, Tensor))
+            rows = first.shape[0] if dim is None else first.movedim(dim, 0).shape[1]  # -1 is unknown in an empty batch
+            results = tuple(x if x is None else x.view(info.batch_size, rows, *x.shape[1:]) for x in results)
         return results, tuple(None if x is None else axis for x, axis in zip(results, out_axes, strict=True))
 
 
