@@ -254,8 +254,14 @@ def finite(m: Tensor) -> Tensor:
 
 
 def factorized(m: Tensor) -> Tensor:
-    """m as a backward stable factorization sees it, off by rounding in units of its norm."""
-    return m if gram is None else m + gram(m) * torch.linalg.matrix_norm(m.detach(), keepdim=True)
+    """m as its Gram matrix has it, off by rounding of ‖m‖² over its smallest singular value. Kernels take eigenvalues of
+    the Gram matrix up to a condition number of 10³, and singular values beyond it, which are stable."""
+    if gram is None:
+        return m
+    S = torch.linalg.svdvals(m.detach())
+    condition = S[..., :1] / S[..., -1:]
+    scale = torch.where(condition <= 1e3, condition, 1) * S[..., :1]
+    return m + gram(m) * scale.nan_to_num(0).unsqueeze(-1)
 
 
 def nuclear_norm(m: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def double(function, x, seed):
 
 
 def forward_mode(function, x, seed):
-    x = tuple(a.detach() for a in x)
+    x = tuple(a.detach().clone() for a in x)  # PyTorch takes no dual number whose elements share memory
     value, tangent = torch.func.jvp(lambda *x: tuple(function(*x)), x, tuple(cotangents(x, seed)))
     return [*value, *tangent]
 

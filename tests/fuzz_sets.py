@@ -262,7 +262,9 @@ def frechet_distance_from_samples(draw):
 
 def covariance(draw, d):
     a = draw.normal(*draw.batch, d + draw.random.randint(0, 2 * d), d) * min(draw.scale, 100)
-    return a.mT @ a / a.shape[-2]
+    sigma = a.mT @ a / a.shape[-2]
+    rounding = torch.finfo(draw.dtype).eps * torch.linalg.matrix_norm(sigma, keepdim=True)
+    return sigma + rounding * torch.eye(d, dtype=torch.float64)  # positive also when it is rounded
 
 
 def frechet_distance(draw):

@@ -1,5 +1,6 @@
 """The C++ AS-Distance beyond the case table: instruction sets, tiles, threads, extremes, memory."""
 
+import contextlib
 import itertools
 import math
 import subprocess
@@ -260,3 +261,18 @@ print(peak() - before)
     fresh = subprocess.run([sys.executable, "-c", script], cwd="/", check=True, capture_output=True, text=True)
     grown = int(fresh.stdout)
     assert grown < 30_000  # kB
+
+
+def test_gradients_do_not_overflow_on_the_way():
+    """1/P is 10³² and the kernel 10³¹, whose product float32 does not hold; a gradient in log l is of the order of D."""
+    q = [torch.randn(6, 2, dtype=torch.float64) * 1e-17 for _ in range(2)]
+    q = [q[0], torch.full((6, 2), -75.0, dtype=torch.float64), q[1], torch.full((6, 2), -74.0, dtype=torch.float64)]
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        tensors = [x.to(dtype, copy=True).requires_grad_() for x in q]
+        with ivfast.use("reference") if dtype == torch.float64 else contextlib.nullcontext():
+            value = ivfast.as_distance(*tensors)
+            results.append([value.detach(), *torch.autograd.grad(1e-5 * value, tensors)])
+    for ours, exact in list(zip(*results[::-1], strict=True))[::2]:  # D and the gradients in log l
+        assert exact.abs().max() > 0
+        assert testing.error(ours, exact) < 1e-4

@@ -260,7 +260,7 @@ NO_COMPILER = {"CXX": "/nowhere/c++", "CC": "/nowhere/cc"}
         pytest.param(
             {"CUDA_HOME": "/nowhere", "TORCH_CUDA_ARCH_LIST": "9.0"},
             None,
-            marks=pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
+            marks=pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"),
         ),
         ({**NO_COMPILER, "TORCH_CUDA_ARCH_LIST": "9.0"}, "ivfast._C was left out"),
     ],

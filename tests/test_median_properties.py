@@ -74,3 +74,10 @@ def test_duplicates_share_second_derivatives():
     actual = curvature(function, torch.stack((a, a, b, c)), tangent)
     expected = torch.cat((expected[:1] / 2, expected[:1] / 2, expected[1:]))
     assert error(actual, expected) < 1e-10
+
+
+@pytest.mark.parametrize("convention", ["liu-wang", "blackjax", "numpyro", "paper"])
+def test_second_derivatives_where_a_middle_distance_is_0(convention):
+    """Two particles have the distances 0, 0, d, d if the diagonal counts."""
+    x = torch.randn(2, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda x: ivfast.median_bandwidth(x, convention=convention), x)

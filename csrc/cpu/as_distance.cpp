@@ -1,6 +1,7 @@
 // AS-Distance on the CPU: the operators, and the distance from its three log-sums.
 #include "as_distance.h"
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -38,10 +39,23 @@ bool as_distance_once(Posteriors& q, const AsDistanceStages& stages, bool thread
   return clamped;
 }
 
-// Forward or, with dmu, backward; in float64 where float32 would clamp a variance
+// Whether all gradients are finite
+bool finite(const Posteriors& q, ScalarType dtype) {
+  for (int k = 0; k < 2; ++k) {
+    for (const void* gradient : {q.dmu[k], q.dlogvar[k]}) {
+      std::vector<double> numbers;
+      const double* x = to_float64(numbers, gradient, dtype, q.n[k] * q.d);
+      if (!std::all_of(x, x + q.n[k] * q.d, [](double g) { return std::isfinite(g); })) return false;
+    }
+  }
+  return true;
+}
+
+// Forward or, with dmu, backward; in float64 where float32 would clamp a variance or overflow on the way to a gradient
 void as_distance_run(Posteriors& q, ScalarType dtype, bool additive, bool prior, bool threaded) {
   const bool backward = q.dmu[0];
-  if (!as_distance_once(q, stages(dtype, additive, prior, backward), threaded) || dtype == ScalarType::Double) return;
+  const bool clamped = as_distance_once(q, stages(dtype, additive, prior, backward), threaded);
+  if (dtype == ScalarType::Double || (!clamped && (!backward || finite(q, dtype)))) return;
   std::vector<double> inputs[4], results[4];
   Posteriors wide = q;
   for (int k = 0; k < 2; ++k) {

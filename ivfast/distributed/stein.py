@@ -202,10 +202,11 @@ class _Median(torch.autograd.Function):
         middles = _middles(X, rows, full or n == 1)
         med2 = median._combine(middles, squared)
         spread = summed((X - _first(X, rows)).square().sum((-2, -1), dtype=torch.float64), rows.group) / n
-        med2 = torch.where(med2 > 0, med2, spread.to(X.dtype))
-        ctx.save_for_backward(X, middles)
+        med2 = torch.where((med2 > 0) & ~spread.isnan(), med2, spread.to(X.dtype))  # NaN if a particle is
+        h = torch.where(med2 == 0, torch.ones_like(med2), med2 / divisor)
+        ctx.save_for_backward(X, torch.where(h.isnan().unsqueeze(-1), h.unsqueeze(-1), middles))
         ctx.rows, ctx.heuristic, ctx.dtype = rows, (squared, divisor), x.dtype
-        return torch.where(med2 > 0, med2 / divisor, torch.ones_like(med2))
+        return h
 
     @staticmethod
     @once_differentiable

@@ -102,7 +102,7 @@ def _middles(d2: Tensor, full: bool) -> Tensor:
 
 def _combine(middles: Tensor, squared: bool) -> Tensor:
     """med² from the two middle squared distances."""
-    return middles.mean(-1) if squared else middles.sqrt().mean(-1).square()
+    return middles.mean(-1) if squared else _roots(middles).mean(-1).square()
 
 
 def _backward_reference(grad, x, middles, squared, divisor):
@@ -121,12 +121,17 @@ def _backward_reference(grad, x, middles, squared, divisor):
     return torch.where(med2 == 0, 0, dx + 0 * med2).to(x.dtype)
 
 
+def _roots(x: Tensor) -> Tensor:
+    """√x, with derivatives 0 at 0."""
+    return torch.where(x == 0, 0, torch.where(x == 0, 1, x).sqrt())
+
+
 def _slope(middles: Tensor, squared: bool) -> Tensor:
     """∂med²/∂m_a: ½ for (m₁ + m₂)/2, (√m₁ + √m₂)/(4 √m_a) for ((√m₁ + √m₂)/2)²."""
     if squared:
         return torch.full_like(middles, 0.5)
-    roots = middles.sqrt()
-    return torch.where(roots > 0, roots.sum(-1, keepdim=True) / (4 * roots), torch.zeros_like(roots))
+    roots = _roots(middles)
+    return torch.where(roots > 0, roots.sum(-1, keepdim=True) / (4 * torch.where(roots > 0, roots, 1)), 0)
 
 
 def _shapes(x: Tensor, *_) -> tuple[Tensor, Tensor]:
