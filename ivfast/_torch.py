@@ -17,8 +17,15 @@ wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # whether a transform
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func, or forward mode, is active. Dynamo has its own rules for both."""
+    """Whether a transform of torch.func, or forward mode, is active, and not in what Dynamo traces."""
     if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def traced_transform() -> bool:
+    """Whether Dynamo is tracing inside a transform of torch.func or forward mode."""
+    if not torch.compiler.is_compiling():
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 

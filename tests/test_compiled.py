@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.export import Dim
 
 import ivfast
@@ -167,3 +168,27 @@ def test_exports_with_a_dynamic_number_of_rows(row, strict):
             torch.manual_seed(0)
             found.append(testing.outputs(function(*tensors)))
         assert_same(*found)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "dual"])
+def test_a_transform_in_a_compiled_function_is_an_error(transform):
+    """Dynamo would trace the bare op, and take its derivative for 0."""
+    x, y, tangent = torch.randn(6, 3), torch.randn(5, 3), torch.randn(6, 3)
+
+    def distance(x):
+        return ivfast.mmd(x, y)
+
+    def dual(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(distance(forward_ad.make_dual(x, tangent))).tangent
+
+    functions = {
+        "grad": lambda x: torch.func.grad(distance)(x),
+        "jvp": lambda x: torch.func.jvp(distance, (x,), (tangent,))[1],
+        "hessian": lambda x: torch.func.hessian(distance)(x),
+        "dual": dual,
+    }
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"apply the transform outside it"):
+        torch.compile(functions[transform], backend="eager")(x)
+    assert functions[transform](x).abs().max() > 0

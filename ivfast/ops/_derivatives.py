@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from .._registry import exact
-from .._torch import alive, every_forward_level, transformed
+from .._torch import alive, every_forward_level, traced_transform, transformed
 
 Gradients = Sequence[Tensor | None]
 
@@ -96,6 +96,11 @@ class Rule(NamedTuple):
         return results, tuple(None if x is None else axis for x, axis in zip(results, out_axes, strict=True))
 
 
+RULES: list[
+    Rule
+] = []  # the Functions that are compiled find theirs here: Dynamo of PyTorch 2.10 takes none from a closure
+
+
 def differentiable(
     op: Callable, gradients: Callable[..., Gradients], *, first: Callable | None = None, **rule
 ) -> Callable:
@@ -112,6 +117,11 @@ def differentiable(
     alone, one = its.outputs == 1, its.values == 1
 
     def call(*inputs):
+        if traced_transform():
+            raise RuntimeError(
+                "inside torch.compile, an op of ivfast has no derivatives by torch.func or forward mode: apply the "
+                "transform outside it"
+            )
         if transformed():
             found = every.apply(*alive(inputs))
             return found[0] if one else found[:values]
@@ -137,9 +147,13 @@ def _apart(inputs: Sequence) -> Sequence:
 def _first(rule: Rule, second: type[Function]) -> type[Function]:
     """Results and the first reverse derivative, at the least cost."""
 
+    place = len(RULES)
+    RULES.append(rule)
+
     class First(Function):
         @staticmethod
         def forward(ctx, *inputs):
+            rule = RULES[place]
             found = rule.compute(inputs, ctx.needs_input_grad)
             ctx.save_for_backward(*inputs[: rule.tensors][rule.kept], *found[rule.saved])
             ctx.constants = inputs[rule.tensors :]
@@ -150,7 +164,7 @@ def _first(rule: Rule, second: type[Function]) -> type[Function]:
 
         @staticmethod
         def backward(ctx, *grads):
-            return rule.pulled(ctx, grads, ctx.saved_tensors, second)
+            return RULES[place].pulled(ctx, grads, ctx.saved_tensors, second)
 
     return First
 
