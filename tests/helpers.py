@@ -191,8 +191,28 @@ def undecided(shape, scale=3.0):
 
     def draw(generator):
         logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-        logits[..., 0, :] = 0
+        logits[..., 0, :] *= 0.1  # but not 0, whose gradient is 0 with smoothed labels
         return (logits,)
+
+    return draw
+
+
+def clear_median(n, d, batch=()):
+    """Normal particles whose middle distances are clear of all others, or rounding would choose the median pair."""
+
+    def clear(rows):
+        d2 = torch.pdist(rows).square().sort().values
+        pairs, all_entries = n * (n - 1) // 2, n * n  # which hold each pair twice, after the diagonal
+        places = {(pairs - 1) // 2, pairs // 2, ((all_entries - 1) // 2 - n) // 2, (all_entries // 2 - n) // 2}
+        around = torch.tensor([p for place in places for p in (place, place + 1) if 0 < p < pairs])
+        return bool(((d2[around] - d2[around - 1]) > 1e-5 * d2[around]).all())
+
+    def draw(generator):
+        for _ in range(1000):
+            x = torch.randn(*batch, n, d, generator=generator, dtype=torch.float64)
+            if n < 3 or all(map(clear, x.reshape(-1, n, d))):
+                return (x,)
+        raise AssertionError(f"no clear median in {(*batch, n, d)}")
 
     return draw
 

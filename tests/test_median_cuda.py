@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import by_cuda, same_bits_in_every_schedule, size
+from helpers import by_cuda, clear_median, same_bits_in_every_schedule, size
 
 import ivfast
 from ivfast import testing
@@ -23,7 +23,7 @@ def median_case(n, d, convention="liu-wang", *, batch=(), whole=None) -> Case:
 
     def draw(generator):
         if whole is None:
-            return (torch.randn(*batch, n, d, generator=generator, dtype=torch.float64),)
+            return clear_median(n, d, batch)(generator)
         half = torch.randint(whole, (*batch, (n + 1) // 2, d), generator=generator).double()
         return (torch.cat([half[..., : n // 2, :], 0 * half[..., : n % 2, :], -half[..., : n // 2, :]], -2),)
 
