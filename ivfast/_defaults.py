@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ._torch import autocasting, without_autocast
+
 DTYPE = torch.float32  # of networks and noise; tests of equations set float64
 CPU = torch.device("cpu")
 _lock = threading.Lock()
@@ -29,8 +31,8 @@ def initial() -> Iterator[None]:
         with contextlib.ExitStack() as modes:
             if torch.get_default_device() != CPU:  # a device that is set costs each call of PyTorch a microsecond
                 modes.enter_context(CPU)
-            for kind in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
-                modes.enter_context(torch.autocast(kind, enabled=False))
+            if autocasting():
+                modes.enter_context(without_autocast())
             yield
     finally:
         with _lock:
