@@ -40,6 +40,11 @@ def _chosen() -> str | None:
     return carried(_KEY) if here is None and not torch.compiler.is_compiling() else here
 
 
+def forced() -> str | None:
+    """What `use` forces here; None outside its blocks."""
+    return _chosen() if _forced else None
+
+
 @contextlib.contextmanager
 def use(implementation: str) -> Iterator[None]:
     """Force one implementation (`reference`, `cpu`, `triton` or `cuda`) for every op called inside the block.
@@ -122,14 +127,14 @@ class Op:
         self._served: dict[str, bool] = {}
 
     def __call__(self, *args):
-        forced = _forced and _chosen()
-        if forced is None:
+        implementation = forced()
+        if implementation is None:
             return self.default(*args)
         device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
-        missing = self.missing(forced, device)
+        missing = self.missing(implementation, device)
         if missing:
-            raise RuntimeError(f"{self.name} has no {forced!r} implementation here: {missing}")
-        return self.implementation(forced)(*args)
+            raise RuntimeError(f"{self.name} has no {implementation!r} implementation here: {missing}")
+        return self.implementation(implementation)(*args)
 
     def on_cuda(self, *args):
         """The best implementation available for these CUDA tensors."""

@@ -3,6 +3,8 @@
 All exist, with the same meaning, from PyTorch 2.10 to 2.15.
 """
 
+import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,17 +19,24 @@ wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # whether a transform
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func, or forward mode, is active, and not in what Dynamo traces."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether a transform of torch.func, or forward mode, is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def traced_transform() -> bool:
-    """Whether Dynamo is tracing inside a transform of torch.func or forward mode."""
-    if not torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def primal(x: Tensor) -> Tensor:
+    """x without its tangent. Forward mode has one level, which `forward_ad` does not know in a graph of Dynamo."""
+    return forward_ad.unpack_dual(x, level=0).primal
+
+
+def uncompiled(code):
+    """A function, or a class with its static methods, that Dynamo leaves alone with all that they call."""
+    frames = torch._C._dynamo.eval_frame
+    skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+    for function in vars(code).values() if isinstance(code, type) else [code]:
+        function = inspect.unwrap(getattr(function, "__func__", function))
+        if inspect.isfunction(function):
+            frames.set_code_exec_strategy(function.__code__, skip)
+    return code
 
 
 def constant(x: Tensor) -> bool:
@@ -35,6 +44,17 @@ def constant(x: Tensor) -> bool:
     if x.requires_grad:
         return False
     return not transformed() or not (wrapped(x) or forward_ad.unpack_dual(x).tangent is not None)
+
+
+def only_mapped(tensors: Sequence[Tensor]) -> bool:
+    """Whether all transforms that are active are `vmap`, and autograd and forward mode follow none of the tensors."""
+    functorch = torch._C._functorch
+    if any(level.key() != functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()):
+        return False
+    values = [innermost(x) for x in tensors]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in values):
+        return False
+    return all(forward_ad.unpack_dual(x, level=0).tangent is None for x in values)
 
 
 def every_forward_level():

@@ -170,25 +170,91 @@ def test_exports_with_a_dynamic_number_of_rows(row, strict):
         assert_same(*found)
 
 
-@pytest.mark.parametrize("transform", ["grad", "jvp", "hessian", "dual"])
-def test_a_transform_in_a_compiled_function_is_an_error(transform):
-    """Dynamo would trace the bare op, and take its derivative for 0."""
-    x, y, tangent = torch.randn(6, 3), torch.randn(5, 3), torch.randn(6, 3)
+def penalised(function, leaves):
+    """Derivatives of a penalty on the gradients, as of a critic."""
+    torch.manual_seed(0)
+    values = testing.outputs(function(*leaves))
+    first = torch.autograd.grad(sum(v.sin().sum() for v in values if v.requires_grad), leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
 
-    def distance(x):
-        return ivfast.mmd(x, y)
 
-    def dual(x):
-        with forward_ad.dual_level():
-            return forward_ad.unpack_dual(distance(forward_ad.make_dual(x, tangent))).tangent
-
-    functions = {
-        "grad": lambda x: torch.func.grad(distance)(x),
-        "jvp": lambda x: torch.func.jvp(distance, (x,), (tangent,))[1],
-        "hessian": lambda x: torch.func.hessian(distance)(x),
-        "dual": dual,
-    }
+@rows
+def test_second_derivatives_of_a_graph_that_is_run_as_it_is(row):
+    leaves = [x.requires_grad_() for x in row.draw(6)]
+    if not any(v.requires_grad for v in testing.outputs(row.function(*leaves))):
+        return
     torch._dynamo.reset()
-    with pytest.raises(RuntimeError, match=r"apply the transform outside it"):
-        torch.compile(functions[transform], backend="eager")(x)
-    assert functions[transform](x).abs().max() > 0
+    compiled = torch.compile(row.function, fullgraph=True, backend="eager")
+    assert_same(penalised(compiled, leaves), penalised(row.function, leaves))
+
+
+KINDS = [row for row in ROWS if str(row) in ("gaussian_kl-rows", "reparameterize-rows", "linear_multi_js_loss-chunks")]
+
+
+@pytest.mark.parametrize("row", KINDS, ids=str)
+def test_a_second_derivative_that_aot_autograd_does_not_have_is_an_error(row):
+    torch._dynamo.reset()
+    compiled = torch.compile(row.function, fullgraph=True, backend="aot_eager")
+    leaves = [x.requires_grad_() for x in row.draw(6)]
+    with pytest.raises(RuntimeError, match=r"double backward|donated buffers"):
+        penalised(compiled, leaves)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
+def test_derivatives_taken_inside_a_compiled_function():
+    """Dynamo breaks the graph at `autograd.grad`; the op in `value` was called outside."""
+    x = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    value = ivfast.gaussian_kl(x, 2 * x).square().sum()
+
+    def second(value, x):
+        (first,) = torch.autograd.grad(value, x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x, retain_graph=True)
+
+    def whole(x):
+        return second(ivfast.gaussian_kl(x, 2 * x).square().sum(), x)
+
+    torch._dynamo.reset()
+    expected = second(value, x)
+    assert_same(torch.compile(second, backend="eager")(value, x), expected)
+    assert_same(torch.compile(whole, backend="eager")(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("transform", "backend"),
+    [(name, "eager") for name in ("vmap", "grad", "jvp", "hessian", "dual")] + [("vmap", "aot_eager")],
+)
+def test_transforms_inside_and_outside_a_compiled_function(transform, backend):
+    x, tangent = torch.rand(2, 4, 3, dtype=torch.float64)
+
+    def loss(x):
+        return ivfast.gaussian_kl(x, 2 * x).sin().sum()
+
+    def dual(f):
+        def slope(x):
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(f(forward_ad.make_dual(x, tangent))).tangent
+
+        return slope
+
+    apply = {
+        "vmap": torch.func.vmap,
+        "grad": torch.func.grad,
+        "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (tangent,))[1],
+        "hessian": torch.func.hessian,
+        "dual": dual,
+    }[transform]
+    expected = apply(loss)(x)
+    torch._dynamo.reset()
+    assert_same([torch.compile(apply(loss), backend=backend)(x)], [expected])
+    torch._dynamo.reset()
+    assert_same([apply(torch.compile(loss, backend=backend))(x)], [expected])
+
+
+def test_a_graph_serves_one_forced_implementation():
+    torch._dynamo.reset()
+    x = torch.randn(4, 3)
+    compiled = torch.compile(lambda x: ivfast.gaussian_kl(x, x), fullgraph=True, backend="eager")
+    compiled(x)
+    with ivfast.use("cuda"), pytest.raises(RuntimeError, match="'cuda' implementation"):
+        compiled(x)
+    compiled(x)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ivfast
 from ivfast import testing
@@ -155,21 +156,45 @@ def test_zero_logits_have_a_second_derivative():
     close(jvp(op, (zeros,), (torch.ones_like(zeros),))[1], torch.tensor(6 * 0.2, dtype=torch.float64))
 
 
-def test_a_second_derivative_of_a_compiled_op_is_an_error():
-    torch._dynamo.reset()
-    x, y = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    compiled = torch.compile(lambda x, y: ivfast.gaussian_kl(x, y).sum(), fullgraph=True, backend="aot_eager")
-
-    def penalised():
-        loss = compiled(x, y)
-        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
-        torch.autograd.grad(loss + dx.square().sum(), x)
-
-    with pytest.raises(RuntimeError, match="double backward"):
-        penalised()
-
-
 def test_an_empty_batch():
     x = torch.randn(0, 5, 3)
     assert vmap(ivfast.reconstruction_loss)(x, x).shape == (0, 5)
     assert vmap(grad(lambda a: ivfast.reconstruction_loss(a, a.detach()).sum()))(x).shape == x.shape
+
+
+class Flags(TorchDispatchMode):
+    """What `mmd` was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.ivfast.mmd.default:
+            self.asked.append(args[-2:])
+        return func(*args, **kwargs or {})
+
+
+def test_a_map_computes_gradients_only_where_they_are_taken():
+    x, y = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+    leaf, distance = x.clone().requires_grad_(), lambda x: ivfast.mmd(x, y)
+
+    def asked(function):
+        with Flags() as flags:
+            function()
+        return flags.asked
+
+    assert asked(lambda: vmap(distance)(x)) == [(False, False)]
+    with torch.no_grad():
+        assert asked(lambda: vmap(distance)(leaf)) == [(False, False)]
+    tangents = torch.ones_like(x)
+    for function in (
+        lambda: vmap(distance)(leaf),
+        lambda: vmap(grad(distance))(x),
+        lambda: grad(lambda x: vmap(distance)(x).sum())(x),
+        lambda: jvp(vmap(distance), (x,), (tangents,)),
+    ):
+        assert asked(function)[0] == (True, True)
+    with forward_ad.dual_level():
+        assert asked(lambda: vmap(distance)(forward_ad.make_dual(x, tangents)))[0] == (True, True)
+    close(vmap(distance)(x), torch.stack([distance(each) for each in x]))

@@ -14,11 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-from .._registry import exact
-from .._torch import alive, every_forward_level, traced_transform, transformed
+from .._registry import exact, forced
+from .._torch import alive, every_forward_level, only_mapped, primal, transformed, uncompiled
 
 Gradients = Sequence[Tensor | None]
 
@@ -64,12 +63,12 @@ class Rule(NamedTuple):
         inputs = *arguments[first:second], *arguments[third:]
         return arguments[:first], inputs, arguments[second:third], needed
 
-    def pulled(self, ctx, grads: Sequence, tensors: Sequence, second: type[Function]) -> tuple:
-        """The first derivative; if it may be differentiated itself, through a Function of its own."""
+    def pulled(self, ctx, grads: Sequence, tensors: Sequence, second: type[Function], again: bool) -> tuple:
+        """The first derivative; if it may be differentiated again, through a Function of its own."""
         needed, nones = ctx.needs_input_grad[: self.tensors], (None,) * len(ctx.constants)
         if all(g is None for g in grads):
             return *(None,) * self.tensors, *nones
-        if (torch.is_grad_enabled() or transformed()) and not torch.compiler.is_compiling():
+        if again:
             return *second.apply(*grads, *tensors, *ctx.constants, needed), *nones
         kept = len(range(self.tensors)[self.kept])
         inputs = *tensors[:kept], *ctx.constants
@@ -96,9 +95,20 @@ class Rule(NamedTuple):
         return results, tuple(None if x is None else axis for x, axis in zip(results, out_axes, strict=True))
 
 
-RULES: list[
-    Rule
-] = []  # the Functions that are compiled find theirs here: Dynamo of PyTorch 2.10 takes none from a closure
+CALLS: list[Callable] = []  # every op's `call`, which is what its node in a graph stands for
+
+
+def _opaque(place: int, implementation: str | None, active: bool, *inputs):
+    """An op as Dynamo sees it: one node, which has all the derivatives that the op has outside `torch.compile`.
+
+    A compiler that traces the node, as AOTAutograd does, traces the implementation that `ivfast.use` forces then. As an
+    argument it is guarded, so the graph serves no other.
+    """
+    return CALLS[place](active, *inputs)
+
+
+def _register(_) -> None:
+    torch._dynamo.allow_in_graph(_opaque)
 
 
 def differentiable(
@@ -112,48 +122,45 @@ def differentiable(
     its = Rule(op, gradients, **rule)
     its = its._replace(axes=its.axes or (0,) * its.tensors, out_axes=its.out_axes or (0,) * its.outputs)
     second = _second(its)
-    quick, every = (first or _first)(its, second), _every(its, second)
+    quick, every, values_alone = (first or _first)(its, second), _every(its, second), _values_alone(its)
     tensors, values, flags = its.tensors, its.values, (False,) * its.flags
     alone, one = its.outputs == 1, its.values == 1
 
-    def call(*inputs):
-        if traced_transform():
-            raise RuntimeError(
-                "inside torch.compile, an op of ivfast has no derivatives by torch.func or forward mode: apply the "
-                "transform outside it"
-            )
-        if transformed():
-            found = every.apply(*alive(inputs))
+    @uncompiled
+    def call(active, *inputs):
+        if active:
+            inputs = alive(inputs)
+            given = [x for x in inputs[:tensors] if x is not None]
+            found = (values_alone if flags and only_mapped(given) else every).apply(*inputs)
             return found[0] if one else found[:values]
         if torch.is_grad_enabled():
             for x in inputs[:tensors]:
                 if x is not None and x.requires_grad:
-                    return quick.apply(*(_apart(inputs) if torch.compiler.is_compiling() else inputs))
+                    return quick.apply(*inputs)
         found = op(*inputs, *flags)  # a Function costs 2 µs
         return found if alone else found[0] if one else found[:values]
 
-    return call
+    place = len(CALLS)
+    CALLS.append(call)
 
+    def differentiated(*inputs):
+        if not torch.compiler.is_compiling():
+            return call(transformed(), *inputs)
+        from torch._dynamo.comptime import comptime  # slow to import, but Dynamo has done so
 
-def _apart(inputs: Sequence) -> Sequence:
-    """The same values in different tensors: Dynamo takes none twice among the arguments of a Function."""
-    found: list = []
-    for x in inputs:
-        again = isinstance(x, Tensor) and any(x is y for y in found)
-        found.append(x.view_as(x) if again else x)
-    return found
+        comptime(_register)  # while Dynamo traces; otherwise it does nothing
+        return _opaque(place, forced(), transformed(), *inputs)
+
+    return differentiated
 
 
 def _first(rule: Rule, second: type[Function]) -> type[Function]:
     """Results and the first reverse derivative, at the least cost."""
 
-    place = len(RULES)
-    RULES.append(rule)
-
+    @uncompiled
     class First(Function):
         @staticmethod
         def forward(ctx, *inputs):
-            rule = RULES[place]
             found = rule.compute(inputs, ctx.needs_input_grad)
             ctx.save_for_backward(*inputs[: rule.tensors][rule.kept], *found[rule.saved])
             ctx.constants = inputs[rule.tensors :]
@@ -164,7 +171,7 @@ def _first(rule: Rule, second: type[Function]) -> type[Function]:
 
         @staticmethod
         def backward(ctx, *grads):
-            return RULES[place].pulled(ctx, grads, ctx.saved_tensors, second)
+            return rule.pulled(ctx, grads, ctx.saved_tensors, second, torch.is_grad_enabled() or transformed())
 
     return First
 
@@ -172,6 +179,7 @@ def _first(rule: Rule, second: type[Function]) -> type[Function]:
 def _every(rule: Rule, second: type[Function]) -> type[Function]:
     """The same for the transforms of torch.func and for forward mode."""
 
+    @uncompiled
     class Every(Function):
         @staticmethod
         def forward(*inputs):
@@ -189,7 +197,7 @@ def _every(rule: Rule, second: type[Function]) -> type[Function]:
         @staticmethod
         def backward(ctx, *grads):
             found = alive((*grads[: rule.values], *ctx.saved_tensors))  # the level of some may have ended
-            return rule.pulled(ctx, found[: rule.values], found[rule.values :], second)
+            return rule.pulled(ctx, found[: rule.values], found[rule.values :], second, True)
 
         @staticmethod
         @exact
@@ -213,9 +221,30 @@ def _every(rule: Rule, second: type[Function]) -> type[Function]:
     return Every
 
 
+def _values_alone(rule: Rule) -> type[Function]:
+    """The results under `vmap`; a derivative is an error."""
+
+    @uncompiled
+    class Values(Function):
+        @staticmethod
+        def forward(*inputs):
+            return tuple(rule.compute(inputs, (False,) * rule.tensors))
+
+        @staticmethod
+        def setup_context(ctx, inputs, outputs):
+            pass
+
+        @staticmethod
+        def vmap(info, dims, *inputs):
+            return rule.batched(Values, info, dims, inputs, rule.axes, rule.out_axes)
+
+    return Values
+
+
 def _second(rule: Rule) -> type[Function]:
     """G as a Function: computed by the kernel, differentiated through the reference."""
 
+    @uncompiled
     class Second(Function):
         @staticmethod
         def forward(*arguments):
@@ -295,4 +324,4 @@ def _transposed(linear: Callable, like: Sequence[Tensor], x: Sequence[Tensor]) -
 
 def _primals(ctx) -> list[Tensor | None]:
     """The saved tensors without their tangents, which PyTorch hands to a custom rule separately."""
-    return [x if x is None else forward_ad.unpack_dual(x).primal for x in alive(ctx.saved_tensors)]
+    return [x if x is None else primal(x) for x in alive(ctx.saved_tensors)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import register
-from .._torch import autocasting, transformed
+from .._torch import autocasting, transformed, uncompiled
 from . import multi_js
 from ._derivatives import differentiable
 from ._pairwise import arithmetic, few_in_cuda
@@ -209,34 +209,28 @@ def _gradients(forward, grads, inputs, outputs, needed):
 
 
 def _first(rule, second):
+    @uncompiled
     class LinearMultiJs(torch.autograd.Function):
         """The first backward pass scales the gradients of forward in place and returns them; later ones recompute."""
 
         @staticmethod
         def forward(ctx, features, weight, bias, weights, label_smoothing):
             ctx.constants = (label_smoothing,)
-            ctx.compiled = torch.compiler.is_compiling()
-            loss, *gradients = _forward(features, weight, bias, weights, label_smoothing, *ctx.needs_input_grad[:3])
-            if ctx.compiled:
-                ctx.save_for_backward(features, *gradients)
-            else:
-                ctx.kept = gradients
-                ctx.save_for_backward(features, weight, bias, weights)
+            loss, *ctx.kept = _forward(features, weight, bias, weights, label_smoothing, *ctx.needs_input_grad[:3])
+            ctx.save_for_backward(features, weight, bias, weights)
             return loss
 
         @staticmethod
         def backward(ctx, grad):
-            features, *saved = ctx.saved_tensors
-            if ctx.compiled:
-                gradients = saved
-            elif torch.is_grad_enabled() or ctx.kept is None:
+            features = ctx.saved_tensors[0]
+            again = torch.is_grad_enabled() or transformed()
+            if again or ctx.kept is None:
                 ctx.kept = None  # a graph of higher order would hold them for as long as it lives
-                return rule.pulled(ctx, (grad,), ctx.saved_tensors, second)
-            else:
-                gradients, ctx.kept = ctx.kept, None
+                return rule.pulled(ctx, (grad,), ctx.saved_tensors, second, again)
+            gradients, ctx.kept = ctx.kept, None
             scale, needed = grad / row_count(features), ctx.needs_input_grad[:3]
-            scaled = (g * scale if ctx.compiled else g.mul_(scale) for g in gradients)
-            return *(g.to(features.dtype) if n else None for g, n in zip(scaled, needed, strict=True)), None, None
+            scaled = (g.mul_(scale).to(features.dtype) if n else None for g, n in zip(gradients, needed, strict=True))
+            return *scaled, None, None
 
     return LinearMultiJs
 
