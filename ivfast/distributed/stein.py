@@ -48,7 +48,7 @@ def svgd_direction(
     bandwidth must have the same values on every rank, and gets the gradient of this rank's rows.
 
     The ring computes n_rank·n pairs on each rank, in O(n_rank d) memory. The exact median needs three more such passes
-    (six in float64) first; pass a bandwidth if that takes too long.
+    (six in float64, and six more for far-apart particles) first; pass a bandwidth if that takes too long.
     """
     x, score = _check.promoted(x, score)
     (rows,) = rows_of(group, even, x=x)
@@ -74,7 +74,8 @@ def median_bandwidth(
 ) -> Tensor:
     """The median heuristic over the particles of all ranks, the same on each; see `ivfast.median_bandwidth`.
 
-    The ring selects 11 bits at a time: three passes over the pairs (six in float64), and one for the gradient.
+    The ring selects 11 bits at a time: three passes over the pairs (six in float64, and six more for particles far
+    apart beside the median), and one for the gradient.
     """
     (rows,) = rows_of(group, even, x=x)
     _check.choice("convention", convention, median.CONVENTIONS)
