@@ -35,6 +35,15 @@ def test_median_bandwidth_follows_numpy_in_every_convention(n):
             assert 0 < actual < math.inf
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_the_reference_is_nan_if_a_particle_is_not_finite(n, value):
+    x = normal(n, 4)
+    x[-1, 2] = value
+    with ivfast.use("reference"):
+        assert ivfast.median_bandwidth(x).isnan()
+
+
 def test_median_bandwidth_of_ties_and_duplicates():
     assert float(ivfast.median_bandwidth(torch.ones(5, 3) * 1e4)) == 1.0
     grid = torch.tensor([[0.0], [1.0], [2.0], [3.0]])  # distances 1, 1, 1, 2, 2, 3

@@ -80,12 +80,23 @@ def median_bandwidth_reference(x: Tensor, full: bool, squared: bool, divisor: fl
     n = x.shape[-2]
     X = x.double()  # far-apart particles leave too little in float32
     middles = _middles(squared_distances(X - X.mean(-2, keepdim=True)), full)
-    med2 = _combine(middles, squared)
-    spread = (X - X[..., :1, :]).square().sum((-2, -1)) / n
-    med2 = torch.where((med2 > 0) & ~spread.isnan(), med2, spread)  # the spread is NaN if a particle is
-    h = torch.where(med2 == 0, torch.ones_like(med2), med2 / divisor)
+    h, middles = from_middles(middles, squares_about(X, X[..., :1, :]) / n, squared, divisor)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return h.to(wide), torch.where(h.isnan().unsqueeze(-1), h.unsqueeze(-1), middles).to(wide)
+    return h.to(wide), middles.to(wide)
+
+
+def squares_about(x: Tensor, centre: Tensor) -> Tensor:
+    """Σ_i ‖x_i − centre‖² `[...]` in float64; NaN if a particle is not finite."""
+    return ((x - centre).square() + 0 * x).sum((-2, -1), dtype=torch.float64)
+
+
+def from_middles(middles: Tensor, spread: Tensor, squared: bool, divisor: float) -> tuple[Tensor, Tensor]:
+    """h `[...]` and the middles `[..., 2]`; both are NaN if the spread is, the mean squared distance from the first
+    particle. It replaces a med² of 0. If it is 0 too, h = 1."""
+    med2 = _combine(middles, squared)
+    med2 = torch.where((med2 > 0) & ~spread.isnan(), med2, spread)
+    h = torch.where(med2 == 0, torch.ones_like(med2), med2 / divisor)
+    return h, torch.where(h.isnan().unsqueeze(-1), h.unsqueeze(-1), middles)
 
 
 def _middles(d2: Tensor, full: bool) -> Tensor:
