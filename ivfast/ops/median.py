@@ -113,7 +113,7 @@ def _middles(d2: Tensor, full: bool) -> Tensor:
 
 def _combine(middles: Tensor, squared: bool) -> Tensor:
     """med² from the two middle squared distances."""
-    return middles.mean(-1) if squared else _roots(middles).mean(-1).square()
+    return (middles / 2).sum(-1) if squared else _roots(middles).mean(-1).square()
 
 
 def _backward_reference(grad, x, middles, squared, divisor):
@@ -123,7 +123,8 @@ def _backward_reference(grad, x, middles, squared, divisor):
     d2 = squared_distances(X).to(middles.dtype)
     chosen = middles[..., None, None, :] == d2.unsqueeze(-1)  # [..., n, n, 2]
     count = chosen.sum((-3, -2))
-    shared = (chosen * d2.unsqueeze(-1)).sum((-3, -2)) / count  # the middles, as tied pairs share them
+    # the middles, as tied pairs share them
+    shared = torch.where(chosen, d2.double().unsqueeze(-1), 0).sum((-3, -2)) / count
     share = _slope(shared, squared) / count * (grad / divisor).unsqueeze(-1)
     c = (chosen * share.double()[..., None, None, :]).sum(-1)
     c = c + c.mT
