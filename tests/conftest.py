@@ -24,7 +24,7 @@ LONGEST = [
     "papers",
     "cli",
 ]
-APART = ("cubins",)  # whose tests share nothing
+APART = ["cubins", "ops"]  # whose tests share nothing: on any core, and those of `ops` fill the end of a run
 
 
 @pytest.hookimpl(optionalhook=True)
