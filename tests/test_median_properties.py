@@ -51,6 +51,16 @@ def test_median_bandwidth_of_ties_and_duplicates():
     assert error(ivfast.median_bandwidth(7 * grid), 49 * ivfast.median_bandwidth(grid)) < 1e-6
 
 
+@pytest.mark.parametrize("d", [1, 7, 20, 33])
+def test_duplicates_are_at_distance_0_in_the_reference(d):
+    """Most pairs coincide: the spread replaces the median, which rounding must not make positive."""
+    for n in range(3, 41, 2):  # two points: more than half of an odd number of entries are 0
+        x = (normal(2, d) * 1e3)[torch.randint(2, (n,))]
+        expected = (x - x[0]).square().sum() / n / math.log(n + 1)
+        with ivfast.use("reference"):
+            assert error(ivfast.median_bandwidth(x), expected) < 1e-13 or (x == x[0]).all()
+
+
 def test_no_gradient_flows_through_the_median_unless_asked():
     x = normal(12, 3).requires_grad_()
     h = ivfast.median_bandwidth(x)
