@@ -33,6 +33,7 @@ def deviation(stats, x):
     mean = x[0] + (x - x[0]).mean(0)  # NumPy's own sum is rounded by n ε μ
     covariance = np.atleast_2d(np.cov(x, rowvar=False))
     scale = np.sqrt(np.diag(covariance))
+    scale[scale == 0] = 1  # two samples in half precision may agree in a column
     assert stats.count == len(x)
     assert torch.equal(stats.covariance, stats.covariance.mT)
     return (
