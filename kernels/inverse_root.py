@@ -12,11 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..ops.inverse_root import LAST as _LAST
 from ..ops.inverse_root import MOST
 from ..ops.inverse_root import STEPS as _STEPS
 
 STEPS = tl.constexpr(_STEPS)
-LAST = tl.constexpr(1e-3)
+LAST = tl.constexpr(_LAST)
 WIDTH = tl.constexpr(16)  # of the summed axis in a product
 BUFFERS = 6  # per program: A, X, T, U, a, its inverse root
 ACCEPTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -186,8 +186,12 @@ def check_dtype(op: str, x: Tensor) -> None:
 
 
 def precision() -> str:
-    """Precision of float32 products, following PyTorch's setting."""
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """Precision of float32 products, following PyTorch's setting.
+
+    This is the setting that torch.backends.fp32_precision and torch.set_float32_matmul_precision also change;
+    torch.get_float32_matmul_precision raises once the former was used.
+    """
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 @functools.cache

@@ -12,6 +12,44 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# These take longest, and so run first: a file that starts last would leave the other cores idle.
+LONGEST = [
+    "cubins",
+    "nvcc",
+    "ranks",
+    "as_distance_cuda",
+    "distributed",
+    "as_distance_triton",
+    "import",
+    "papers",
+    "cli",
+]
+APART = ["cubins", "ops"]  # whose tests share nothing: on any core, and those of `ops` fill the end of a run
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, the tests of a file run in one process, so that what they share is made once: ranks, runs, builds."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    def stem(scope):
+        return os.path.basename(scope.partition("::")[0]).removeprefix("test_").removesuffix(".py")
+
+    def place(scope):
+        return LONGEST.index(stem(scope)) if stem(scope) in LONGEST else len(LONGEST)
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if stem(nodeid) in APART else nodeid.partition("::")[0]
+
+        def _assign_work_unit(self, node):
+            self.workqueue.move_to_end(min(self.workqueue, key=place), last=False)
+            super()._assign_work_unit(node)
+
+    return Files(config, log)
+
 
 @pytest.fixture(autouse=True)
 def _fresh_seed(request):

@@ -12,18 +12,44 @@ from torch import Tensor
 
 FULL = ("liu-wang", "numpyro")  # conventions that count the diagonal and each pair twice
 gram: Callable | None = None  # the fuzz's rounding errors, relative to the norms from whose products distances come
+lever: Callable | None = (
+    None  # the same of x_i − x_j where (Σ_j a_ij) x_i − Σ_j a_ij x_j stands for Σ_j a_ij (x_i − x_j)
+)
 
 
-def squares(x: Tensor, y: Tensor, centre: Tensor | None = None) -> Tensor:
-    """‖x_i − y_j‖² `[..., n, m]`; `centre` is near the mean of all points."""
+def squares(x: Tensor, y: Tensor, centre: Tensor | None = None, served: Tensor | None = None) -> Tensor:
+    """‖x_i − y_j‖² `[..., n, m]`; `centre` is near the mean of all points, and `served` as in `levers`."""
     d2 = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
     if gram is None:
         return d2
     centre = x.mean(-2, keepdim=True) if centre is None else centre
     norms = [(a - centre).square().sum(-1).amax(-1) for a in (x.detach(), y.detach())]
-    loss = gram(d2) * torch.maximum(*norms)[..., None, None]
+    rows = gram(d2[..., 0])  # a row's norm is rounded once for all its pairs
+    columns = rows if x is y else gram(d2[..., 0, :])
+    loss = gram(d2)
     loss = loss.triu(1) + loss.triu(1).mT if x is y else loss
-    return torch.where(d2 > 0, (d2 + loss).clamp_min(0), d2)
+    loss = (loss + rows.unsqueeze(-1) + columns.unsqueeze(-2)) * torch.maximum(*norms)[..., None, None]
+    rounded = torch.where(d2 > 0, (d2 + loss).clamp_min(0), d2)
+    if served is None:
+        return rounded
+    moved = (x - x.detach()).unsqueeze(-2) - (y - y.detach()).unsqueeze(-3)  # 0, with the derivatives of x_i − y_j
+    return rounded + 2 * (moved * levers(x, y, centre, served)).sum(-1)
+
+
+def levers(x: Tensor, y: Tensor, centre: Tensor, served: Tensor) -> Tensor | float:
+    """The rounding of x_i − y_j `[..., n, m, d]` as kernels have it: of the distances of both from `centre`. They work in
+    float32 up to squared distances of `served` (csrc/README.md), and in float64 beyond."""
+    if lever is None:
+        return 0.0
+    both = torch.cat((x, y), -2).detach()
+    radius = (both - centre.detach()).square().sum(-1).amax(-1).sqrt()
+    rounding = lever(x.unsqueeze(-2) - y.unsqueeze(-3), radius, both.abs().amax((-2, -1)), served.detach().sqrt())
+    return rounding * others(x) if x is y else rounding
+
+
+def others(x: Tensor) -> Tensor:
+    """0 for the pair of a row with itself, otherwise 1, `[n, n, 1]`."""
+    return 1 - torch.eye(x.shape[-2], dtype=x.dtype).unsqueeze(-1)
 
 
 def root(x: Tensor) -> Tensor:
@@ -69,8 +95,10 @@ def svgd_direction(x, score=None, bandwidth="median", scale=1.0, convention="liu
     h = median_bandwidth(x.detach(), convention) if isinstance(bandwidth, str) else bandwidth
     h = (torch.as_tensor(h, dtype=x.dtype) * scale).expand(x.shape[:-2])[..., None, None]
     s = -x if score is None else score
-    difference = x.unsqueeze(-2) - x.unsqueeze(-3)  # [i, j, d]
-    k = torch.exp(-squares(x, x) / h).unsqueeze(-1)
+    centre, served = x.mean(-2, keepdim=True), 128 * h[..., 0, 0]
+    # [i, j, d]; derivatives of x_i − x_i would cancel in exact arithmetic only
+    difference = (x.unsqueeze(-2) - x.unsqueeze(-3)) * others(x) + levers(x, x, centre, served)
+    k = torch.exp(-squares(x, x, centre, served) / h).unsqueeze(-1)
     return (k * (s.unsqueeze(-3) + 2 / h.unsqueeze(-1) * difference)).mean(-2)
 
 
@@ -102,8 +130,8 @@ def block_substitute(z, draws, index, k):
 def exponential_remainder(x: Tensor) -> Tensor:
     """e^x − 1 − x, as Σ_{k>=2} x^k/k! where the difference would cancel."""
     small = torch.where(x.abs() < 1, x, 0)
-    series = torch.full_like(small, 1 / math.factorial(16))
-    for k in range(15, 1, -1):
+    series = torch.full_like(small, 1 / math.factorial(22))  # its second derivative is off by x²¹/21!
+    for k in range(21, 1, -1):
         series = series * small + 1 / math.factorial(k)
     return torch.where(x.abs() < 1, series * small.square(), x.expm1() - x)
 
@@ -180,10 +208,10 @@ def mmd(x, y, kernel="imq", scales=None, bandwidth=None, unbiased=True):
             bandwidth = torch.where(same, 1, bandwidth)
     b = torch.as_tensor(bandwidth, dtype=x.dtype)[..., None, None]
 
-    centre = torch.cat((x, y), -2).detach().mean(-2, keepdim=True)
+    centre, served = torch.cat((x, y), -2).detach().mean(-2, keepdim=True), 64 * min(scales) * b[..., 0, 0]
 
     def mean(a, c, within):
-        d2 = squares(a, c, centre)
+        d2 = squares(a, c, centre, served)
         k = sum(s * b / (s * b + d2) if kernel == "imq" else torch.exp(-d2 / (s * b)) for s in scales)
         if not (within and unbiased):
             return k.mean((-2, -1))

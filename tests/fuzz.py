@@ -10,6 +10,7 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import formulas
 import torch
@@ -201,17 +202,39 @@ def halves(x: Tensor) -> list[Tensor]:
     return [x, x * 0.5 if x.is_floating_point() else x.flip(0)]
 
 
-def mapped(op, formula, x, rng):
-    """The op under vmap, and its formula for one after the other; any dimension of any argument may be mapped."""
+class Mapped(NamedTuple):
+    """An op under vmap, and its formula for one set after the other."""
+
+    op: Callable
+    formula: Callable
+    x: Results
+    dims: list[int | None]
+
+
+def mapped(op, formula, x, rng) -> Mapped:
+    """Any dimension of any argument may be mapped."""
     dims = [rng.choice((*range(a.dim() + 1), None)) for a in x]
     dims[0] = dims[0] or 0
     x = [a if d is None else torch.stack(halves(a), d) for a, d in zip(x, dims, strict=True)]
+    return Mapped(torch.func.vmap(op, tuple(dims)), one_by_one(formula, dims), x, dims)
 
+
+def one_by_one(formula, dims):
     def each(*x):
         found = [formula(*(a if d is None else a.select(d, i) for a, d in zip(x, dims, strict=True))) for i in range(2)]
         return tuple(torch.stack(o) for o in zip(*found, strict=True))
 
-    return torch.func.vmap(op, tuple(dims)), each, x
+    return each
+
+
+def parts(formula, x, dims, count, seed) -> Results:
+    """The results of `gradient`, with Σ |g| over the sets for an argument that they share: its gradient is their sum, and
+    each of them is rounded to the argument's dtype."""
+    apart = [torch.stack((a, a)) if d is None else a for a, d in zip(x, dims, strict=True)]
+    each = one_by_one(formula, [0 if d is None else d for d in dims])
+    found = gradient(lambda *x: each(*x, *apart[count:]), apart[:count], seed)
+    first = len(found) - count
+    return [a.abs().sum(0) if i >= first and dims[i - first] is None else a.abs() for i, a in enumerate(found)]
 
 
 def reach(x: Tensor) -> Tensor:
@@ -232,13 +255,20 @@ def shaken(name: str, x: Results, size: float, noise: Noise) -> Results:
 
 
 @contextlib.contextmanager
-def distances_of_gram(size: float, noise: Noise) -> Iterator[None]:
-    """Kernels form distances by a Gram matrix, in float64 if points are too far apart for float32 (csrc/README.md)."""
-    formulas.gram = lambda x: size * noise.noise(x)
+def pairs_of_rows(stretch: float, eps: float, noise: Noise) -> Iterator[None]:
+    """Kernels form distances by a Gram matrix, and sums of differences by sums of rows: in float64 if points are too far
+    apart for float32 (csrc/README.md)."""
+
+    def lever(x: Tensor, radius: Tensor, offset: Tensor, served: Tensor) -> Tensor:
+        radius = radius + eps * offset  # a mean is rounded, too
+        size = eps * torch.minimum(radius, served) + EPS64 * radius
+        return stretch * size[..., None, None, None] * noise.noise(x)
+
+    formulas.gram, formulas.lever = lambda x: stretch * EPS64 * noise.noise(x), lever
     try:
         yield
     finally:
-        formulas.gram = None
+        formulas.gram = formulas.lever = None
 
 
 def variation(name, run, x, clean: Results, seeds: range, eps: float) -> list[float]:
@@ -248,7 +278,7 @@ def variation(name, run, x, clean: Results, seeds: range, eps: float) -> list[fl
     for seed in seeds:
         noise = Noise(stretch * eps, seed)
         moved = shaken(name, x, stretch * eps, noise)
-        with noise, distances_of_gram(stretch * EPS64, noise):
+        with noise, pairs_of_rows(stretch, eps, noise):
             noisy = run(moved)
         for i, (a, b) in enumerate(zip(noisy, clean, strict=True)):
             if a.numel():
@@ -256,15 +286,15 @@ def variation(name, run, x, clean: Results, seeds: range, eps: float) -> list[fl
     return spread
 
 
-def allowance(ours: Tensor, exact: Tensor, spread: float) -> float:
-    """The largest difference that rounding explains: in the arithmetic, of the result, and of results near 0."""
-    size = float(exact.abs().nan_to_num(0, 0, 0).max()) if exact.numel() else 0.0
+def allowance(ours: Tensor, size: Tensor, spread: float) -> float:
+    """The largest difference that rounding explains: in the arithmetic, of results of this size, and of results near 0."""
+    largest = float(size.nan_to_num(0, 0, 0).max()) if size.numel() else 0.0
     info = torch.finfo(ours.dtype)
     least = info.smallest_normal * (info.eps if ours.dtype == torch.float16 else 1)
-    return WORST * spread + 2 * info.eps * size + 2 * least
+    return WORST * spread + 2 * info.eps * largest + 2 * least
 
 
-def ratio(ours: Tensor, exact: Tensor, allowed: float) -> float:
+def ratio(ours: Tensor, exact: Tensor, size: Tensor, allowed: float) -> float:
     """The largest error in units of what is allowed; infinite for a wrong shape, or NaN in the wrong place."""
     if ours.shape != exact.shape:
         return math.inf
@@ -272,14 +302,15 @@ def ratio(ours: Tensor, exact: Tensor, allowed: float) -> float:
         return 0.0
     most = torch.finfo(ours.dtype).max
     ours, exact = ours.detach().double(), exact.detach()
+    ours = torch.where((size > most) & ours.isnan(), exact, ours)  # ∞ − ∞
     if not torch.equal(ours.isnan(), exact.isnan()):
         return math.inf
     difference = (ours.clamp(-most, most) - exact.clamp(-most, most)).abs().nan_to_num(0)
     return float(difference.max()) / allowed
 
 
-def errors(name: str, case: Set, mode: str, op, formula, x: Results, seed: int) -> list[float]:
-    """The error of each result in units of what is allowed."""
+def errors(name: str, case: Set, mode: str, op, formula, x: Results, seed: int, dims=None) -> list[float]:
+    """The error of each result in units of what is allowed; `dims` are those that are mapped."""
     count, run = len(case.tensors), MODES[mode]
     constants, precise = x[count:], [exact(a) for a in x]
     ours = run(lambda *x: op(*x, *constants), x[:count], seed)
@@ -289,11 +320,16 @@ def errors(name: str, case: Set, mode: str, op, formula, x: Results, seed: int) 
 
     arithmetic = ARITHMETIC.get(name, lambda dtype: torch.promote_types(dtype, torch.float32))(case.dtype)
     theirs = of_formula(precise[:count])
+    if dims and mode == "gradient":
+        sizes = parts(calls(case)[1], precise, dims, count, seed)
+    else:
+        sizes = [a.detach().abs() for a in theirs]
     first, found = seed, []
     for evaluations in NOISY:
         seeds = range(first, first + evaluations)
         spread = variation(name, of_formula, precise[:count], theirs, seeds, torch.finfo(arithmetic).eps)
-        found = [ratio(a, b, allowance(a, b, s)) for a, b, s in zip(ours, theirs, spread, strict=True)]
+        allowed = [allowance(a, size, s) for a, size, s in zip(ours, sizes, spread, strict=True)]
+        found = [ratio(*each) for each in zip(ours, theirs, sizes, allowed, strict=True)]
         if max(found, default=0.0) <= 1:
             break
         first += evaluations
@@ -345,7 +381,8 @@ def examine(name: str, seed: int) -> float:
             found = errors(name, case, plain, op, formula, x, seed)
     elif mode.startswith("vmap"):
         batched = mapped(op, formula, x, rng)
-        found = errors(name, case, "gradient" if "gradient" in mode else "value", *batched, seed)
+        plain = "gradient" if "gradient" in mode else "value"
+        found = errors(name, case, plain, batched.op, batched.formula, batched.x, seed, batched.dims)
     else:
         found = errors(name, case, mode, op, formula, x, seed)
     untouched = all(torch.equal(a, b) for a, b in zip(x, before, strict=True))

@@ -276,3 +276,17 @@ def test_gradients_do_not_overflow_on_the_way():
     for ours, exact in list(zip(*results[::-1], strict=True))[::2]:  # D and the gradients in log l
         assert exact.abs().max() > 0
         assert testing.error(ours, exact) < 1e-4
+
+
+def test_gradients_do_not_underflow_on_the_way():
+    """1/P is 10⁻¹⁷ and the kernel 10⁻³⁶, whose product float32 does not hold; a gradient in log l is of the order of D."""
+    q = [scale * torch.randn(5, 4, dtype=torch.float64) + logvar for scale, logvar in ((1e8, 0.0), (0.3, 38.0)) * 2]
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        tensors = [x.float().to(dtype, copy=True).requires_grad_() for x in q]
+        with ivfast.use("reference") if dtype == torch.float64 else contextlib.nullcontext():
+            value = ivfast.as_distance(*tensors)
+            results.append([value.detach(), *torch.autograd.grad(value, tensors)])
+    for ours, exact in list(zip(*results[::-1], strict=True))[::2]:  # D and the gradients in log l
+        assert exact.abs().max() > 1e-37
+        assert testing.error(ours, exact) < 1e-4

@@ -137,6 +137,17 @@ def test_inverse_root(isa, d, dtype):
     assert bool((left <= CONVERGED).all())
 
 
+@pytest.mark.parametrize("gram", [torch.ops.ivfast.fld_gram, fld_gram_reference])
+@pytest.mark.parametrize(("n", "d"), [(40, 8), (8, 40), (7, 2), (130, 100)])
+def test_gradients_in_float64_are_off_by_rounding_alone(isa, gram, n, d):
+    """The truncation of the iteration does not show where the condition number is at most 2."""
+    samples, rank = torch.randn(n, d, dtype=torch.float64), min(n - 1, d)
+    U, _, Vh = torch.linalg.svd(samples - samples.mean(0), full_matrices=False)
+    U, Vh, S = U[:, :rank], Vh[:rank], 1 + torch.rand(rank, dtype=torch.float64)
+    gradient = gram((n - 1) ** 0.5 * (U * S) @ Vh, True)[1]
+    assert error(gradient, 2 / (n - 1) ** 0.5 * (U * (S - 1)) @ Vh) < 2e-14
+
+
 def test_inverse_root_says_where_it_does_not_serve():
     a = torch.diag_embed(torch.tensor([[1.0, 1e-9, 1.0], [1.0, 0.0, 2.0], [1.0, 2.0, 3.0]], dtype=torch.float64))
     inverse, _, left = torch.ops.ivfast.inverse_root(a)

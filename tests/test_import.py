@@ -1,11 +1,18 @@
-"""Importing and installing, each in a fresh process: missing parts are left out and reported, never hidden."""
+"""Importing and installing, each in a fresh process: missing parts are left out and reported, never hidden.
 
+Importing torch would take most of the time, so the processes are forks of one that has imported it and nothing else.
+"""
+
+import atexit
+import functools
+import json
 import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,15 +21,41 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
+# reads lines of [code, environment, files for the output streams] and runs each in a fork, whose exit code it prints
+SERVER = """
+import json, os, sys, warnings
+import torch
+for line in sys.stdin:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+        child = os.fork()
+    if not child:
+        break
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+else:
+    sys.exit()
+code, environment, *streams = json.loads(line)
+os.environ.clear()
+os.environ.update(environment)
+for number, stream in enumerate([os.devnull, *streams]):
+    os.dup2(os.open(stream, os.O_RDWR), number)
+exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+"""
+
+
+@functools.cache
+def server():
+    command = [sys.executable, "-W", "error", "-c", SERVER]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+    atexit.register(process.communicate)
+    return process
+
+
 def python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        cwd="/",
-        check=False,
-    )
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        print(json.dumps([code, {**os.environ, **environment}, out.name, err.name]), file=server().stdin, flush=True)
+        status = int(server().stdout.readline())
+        return subprocess.CompletedProcess(code, status, out.read(), err.read())
 
 
 def passes(code, **environment):
@@ -35,6 +68,7 @@ def without(*modules):
     """Code that makes importing `modules` fail as if they were not installed."""
     return f"""
 import importlib.util, sys
+assert not {set(modules)!r} & sys.modules.keys()
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name in {modules!r}:

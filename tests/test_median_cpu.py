@@ -288,3 +288,23 @@ def test_particles_far_from_most(isa, n, far):
     ours, theirs = x.requires_grad_(), x.detach().double().requires_grad_()
     a, b = (torch.autograd.grad(ivfast.median_bandwidth(y), y)[0] for y in (ours, theirs))
     assert testing.error(a, b) <= testing.TOLERANCES[torch.float32]
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("convention", ["paper", "liu-wang"])
+@pytest.mark.parametrize("n", [60, 400])
+def test_the_ends_of_the_range(isa, n, convention, implementation):
+    """h is right wherever float32 holds it. If it does not hold the middles, the gradient is NaN."""
+    for d, scale, held in ((2, 1e-19, True), (2, 9e18, True), (5, 9e18, False)):
+        x = torch.randn(n, d) * scale
+        ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+        with ivfast.use(implementation):
+            h = ivfast.median_bandwidth(ours, convention=convention)
+            (dx,) = torch.autograd.grad(h, ours, torch.tensor(0.01 / scale))
+        expected = ivfast.median_bandwidth(theirs, convention=convention)
+        assert testing.error(h, expected.detach()) < 1e-5
+        if held:
+            (expected,) = torch.autograd.grad(expected, theirs, torch.tensor(0.01 / scale, dtype=torch.float64))
+            assert testing.error(dx, expected) < 1e-5
+        else:
+            assert dx.isnan().all()

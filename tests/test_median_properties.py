@@ -35,11 +35,30 @@ def test_median_bandwidth_follows_numpy_in_every_convention(n):
             assert 0 < actual < math.inf
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_the_reference_is_nan_if_a_particle_is_not_finite(n, value):
+    x = normal(n, 4)
+    x[-1, 2] = value
+    with ivfast.use("reference"):
+        assert ivfast.median_bandwidth(x).isnan()
+
+
 def test_median_bandwidth_of_ties_and_duplicates():
     assert float(ivfast.median_bandwidth(torch.ones(5, 3) * 1e4)) == 1.0
     grid = torch.tensor([[0.0], [1.0], [2.0], [3.0]])  # distances 1, 1, 1, 2, 2, 3
     assert float(ivfast.median_bandwidth(grid, convention="paper")) == pytest.approx(1.5**2 / math.log(4))
     assert error(ivfast.median_bandwidth(7 * grid), 49 * ivfast.median_bandwidth(grid)) < 1e-6
+
+
+@pytest.mark.parametrize("d", [1, 7, 20, 33])
+def test_duplicates_are_at_distance_0_in_the_reference(d):
+    """Most pairs coincide: the spread replaces the median, which rounding must not make positive."""
+    for n in range(3, 41, 2):  # two points: more than half of an odd number of entries are 0
+        x = (normal(2, d) * 1e3)[torch.randint(2, (n,))]
+        expected = (x - x[0]).square().sum() / n / math.log(n + 1)
+        with ivfast.use("reference"):
+            assert error(ivfast.median_bandwidth(x), expected) < 1e-13 or (x == x[0]).all()
 
 
 def test_no_gradient_flows_through_the_median_unless_asked():

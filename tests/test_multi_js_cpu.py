@@ -78,6 +78,12 @@ class TestExtremeLogits:
         x = torch.where(torch.rand(classes, 7, classes) < 0.5, 1e4, -1e4)
         assert testing.error(ivfast.multi_js_loss(x), ivfast.multi_js_loss(x.double())) <= 1e-6
 
+    def test_an_offset_costs_no_digits(self, isa, classes):
+        x = (torch.randn(classes, 7, classes, dtype=torch.float64) * 1024).round() / 1024  # x + 2^20 is exact
+        for smoothing in (0.0, 0.3):
+            exact = ivfast.multi_js_loss(x, label_smoothing=smoothing)
+            assert testing.error(ivfast.multi_js_loss(x + 2**20, label_smoothing=smoothing), exact) <= 1e-15
+
     def test_nan_stays(self, isa, classes):
         for at in ((0, 0, 0), (classes - 1, 6, classes - 1), (1, 3, 0)):
             x = torch.randn(classes, 7, classes)

@@ -21,6 +21,27 @@ def test_svgd_direction_is_liu_and_wangs_formula():
     assert error(ivfast.svgd_direction(x, s, bandwidth=h), phi) < 1e-12
 
 
+def test_isolated_particles_have_exact_derivatives():
+    """Kernels of 10⁻⁹ beside a particle's own of 1, which has no derivative in x or h."""
+    x, s, weights, tangent = normal(4, 3), normal(4, 3) * 100, normal(4, 3), normal(4, 3)
+    h = torch.pdist(x).square().min() / 20
+
+    def formula(x, h):
+        difference = (x.unsqueeze(1) - x.unsqueeze(0)) * (1 - torch.eye(4, dtype=DOUBLE)).unsqueeze(-1)
+        k = torch.exp(-difference.square().sum(-1) / h).unsqueeze(-1)
+        return (k * (s + 2 / h * difference)).mean(1)
+
+    def derivatives(function):
+        leaves = x.clone().requires_grad_(), h.clone().requires_grad_()
+        first = torch.autograd.grad((function(*leaves) * weights).sum(), leaves, create_graph=True)
+        return [*first, *torch.autograd.grad((first[0] * tangent).sum(), leaves)]
+
+    with ivfast.use("reference"):
+        found = derivatives(lambda x, h: ivfast.svgd_direction(x, s, bandwidth=h))
+    for ours, exact in zip(found, derivatives(formula), strict=True):
+        assert error(ours, exact) < 1e-11
+
+
 def test_svgd_direction_repels():
     """Without a score, two particles repel; the gradient index printed in S1's Eq. 2 would make them attract."""
     x = torch.tensor([[0.0], [1.0]])

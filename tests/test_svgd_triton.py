@@ -121,6 +121,31 @@ class TestDirection:
         assert 5e-6 < errors[1] < 2e-3  # operands rounded to 2^-12: visible, but no more than that
         assert errors[0] < errors[1]
 
+    @pytest.mark.parametrize(
+        ("setting", "expected"),
+        [
+            (lambda: None, "tf32x3"),
+            (lambda: torch.set_float32_matmul_precision("high"), "tf32"),
+            (lambda: torch.set_float32_matmul_precision("medium"), "tf32"),
+            (lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True), "tf32"),
+            (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"), "tf32"),
+            (lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee"), "tf32x3"),
+            (lambda: setattr(torch.backends, "fp32_precision", "tf32"), "tf32"),
+            (lambda: setattr(torch.backends, "fp32_precision", "ieee"), "tf32x3"),
+        ],
+    )
+    def test_every_way_to_set_the_precision_is_honoured(self, setting, expected):
+        from ivfast.kernels.particles import precision
+
+        try:
+            setting()
+            assert precision() == expected
+        finally:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+        assert precision() == "tf32x3"
+        assert torch.get_float32_matmul_precision() == "highest"
+
     def test_every_run_gives_the_same_bits(self):
         case = direction_case(70, 16, batch=(2,))
         tensors = testing.inputs(case, torch.float32, device=device)

@@ -120,8 +120,8 @@ def limits(device: str, quick: bool = False) -> dict[str, float]:
     """The rates of a large fp32 matrix product and a large copy, and the seconds of a call that computes nothing."""
     cuda = device == "cuda"
     side, length = (512, 1 << 20) if quick else (8192, 1 << 28) if cuda else (2048, 1 << 26)
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    products = torch.backends.cuda.matmul
+    precision, products.fp32_precision = products.fp32_precision, "ieee"
     a, b = torch.randn(2, side, side, device=device)
     c, x = torch.empty_like(a), torch.ones(length, device=device)
     y = torch.empty_like(x)
@@ -138,7 +138,7 @@ def limits(device: str, quick: bool = False) -> dict[str, float]:
         "empty_forward_s": least(lambda: _Empty.apply(one), 200),
         "empty_forward+backward_s": least(lambda: torch.autograd.grad(_Empty.apply(leaf), leaf, grad), 200),
     }
-    torch.set_float32_matmul_precision(precision)
+    products.fp32_precision = precision
     if cuda:
         found["empty_launch_s"] = least(lambda: torch.cuda._sleep(0), 200)
         found["empty_launch_on_device_s"] = on_device(lambda: torch.cuda._sleep(0)) or math.nan

@@ -53,12 +53,16 @@ class Link(NamedTuple):
         return self.gather(ABOUT * tensors)
 
     def median(self, own: float, d: int) -> float:
-        """Centre, digits, and two scalars for particles that coincide; a float32 ring."""
+        """Digits, and the first particle and a scalar for particles that coincide; a float32 ring."""
         rings = PASSES * (self.ring(own) + self.reduce(COUNTS))
-        return self.reduce(8 * d) + rings + self.reduce(4 * d) + self.reduce(8)
+        return self.centre(d) + rings + self.reduce(4 * d) + self.reduce(8)
+
+    def centre(self, d: int) -> float:
+        """The mean, and whether distances to be computed are lost in float32."""
+        return self.reduce(8 * d) + self.reduce(8)
 
     def direction(self, own: float, d: int) -> float:
-        return self.reduce(8 * d) + self.ring(own)
+        return self.centre(d) + self.ring(own)
 
 
 class Case(NamedTuple):
@@ -155,7 +159,7 @@ CASES = (
         "ring",
         2,
         lambda x, y: distributed.mmd(x, y, exchange="ring"),
-        lambda to, b, d: to.counts(2) + to.reduce(8 * d) + to.ring(2 * b) + to.reduce(8),
+        lambda to, b, d: to.counts(2) + to.centre(d) + to.ring(2 * b) + to.reduce(8),
         lambda to, b, d: to.reduce(4),
     ),
     Case(
@@ -171,7 +175,7 @@ CASES = (
         "ring",
         4,
         lambda *q: distributed.as_distance(*q, exchange="ring"),
-        lambda to, b, d: to.counts(2) + to.ring(4 * b) + to.gather(3 * 4),
+        lambda to, b, d: to.counts(2) + to.ring(4 * b) + to.gather(3 * 8),
         lambda to, b, d: to.reduce(4) + to.ring(4 * b),
     ),
     Case(

@@ -51,11 +51,17 @@ bool finite(const Posteriors& q, ScalarType dtype) {
   return true;
 }
 
-// Forward or, with dmu, backward; in float64 where float32 would clamp a variance or overflow on the way to a gradient
+// Whether products with the gradient of a log-sum leave float32's range although the gradient does not
+bool underflows(const Posteriors& q) {
+  return std::any_of(q.grad, q.grad + 3, [](double g) { return std::abs(g) > 0x1p-190 && std::abs(g) < 0x1p-60; });
+}
+
+// Forward or, with dmu, backward; in float64 where float32 would clamp a variance, or overflow or underflow on the way to
+// a gradient
 void as_distance_run(Posteriors& q, ScalarType dtype, bool additive, bool prior, bool threaded) {
   const bool backward = q.dmu[0];
   const bool clamped = as_distance_once(q, stages(dtype, additive, prior, backward), threaded);
-  if (dtype == ScalarType::Double || (!clamped && (!backward || finite(q, dtype)))) return;
+  if (dtype == ScalarType::Double || (!clamped && (!backward || (!underflows(q) && finite(q, dtype))))) return;
   std::vector<double> inputs[4], results[4];
   Posteriors wide = q;
   for (int k = 0; k < 2; ++k) {

@@ -23,7 +23,7 @@ struct Limits<float> {
 };
 template <>
 struct Limits<double> {
-  static constexpr double last = 1e-4, cubic = 1e-3;  // 3e-13
+  static constexpr double last = 1e-5, cubic = 2e-4;  // 3e-16 and 4e-16
   static constexpr int steps = 16;                    // condition number up to 10⁸
 };
 

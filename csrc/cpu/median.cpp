@@ -210,8 +210,11 @@ std::pair<Bandwidth, double> median_once(MedianSet set, const MedianStages& stag
   return {result, norm};
 }
 
-// A distance u loses a few eps ‖x‖². That shows if it is not small beside the middle; squares of tiny numbers vanish.
-bool median_lost(const double (&middles)[2], double norm) { return norm > 0x1p5 * middles[0] || norm < 0x1p-80; }
+// A distance u loses a few eps ‖x‖². That shows if it is not small beside the middle. Squares of tiny numbers vanish,
+// and those of huge ones are infinite.
+bool median_lost(const double (&middles)[2], double norm) {
+  return norm > 0x1p5 * middles[0] || norm < 0x1p-80 || norm > 0x1p120;
+}
 
 }  // namespace
 
@@ -233,8 +236,9 @@ bool gradient(MedianSet set, const MedianStages& stages, const double (&middles)
   const int64_t size = set.n * set.d;
   char* const dx = static_cast<char*>(memory.reserve(size * stages.element));
   const double med2 = combine(middles, squared);
-  std::fill_n(dx, size * stages.element, med2 != med2 ? -1 : 0);  // a number whose bits are all set is NaN
-  if (med2 > 0) {
+  const bool lost = !std::isfinite(med2);  // NaN, or beyond the range of the dtype that holds the middles
+  std::fill_n(dx, size * stages.element, lost ? -1 : 0);  // a number whose bits are all set is NaN
+  if (med2 > 0 && !lost) {
     set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
     stages.pack(set, false);
     const bool equal = middles[0] == middles[1];

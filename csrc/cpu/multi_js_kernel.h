@@ -121,16 +121,16 @@ IVFAST_INLINE double row_of_classes(const MultiJsRows& rows, const Target<T>& ta
     for (int v = 1; v < 4; ++v) tops[0] = tops[0] < tops[v] ? tops[v] : tops[0];
     shift = most_lane<T>(tops[0]);
     sum = sum_of_exp(shift);
-    const double exact = shift == T(INFINITY) ? double(shift) : double(shift) + std::log(sum);
-    if (rows.lse) static_cast<T*>(rows.lse)[row] = T(exact);
-    const double base = shift - shift == 0 ? shift : 0;  // the weights add up to 1 only as rounded
+    const double base = shift - shift == 0 ? shift : 0;  // what a large offset would round off cancels
+    const double log_sum = shift == T(INFINITY) ? double(shift) : double(shift) - base + std::log(sum);
+    if (rows.lse) static_cast<T*>(rows.lse)[row] = T(base + log_sum);
     double aim = target.own != 0 ? double(target.own) * (double(own) - base) : 0;
     if (target.even != 0) {
       double all = 0;
       for (int64_t k = 0; k < classes; ++k) all += double(x[k]) - base;
       aim += double(target.even) * all;
     }
-    loss = weight * (exact - base - aim);
+    loss = weight * (log_sum - aim);
   } else {
     shift = static_cast<const T*>(rows.lse)[row];
     sum = sum_of_exp(shift);

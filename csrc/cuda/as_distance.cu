@@ -17,7 +17,7 @@ struct AsPlan {
   unsigned long long signature;
 };
 
-__host__ __device__ constexpr int tiles_of(int n) { return (n + kSide - 1) / kSide; }
+__host__ __device__ constexpr int sides_of(int n) { return (n + kSide - 1) / kSide; }
 __host__ __device__ constexpr int triangle(int tiles) { return tiles * (tiles + 1) / 2; }
 
 // Σ exp(log k − from) rebased from `from` to `to`
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads, 1) as_distance_kernel(
   const int64_t set = blockIdx.x;
   reports += set * gridDim.y;
   const int64_t at_r = set * plan.n * plan.d, at_g = set * plan.m * plan.d;
-  const int tiles_r = tiles_of(plan.n), tiles_g = tiles_of(plan.m);
+  const int tiles_r = sides_of(plan.n), tiles_g = sides_of(plan.m);
   const int ends[3] = {triangle(tiles_r), triangle(tiles_r) + triangle(tiles_g), static_cast<int>(gridDim.y)};
   const int block = blockIdx.y, kind = (block >= ends[0]) + (block >= ends[1]);
   int tile_i = block - (kind == 0 ? 0 : ends[kind - 1]), tile_j = 0;
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor> as_distance(
 
   const int n = sets.x.n, m = sets.y.n, d = sets.x.d;
   AsPlan plan{n, m, d, Panels(2 * kSide, d), AsForm(n, m, d, additive, prior, log, unbiased), new_signature()};
-  const int blocks = triangle(tiles_of(n)) + triangle(tiles_of(m)) + tiles_of(n) * tiles_of(m);
+  const int blocks = triangle(sides_of(n)) + triangle(sides_of(m)) + sides_of(n) * sides_of(m);
   Tensor reports = new_reports<2>(mu_r, sets.x.count, blocks);
   by_dtype("as_distance", mu_r, [&](auto zero) {
     using T = decltype(zero);

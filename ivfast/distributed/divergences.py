@@ -15,9 +15,8 @@ from ..ops import fld as one_fld
 from ..ops import mmd as one_mmd
 from ..ops import multi_js as one_js
 from ..ops._once import once_differentiable
-from ..ops._pairwise import arithmetic, pooled
-from .exchange import Rows, centred, diagonal, distances, gather_rows, gathers, ring, rows_of, summed, tiles, total
-from .stein import median_bandwidth
+from .exchange import Rows, diagonal, distances, gather_rows, gathers, points, ring, rows_of, summed, tiles, total
+from .stein import squared_median
 
 
 def mmd(
@@ -48,14 +47,13 @@ def mmd(
         bandwidth = 2.0 * x.shape[-1] if kernel == "imq" else "median"
     if isinstance(bandwidth, str):
         _check.choice("bandwidth", bandwidth, ("median",))
-        n = sum(its.total for its in rows)
-        h = median_bandwidth(pooled(x, y), group, convention="paper", exchange="ring", even=even) * math.log(max(n, 2))
+        b = squared_median(x, y, *rows)
     elif isinstance(bandwidth, Tensor):
-        h = one_mmd._bandwidth(x, y, bandwidth)
+        b = one_mmd._bandwidth(x, y, bandwidth)
     else:
         bandwidth = _check.number("bandwidth", bandwidth, positive=True)
-        h = arithmetic(x).new_full(x.shape[:-2], bandwidth)
-    return _Mmd.apply(x, y, h, kernel == "imq", factors, unbiased, *rows)
+        b = torch.full(x.shape[:-2], bandwidth, dtype=torch.float64, device=x.device)
+    return _Mmd.apply(x, y, b, kernel == "imq", factors, unbiased, *rows)
 
 
 def as_distance(
@@ -143,8 +141,9 @@ class _Mmd(torch.autograd.Function):
     @exact
     def forward(ctx, x, y, bandwidth, imq, scales, unbiased, x_rows, y_rows):
         of_x, of_y = ctx.needs_input_grad[:2]
-        _, (X, Y) = centred(x_rows.group, (x, x_rows), (y, y_rows))
-        b, n, m = bandwidth[..., None, None], x_rows.total, y_rows.total
+        sizes = torch.stack([s * bandwidth.double() for s in scales], -1)
+        (X, Y), _, apart = points(x_rows.group, sizes, (x, x_rows), (y, y_rows))
+        b, n, m = bandwidth.to(X.dtype)[..., None, None], x_rows.total, y_rows.total
         less = 1 if unbiased else 0
         w_xx, w_yy, w_xy = 1 / (n * (n - less)), 1 / (m * (m - less)), 1 / (n * m)
         value, dx, dy = torch.zeros(X.shape[:-2], dtype=torch.float64, device=X.device), None, None
@@ -160,18 +159,19 @@ class _Mmd(torch.autograd.Function):
                 terms.append((Y, A, False, 0, -4 * w_xy, dy))
             for mine, theirs, same, weight, pull, gradient in terms:
                 for i, j in tiles(mine, theirs):
-                    d2 = distances(mine, theirs, i, j, same)
+                    d2 = distances(mine, theirs, i, j, same, apart)
                     k, slope = one_mmd._kernel(d2, b, imq, scales, gradient is not None)
+                    if same and unbiased:
+                        diagonal(k, i, j).zero_()
                     if weight:
                         value += weight * k.sum((-2, -1), dtype=torch.float64)
                     if gradient is not None:
+                        if same:  # a pair of a sample with itself would cancel in exact arithmetic only
+                            diagonal(slope, i, j).zero_()
                         gradient[..., i, :] += pull * one_mmd._pull(slope, mine[..., i, :], theirs[..., j, :])
         ctx.save_for_backward(dx, dy)
         ctx.group, ctx.dtype = x_rows.group, x.dtype
-        value = summed(value, x_rows.group)
-        if unbiased:  # k(0) = 1 for each scale
-            value = value - len(scales) * (n * w_xx + m * w_yy)
-        return value.to(X.dtype)
+        return summed(value, x_rows.group).to(torch.promote_types(x.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable
@@ -182,23 +182,26 @@ class _Mmd(torch.autograd.Function):
 
 
 class _AsDistance(torch.autograd.Function):
+    """In float64, like the reference: log k of far-apart posteriors is large, and shares of the sums are off by its
+    rounding. What travels is as given."""
+
     @staticmethod
     @exact
     def forward(ctx, mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased, r_rows, g_rows):
-        tensors = [arithmetic(z.detach()) for z in (mu_r, logvar_r, mu_g, logvar_g)]
-        rows = r_rows, r_rows, g_rows, g_rows
-        r, g = tensors[:2], tensors[2:]
-        sums = [tensors[0].new_full(mu_r.shape[:-2], -math.inf) for _ in range(3)]
-        for owner, block in ring(tensors, rows):
-            own = owner == r_rows.rank
+        given = mu_r, logvar_r, mu_g, logvar_g
+        r, g = _wide(given[:2]), _wide(given[2:])
+        sums = [r[0].new_full(mu_r.shape[:-2], -math.inf) for _ in range(3)]
+        for owner, block in ring(given, (r_rows, r_rows, g_rows, g_rows)):
+            own, block = owner == r_rows.rank, _wide(block)
             for k, (mine, theirs, same) in enumerate(((r, block[:2], own), (g, block[2:], own), (r, block[2:], False))):
                 for log_k, _, _ in _log_kernels(mine, theirs, additive, prior, without_diagonal=same and unbiased):
                     sums[k] = torch.logaddexp(sums[k], log_k.flatten(-2).logsumexp(-1))
         sums = _log_total(torch.stack(sums, -1), r_rows.group)
-        ctx.save_for_backward(mu_r, logvar_r, mu_g, logvar_g, sums)
+        ctx.save_for_backward(*given, sums)
         ctx.form, ctx.rows = (additive, prior, log, unbiased), (r_rows, g_rows)
         rr, gg, rg = _log_means(sums, r_rows, g_rows, unbiased)
-        return rr + gg - 2 * rg if log else rr.exp() + gg.exp() - 2 * rg.exp()
+        value = rr + gg - 2 * rg if log else rr.exp() + gg.exp() - 2 * rg.exp()
+        return value.to(torch.promote_types(mu_r.dtype, torch.float32))
 
     @staticmethod
     @once_differentiable
@@ -210,12 +213,10 @@ class _AsDistance(torch.autograd.Function):
         means = _log_means(sums, r_rows, g_rows, unbiased)
         # ∂D/∂log-sums; within a batch each pair occurs twice, and so does the sample of a diagonal entry
         w_rr, w_gg, w_rg = (grad * f * (1 if log else s.exp()) for f, s in zip((2, 2, -2), means, strict=True))
-        tensors = [arithmetic(z) for z in given]
-        r, g = tensors[:2], tensors[2:]
-        gradients = [torch.zeros_like(z) for z in tensors]
-        for owner, block in ring(tensors, (r_rows, r_rows, g_rows, g_rows)):
-            own = owner == r_rows.rank
-            a, b = block[:2], block[2:]
+        r, g = _wide(given[:2]), _wide(given[2:])
+        gradients = [torch.zeros_like(z) for z in (*r, *g)]
+        for owner, block in ring(given, (r_rows, r_rows, g_rows, g_rows)):
+            own, a, b = owner == r_rows.rank, _wide(block[:2]), _wide(block[2:])
             for mine, theirs, same, k, w, into in (
                 (r, a, own, 0, w_rr, gradients[:2]),
                 (g, b, own, 1, w_gg, gradients[2:]),
@@ -224,6 +225,10 @@ class _AsDistance(torch.autograd.Function):
             ):
                 _add_pull(mine, theirs, sums[..., k], w, additive, prior, same and unbiased, into)
         return *(x.to(z.dtype) for x, z in zip(gradients, given, strict=True)), *[None] * 6
+
+
+def _wide(tensors):
+    return [x.detach().double() for x in tensors]
 
 
 def _log_kernels(a, b, additive, prior, *, without_diagonal):

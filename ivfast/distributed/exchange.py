@@ -19,6 +19,8 @@ GATHER = 16384  # total rows up to which every rank gathers them all: n² is the
 # Pairs (times the numbers per pair) that a streamed pass holds in memory at a time: on the CPU what fits a cache, on
 # other devices enough to take longer than launching the kernels.
 TILE, TILE_ON_DEVICE = 1 << 20, 1 << 25
+# ‖x‖² of centred rows, in the smallest squared distance that matters, up to which products keep that distance's digits.
+REACH = {torch.float32: 2.0**7, torch.float64: 2.0**16}
 
 
 class Rows(NamedTuple):
@@ -221,9 +223,46 @@ def diagonal(tile: Tensor, i: slice, j: slice) -> Tensor:
     return tile.diagonal(offset=i.start - j.start, dim1=-2, dim2=-1)
 
 
-def distances(a: Tensor, b: Tensor, i: slice, j: slice, own: bool) -> Tensor:
-    """‖a_i − b_j‖² `[..., R, C]` of centred rows: never negative; with `own`, 0 for a sample paired with itself."""
+class Points(NamedTuple):
+    """Samples of all ranks in the arithmetic that their distances need, the same on every rank."""
+
+    rows: list[Tensor]  # of this rank
+    centre: Tensor  # `[..., 1, d]`, which has been subtracted
+    apart: bool  # whether distances are computed from differences instead of products
+
+
+def points(group, sizes: Tensor, *tensors: tuple[Tensor, Rows]) -> Points:
+    """`tensors`, for squared distances of which `sizes` `[..., k]` matter: centred, in the dtype of their arithmetic.
+    If products of such rows would lose the distances on one rank, all ranks get what `uncentred` returns."""
+    near = centred(group, *tensors)
+    return uncentred(*tensors) if lost(group, sizes, near) else near
+
+
+def lost(group, sizes: Tensor, near: Points) -> bool:
+    """Whether, on any rank, products of the rows lose the smallest of the squared distances `sizes` `[..., k]`, or the
+    square of one is out of their dtype's range. Waits for the device."""
+    dtype = near.rows[0].dtype
+    least = 8 * torch.finfo(dtype).tiny ** 0.5
+    reach = REACH[dtype] * sizes.amin(-1, keepdim=True)
+    holds = [(sizes > least) & (sizes < 1 / least), *(x.square().sum(-1) <= reach for x in near.rows)]  # not if NaN
+    worst = torch.stack([(~all_.all()).long() for all_ in holds]).amax()
+    _collectives.all_reduce(worst, "MAX", group)
+    return bool(worst)
+
+
+def uncentred(*tensors: tuple[Tensor, Rows]) -> Points:
+    """The tensors in float64, where squares of float32 neither overflow nor vanish, and not centred, which would round.
+    Infinities become NaN, as they do where rows are centred."""
+    rows = [x.detach().double() for x, _ in tensors]
+    return Points([x + 0 * x for x in rows], rows[0].new_zeros(*rows[0].shape[:-2], 1, rows[0].shape[-1]), True)
+
+
+def distances(a: Tensor, b: Tensor, i: slice, j: slice, own: bool, apart: bool) -> Tensor:
+    """‖a_i − b_j‖² `[..., R, C]` of the rows of `Points`: never negative; with `own`, 0 for a sample paired with
+    itself."""
     a, b = a[..., i, :], b[..., j, :]
+    if apart:
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square_()
     norms = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2)
     d2 = norms.sub_(a @ b.mT, alpha=2).clamp_min_(0)
     if own:
@@ -231,11 +270,11 @@ def distances(a: Tensor, b: Tensor, i: slice, j: slice, own: bool) -> Tensor:
     return d2
 
 
-def centred(group, *tensors: tuple[Tensor, Rows]) -> tuple[Tensor, list[Tensor]]:
-    """The mean `[..., 1, d]` of all rows of all tensors, the same on every rank, and the tensors minus that mean."""
+def centred(group, *tensors: tuple[Tensor, Rows]) -> Points:
+    """The tensors, in the dtype of their arithmetic, minus the mean of all rows of all of them."""
     working = [arithmetic(x.detach()) for x, _ in tensors]
     n = sum(rows.total for _, rows in tensors)
     sums = (x.sum(-2, keepdim=True, dtype=torch.float64) for x in working)
     centre = summed(functools.reduce(torch.add, sums), group) / n
     centre = centre.to(working[0].dtype)
-    return centre, [x - centre for x in working]
+    return Points([x - centre for x in working], centre, False)

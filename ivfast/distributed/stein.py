@@ -11,9 +11,24 @@ from ..ops import median, svgd
 from ..ops import mmd as one_mmd
 from ..ops._draws import prior_draws
 from ..ops._once import once_differentiable
-from ..ops._pairwise import arithmetic
+from ..ops._pairwise import arithmetic, pooled
 from ..ops.svgd_bridge import svgd_bridge as _bridge_of_one
-from .exchange import Rows, centred, diagonal, distances, gather_rows, gathers, ring, rows_of, summed, tiles
+from .exchange import (
+    Points,
+    Rows,
+    centred,
+    diagonal,
+    distances,
+    gather_rows,
+    gathers,
+    lost,
+    points,
+    ring,
+    rows_of,
+    summed,
+    tiles,
+    uncentred,
+)
 
 
 def svgd_direction(
@@ -33,7 +48,7 @@ def svgd_direction(
     bandwidth must have the same values on every rank, and gets the gradient of this rank's rows.
 
     The ring computes n_rank·n pairs on each rank, in O(n_rank d) memory. The exact median needs three more such passes
-    (six in float64) first; pass a bandwidth if that takes too long.
+    (six in float64, and six more for far-apart particles) first; pass a bandwidth if that takes too long.
     """
     x, score = _check.promoted(x, score)
     (rows,) = rows_of(group, even, x=x)
@@ -48,7 +63,7 @@ def svgd_direction(
     if isinstance(bandwidth, str):
         _check.choice("bandwidth", bandwidth, ("median",))
         _check.choice("convention", convention, median.CONVENTIONS)
-        h = _Median.apply(x.detach(), rows, convention) * scale
+        h = _Median.apply(x.detach(), rows, rows, *median.heuristic(rows.total, convention)) * scale
     else:
         h = svgd._bandwidth(x, bandwidth, scale, convention)
     return _Direction.apply(x, score, h, rows)
@@ -59,13 +74,23 @@ def median_bandwidth(
 ) -> Tensor:
     """The median heuristic over the particles of all ranks, the same on each; see `ivfast.median_bandwidth`.
 
-    The ring selects 11 bits at a time: three passes over the pairs (six in float64), and one for the gradient.
+    The ring selects 11 bits at a time: three passes over the pairs (six in float64, and six more for particles far
+    apart beside the median), and one for the gradient.
     """
     (rows,) = rows_of(group, even, x=x)
     _check.choice("convention", convention, median.CONVENTIONS)
     if gathers(exchange, rows):
         return median.median_bandwidth(gather_rows(x, rows), convention=convention)
-    return _Median.apply(x, rows, convention)
+    h = _Median.apply(x, rows, rows, *median.heuristic(rows.total, convention))
+    return h.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def squared_median(x: Tensor, y: Tensor, x_rows: Rows, y_rows: Rows) -> Tensor:
+    """The squared median distance of the pooled samples `[...]` by the ring, in the dtype of its arithmetic; see
+    `ops.median.squared_median`."""
+    counts = [n + m for n, m in zip(x_rows.counts, y_rows.counts, strict=True)]
+    full, squared, _ = median.heuristic(sum(counts), "paper")
+    return _Median.apply(pooled(x, y), x_rows._replace(counts=tuple(counts)), x_rows, full, squared, 1.0)
 
 
 def svgd_bridge(
@@ -102,7 +127,7 @@ def svgd_bridge(
         )
     x, bridges = arithmetic(z), [z]
     for step, draw in enumerate(draws[:-1].unbind(0)):
-        h = scale * _Median.apply(x.detach(), rows, "paper")
+        h = scale * _Median.apply(x.detach(), rows, rows, *median.heuristic(rows.total, "paper"))
         x = x + step_size * _Direction.apply(x, None, h, rows) + noise * arithmetic(draw)
         if (step + 1) % iterations == 0:
             bridges.append(x.to(z.dtype))
@@ -119,19 +144,19 @@ class _Direction(torch.autograd.Function):
     @staticmethod
     @exact
     def forward(ctx, x, score, bandwidth, rows):
-        centre, (X,) = centred(rows.group, (x, rows))
-        h = bandwidth.detach()[..., None, None]
+        (X,), centre, apart = points(rows.group, bandwidth.unsqueeze(-1), (x, rows))
+        h = bandwidth.to(X.dtype)[..., None, None]
         pull, r = torch.zeros_like(X), torch.zeros_like(X[..., :1])
-        travelling = [X] if score is None else [X, arithmetic(score)]
+        travelling = [X] if score is None else [X, score.to(X.dtype)]
         for owner, block in ring(travelling, [rows] * len(travelling)):
             own = owner == rows.rank
             Y, V = block[0], _values(block, centre, h)
             for i, j in tiles(X, Y):
-                kernel = _others(distances(X, Y, i, j, own).div_(-h).exp_(), i, j, own)
+                kernel = _others(distances(X, Y, i, j, own, apart).div_(-h).exp_(), i, j, own)
                 pull[..., i, :] += kernel @ V[..., j, :]
                 r[..., i, :] += kernel.sum(-1, keepdim=True)
         ctx.save_for_backward(X, score, bandwidth, centre, r)
-        ctx.rows, ctx.dtype = rows, x.dtype
+        ctx.rows, ctx.apart, ctx.dtype = rows, apart, x.dtype
         S = -(X + centre) if score is None else travelling[1]
         return ((S + pull + (2 / h) * r * X) / rows.total).to(x.dtype)
 
@@ -140,9 +165,9 @@ class _Direction(torch.autograd.Function):
     @exact
     def backward(ctx, grad):
         X, score, bandwidth, centre, r = ctx.saved_tensors
-        rows, n, h = ctx.rows, ctx.rows.total, bandwidth[..., None, None]
-        G = arithmetic(grad)
-        own_block = [X] if score is None else [X, arithmetic(score)]
+        rows, n, h = ctx.rows, ctx.rows.total, bandwidth.to(X.dtype)[..., None, None]
+        G = grad.to(X.dtype)
+        own_block = [X] if score is None else [X, score.to(X.dtype)]
         V, gx = _values(own_block, centre, h), (G * X).sum(-1, keepdim=True)
         BX, dS, KX, b = torch.zeros_like(X), torch.zeros_like(X), torch.zeros_like(X), torch.zeros_like(r)
         stretch = torch.zeros_like(h)  # Σ W∘d² over this rank's rows
@@ -153,7 +178,7 @@ class _Direction(torch.autograd.Function):
             Y, U = block[0], _values(block, centre, h)
             hy = (H * Y).sum(-1, keepdim=True)
             for i, j in tiles(X, Y):
-                d2 = distances(X, Y, i, j, own)
+                d2 = distances(X, Y, i, j, own, ctx.apart)
                 kernel = _others(torch.exp(-d2 / h), i, j, own) / n
                 # W_ij = (g_i·v_j + (2/h) g_i·x_i) k'_ij/n, B = W + Wᵀ
                 W = (G[..., i, :] @ U[..., j, :].mT + (2 / h) * gx[..., i, :]) * kernel
@@ -170,7 +195,7 @@ class _Direction(torch.autograd.Function):
         dh = None
         if by_bandwidth:
             rest = 2 * (G * KX).sum((-2, -1)) - 2 / n * (r * gx).sum((-2, -1))
-            dh = (stretch[..., 0, 0] + rest) / bandwidth.square()
+            dh = ((stretch[..., 0, 0] + rest) / h[..., 0, 0].square()).to(bandwidth.dtype)
         if score is None:
             return (dX - dS).to(ctx.dtype), None, dh, None
         return dX.to(ctx.dtype), dS.to(score.dtype), dh, None
@@ -190,22 +215,22 @@ def _values(block: list[Tensor], centre: Tensor, h: Tensor) -> Tensor:
 
 
 class _Median(torch.autograd.Function):
-    """h, by radix selection of the middle squared distances: one round of the ring per digit, with counts summed over
-    the ranks."""
+    """h, in the dtype of its arithmetic, by radix selection of the middle squared distances: one round of the ring per
+    digit, with counts summed over the ranks. The first particle is that of the rows of `first`."""
 
     @staticmethod
     @exact
-    def forward(ctx, x, rows, convention):
-        n = rows.total
-        full, squared, divisor = median.heuristic(n, convention)
-        _, (X,) = centred(rows.group, (x, rows))
-        middles = _middles(X, rows, full or n == 1)
-        med2 = median._combine(middles, squared)
-        spread = summed((X - _first(X, rows)).square().sum((-2, -1), dtype=torch.float64), rows.group) / n
-        med2 = torch.where((med2 > 0) & ~spread.isnan(), med2, spread.to(X.dtype))  # NaN if a particle is
-        h = torch.where(med2 == 0, torch.ones_like(med2), med2 / divisor)
-        ctx.save_for_backward(X, torch.where(h.isnan().unsqueeze(-1), h.unsqueeze(-1), middles))
-        ctx.rows, ctx.heuristic, ctx.dtype = rows, (squared, divisor), x.dtype
+    def forward(ctx, x, rows, first, full, squared, divisor):
+        its = centred(rows.group, (x, rows))
+        middles = _middles(its, rows, full)
+        if lost(rows.group, middles, its):
+            its = uncentred((x, rows))
+            middles = _middles(its, rows, full)
+        (X,) = its.rows
+        spread = summed(median.squares_about(X, _first(X, first)), rows.group) / rows.total
+        h, middles = median.from_middles(middles, spread.to(X.dtype), squared, divisor)
+        ctx.save_for_backward(X, middles)
+        ctx.rows, ctx.apart, ctx.heuristic, ctx.dtype = rows, its.apart, (squared, divisor), x.dtype
         return h
 
     @staticmethod
@@ -217,7 +242,7 @@ class _Median(torch.autograd.Function):
         counts = torch.zeros_like(middles, dtype=torch.int64)
         pull = X.new_zeros(2, *X.shape)  # Σ_j (c_ij + c_ji)(x_i − x_j), where c_ij marks the middle pairs
         for owner, (Y,) in ring([X], [rows]):
-            for i, j, d2 in _pairs(X, Y, rows, owner):
+            for i, j, d2 in _pairs(X, Y, rows, owner, ctx.apart):
                 for a, middle in enumerate(middles.unbind(-1)):
                     c = (d2 == middle[..., None, None]).to(X.dtype)
                     counts[..., a] += c.sum((-2, -1), dtype=torch.int64)
@@ -228,8 +253,8 @@ class _Median(torch.autograd.Function):
         share = median._slope(middles, squared) / summed(counts, rows.group)
         share = share * (summed(grad, rows.group) / divisor).unsqueeze(-1)
         dx = 2 * sum(s[..., None, None] * p for s, p in zip(share.unbind(-1), pull, strict=True))
-        degenerate = (median._combine(middles, squared) <= 0)[..., None, None]
-        return torch.where(degenerate, torch.zeros_like(dx), dx).to(ctx.dtype), None, None
+        med2 = median._combine(middles, squared)[..., None, None]
+        return torch.where(med2 == 0, 0, dx + 0 * med2).to(ctx.dtype), *[None] * 5
 
 
 def _first(X: Tensor, rows: Rows) -> Tensor:
@@ -238,25 +263,27 @@ def _first(X: Tensor, rows: Rows) -> Tensor:
     return summed(X[..., :1, :] if rows.rank == holder else X.new_zeros(*X.shape[:-2], 1, X.shape[-1]), rows.group)
 
 
-def _pairs(X: Tensor, Y: Tensor, rows: Rows, owner: int) -> Iterator[tuple[slice, slice, Tensor]]:
+def _pairs(X: Tensor, Y: Tensor, rows: Rows, owner: int, apart: bool) -> Iterator[tuple[slice, slice, Tensor]]:
     """Tiles of squared distances, in the order of the ranks, so that two ranks get bitwise equal values for a pair they
     share."""
     own = owner == rows.rank
     if owner < rows.rank:
-        yield from ((i, j, distances(Y, X, j, i, own).mT) for j, i in tiles(Y, X, each=4))
+        yield from ((i, j, distances(Y, X, j, i, own, apart).mT) for j, i in tiles(Y, X, each=4))
     else:
-        yield from ((i, j, distances(X, Y, i, j, own)) for i, j in tiles(X, Y, each=4))
+        yield from ((i, j, distances(X, Y, i, j, own, apart)) for i, j in tiles(X, Y, each=4))
 
 
 BITS = 11  # per digit
 
 
-def _middles(X: Tensor, rows: Rows, full: bool) -> Tensor:
+def _middles(its: Points, rows: Rows, full: bool) -> Tensor:
     """The two middle squared distances `[..., 2]`. Non-negative floats sort in the order of their bits.
 
     Without the diagonal each pair occurs twice in the matrix, so rank q among the pairs is rank 2q among the entries.
     """
+    (X,) = its.rows
     n, sets = rows.total, X.shape[:-2].numel()
+    full = full or n == 1
     count = n * n if full else n * (n - 1) // 2
     places = [(count - 1) // 2, count // 2] if full else [(count - 1) // 2 * 2, count // 2 * 2]
     rank = torch.tensor(places, device=X.device).expand(sets, 2).contiguous()
@@ -268,7 +295,7 @@ def _middles(X: Tensor, rows: Rows, full: bool) -> Tensor:
         bits -= width
         counts = torch.zeros((2 * sets << BITS) + 1, dtype=torch.int64, device=X.device)
         for owner, (Y,) in ring([X], [rows]):
-            for i, j, d2 in _pairs(X, Y, rows, owner):
+            for i, j, d2 in _pairs(X, Y, rows, owner, its.apart):
                 if owner == rows.rank and not full:
                     diagonal(d2, i, j).fill_(torch.inf)
                 digits = d2.view(integers).reshape(sets, 1, *d2.shape[-2:]) >> bits

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from .. import nets
 from ..data.points import POINTS
 from ..train.declare import setting
-from ..train.phase import Phase, System
+from ..train.phase import Phase
 from ..train.settings import Settings
+from .decoding import Decoding
 from .networks import DiscriminatorSettings
 
 
@@ -52,7 +53,7 @@ class Drawn(NamedTuple):
     intervened: Tensor | None = None  # x' = G(O_i(E x))
 
 
-class Gan(System):
+class Gan(Decoding):
     """DCGAN: L_D = −log σ(D(x)) − log(1 − σ(D(G z))), L_G = −log σ(D(G z)), z ~ N(0, I).
 
     Source: S2 Eq. 1; Goodfellow et al. 2014 for the non-saturating L_G; Radford et al. 2015.
@@ -62,6 +63,7 @@ class Gan(System):
     # rates and weights for images, of S2 Table 5 where the system is in it
     table5: ClassVar[dict[str, Any]] = {"learning_rates": {"default": 1e-4}}
     second_order = ()  # phases whose loss differentiates twice, which torch.compile cannot
+    decoder = "generator"
     batch_norm = True  # in a convolutional D
 
     def __init__(self, settings: Settings, image_shape: tuple[int, ...]):
@@ -100,15 +102,6 @@ class Gan(System):
 
     def head(self) -> nn.Module:
         return nn.Linear(self.features, 1)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Codes `[n, d]` -> images `[n, C, H, W]` in [-1, 1], or points."""
-        return self.modules["generator"](z).float()
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior_codes`."""
-        return self.decode(self.prior_codes(n, generator))
 
     def share(self, x: Tensor) -> Drawn:
         z = self.randn(len(x), self.latent_dim)

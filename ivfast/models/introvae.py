@@ -19,8 +19,9 @@ import ivfast
 from .. import nets
 from ..data.points import POINTS
 from ..train.declare import LENGTH, setting
-from ..train.phase import Phase, System
+from ..train.phase import Phase
 from ..train.settings import Settings
+from .decoding import Decoding
 
 LOGVAR = 10.0  # log-variances are kept within ±10: a standard deviation of e^±5 is far from any posterior's
 DISTANCE = 30.0  # no kernel of the AS-Distance exceeds e^30: the square of its gradient, which Adam keeps, is finite
@@ -99,7 +100,7 @@ class Schedule(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
 
-class Introspective(System):
+class Introspective(Decoding):
     """The networks and the two phases that introspective VAEs have in common.
 
     For its first `vae_steps` steps a system is a VAE: neither network meets the fakes.
@@ -158,15 +159,6 @@ class Introspective(System):
     def encode(self, x: Tensor) -> Tensor:
         """Images `[n, C, H, W]` in [-1, 1], or points -> the means of their posteriors `[n, d]`."""
         return self.modules["encoder"](x).float().chunk(2, 1)[0]
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Codes `[n, d]` -> images in [-1, 1], or points."""
-        return self.modules["decoder"](z).float()
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior_codes`."""
-        return self.decode(self.prior_codes(n, generator))
 
     def run(self, network: str, batches: Tensor, kinds: int) -> Tensor:
         """The network on so many kinds of batches `[kinds n, ...]`: each by itself where it normalises over a batch."""

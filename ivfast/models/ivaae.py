@@ -16,8 +16,9 @@ import ivfast
 from .. import nets
 from ..data.points import POINTS
 from ..train.declare import setting
-from ..train.phase import Phase, System
+from ..train.phase import Phase
 from ..train.settings import Settings
+from .decoding import Decoding
 from .networks import DiscriminatorSettings
 
 
@@ -72,7 +73,7 @@ class Encoded(NamedTuple):
     bridge: Tensor | None = None  # [t+1, n, d]
 
 
-class AutoEncoder(System):
+class AutoEncoder(Decoding):
     """A deterministic encoder and decoder, with a prior N(0, I) on the codes `[n, d]`."""
 
     Settings = AutoEncoderSettings
@@ -101,17 +102,8 @@ class AutoEncoder(System):
         """Images `[n, C, H, W]` in [-1, 1] -> codes `[n, d]`, float32 under autocast too."""
         return self.modules["encoder"](x).float()
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Codes `[n, d]` -> images `[n, C, H, W]` in [-1, 1]."""
-        return self.modules["decoder"](z).float()
-
     def discriminate(self, z: Tensor) -> Tensor:
         return self.modules["discriminator"](z).float()
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n images decoded from the prior, `[n, C, H, W]` or points `[n, D]`; the generator as for `prior_codes`."""
-        return self.decode(self.prior_codes(n, generator))
 
     def share(self, x: Tensor) -> Encoded:
         return Encoded(x, self.encode(x))

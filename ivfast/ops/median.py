@@ -79,13 +79,39 @@ def median_bandwidth_reference(x: Tensor, full: bool, squared: bool, divisor: fl
     """h `[...]` and the two middle squared distances `[..., 2]`, equal if the number of distances is odd."""
     n = x.shape[-2]
     X = x.double()  # far-apart particles leave too little in float32
-    middles = _middles(squared_distances(X - X.mean(-2, keepdim=True)), full)
-    med2 = _combine(middles, squared)
-    spread = (X - X[..., :1, :]).square().sum((-2, -1)) / n
-    med2 = torch.where((med2 > 0) & ~spread.isnan(), med2, spread)  # the spread is NaN if a particle is
-    h = torch.where(med2 == 0, torch.ones_like(med2), med2 / divisor)
+    middles = _middles(_distances(X - X.mean(-2, keepdim=True)), full)
+    h, middles = from_middles(middles, squares_about(X, X[..., :1, :]) / n, squared, divisor)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return h.to(wide), torch.where(h.isnan().unsqueeze(-1), h.unsqueeze(-1), middles).to(wide)
+    return h.to(wide), middles.to(wide)
+
+
+def squares_about(x: Tensor, centre: Tensor) -> Tensor:
+    """Σ_i ‖x_i − centre‖² `[...]` in float64; NaN if a particle is not finite."""
+    return ((x - centre).square() + 0 * x).sum((-2, -1), dtype=torch.float64)
+
+
+def from_middles(middles: Tensor, spread: Tensor, squared: bool, divisor: float) -> tuple[Tensor, Tensor]:
+    """h `[...]` and the middles `[..., 2]`; both are NaN if the spread is, the mean squared distance from the first
+    particle. It replaces a med² of 0. If it is 0 too, h = 1."""
+    med2 = _combine(middles, squared)
+    med2 = torch.where((med2 > 0) & ~spread.isnan(), med2, spread)
+    h = torch.where(med2 == 0, torch.ones_like(med2), med2 / divisor)
+    return h, torch.where(h.isnan().unsqueeze(-1), h.unsqueeze(-1), middles)
+
+
+def _distances(x: Tensor) -> Tensor:
+    """‖x_i − x_j‖² `[..., n, n]` of centred x, exactly 0 for equal particles, whose rows a matrix product may sum in
+    different orders."""
+    return torch.where(_equal(x.detach()), 0, squared_distances(x))
+
+
+def _equal(x: Tensor) -> Tensor:
+    """Whether rows are equal `[..., n, n]`: those that have the same rank in every column. Squared distances of ranks,
+    which are integers, are exact."""
+    values, places = x.sort(-2)
+    steps = (values[..., 1:, :] != values[..., :-1, :]).cumsum(-2)
+    ranks = torch.zeros_like(x).scatter(-2, places[..., 1:, :], steps.to(x.dtype))
+    return squared_distances(ranks) == 0
 
 
 def _middles(d2: Tensor, full: bool) -> Tensor:
@@ -102,17 +128,18 @@ def _middles(d2: Tensor, full: bool) -> Tensor:
 
 def _combine(middles: Tensor, squared: bool) -> Tensor:
     """med² from the two middle squared distances."""
-    return middles.mean(-1) if squared else _roots(middles).mean(-1).square()
+    return (middles / 2).sum(-1) if squared else _roots(middles).mean(-1).square()
 
 
 def _backward_reference(grad, x, middles, squared, divisor):
     # ∂h/∂x_i = Σ_j c_ij 2(x_i − x_j), c_ij is the share of pair (i, j) in the two middles
     X = x.double()
     X = X - X.mean(-2, keepdim=True)
-    d2 = squared_distances(X).to(middles.dtype)
+    d2 = _distances(X).to(middles.dtype)
     chosen = middles[..., None, None, :] == d2.unsqueeze(-1)  # [..., n, n, 2]
     count = chosen.sum((-3, -2))
-    shared = (chosen * d2.unsqueeze(-1)).sum((-3, -2)) / count  # the middles, as tied pairs share them
+    # the middles, as tied pairs share them
+    shared = torch.where(chosen, d2.double().unsqueeze(-1), 0).sum((-3, -2)) / count
     share = _slope(shared, squared) / count * (grad / divisor).unsqueeze(-1)
     c = (chosen * share.double()[..., None, None, :]).sum(-1)
     c = c + c.mT

@@ -92,7 +92,7 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
     units of r². Draws y from a prior need no gradient, which saves their half of the products with the slopes.
     """
     X, Y = _centred(x, y)
-    own = X - X.mean(-2, keepdim=True)  # x may be far from y
+    own = X - X.mean(-2, keepdim=True).detach()  # x may be far from y
     (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y, own), _weights(X, Y, unbiased)
     b = 1 if bandwidth is None else bandwidth.double()[..., None, None]
     slopes = x_gradient, y_gradient, x_gradient or y_gradient
@@ -116,7 +116,7 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
 
 def _centred(x, y):
     X, Y = x.double(), y.double()
-    centre = Y.mean(-2, keepdim=True)
+    centre = Y.mean(-2, keepdim=True).detach()  # nothing depends on it, nor do derivatives but for rounding
     return X - centre, Y - centre
 
 

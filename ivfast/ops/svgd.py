@@ -2,7 +2,8 @@
 
 φ_i = (1/n) Σ_j [k_ij s_j + ∇_{x_j} k(x_j, x_i)],  k(x, y) = exp(−‖x − y‖²/h),  ∇_{x_j} k_ij = (2/h)(x_i − x_j) k_ij.
 
-This is attention without the softmax: with V = S − (2/h) X and r = K 1,  φ = (1/n) [K V + (2/h) r∘X].
+This is attention without the softmax: with V = S − (2/h) X, K' = K − I and r' = K' 1,
+φ = (1/n) [S + K' V + (2/h) r'∘X]. A particle's own term S is exact, however narrow the kernel.
 """
 
 import torch
@@ -77,19 +78,20 @@ def svgd_direction_reference(x: Tensor, score: Tensor | None, bandwidth: Tensor)
     """φ and the row sums r = K 1 `[..., n]`."""
     kernel, X, S, h = _terms(x, score, bandwidth)[:4]
     r = kernel.sum(-1)
-    phi = (kernel @ (S - (2 / h) * X) + (2 / h) * r.unsqueeze(-1) * X) / x.shape[-2]
-    return phi.to(x.dtype), r.to(bandwidth.dtype)
+    phi = (S + kernel @ (S - (2 / h) * X) + (2 / h) * r.unsqueeze(-1) * X) / x.shape[-2]
+    return phi.to(x.dtype), (1 + r).to(bandwidth.dtype)
 
 
 def _terms(x, score, bandwidth):
-    """K [n, n], centred X and S [n, d], h [1, 1] and d² [n, n], all `[..., ·, ·]` in float64, because far-apart
+    """K' [n, n], centred X and S [n, d], h [1, 1] and d² [n, n], all `[..., ·, ·]` in float64, because far-apart
     particles leave too little in float32."""
     x = x.double()
     S = -x if score is None else score.double()
-    X = x - x.mean(-2, keepdim=True)  # the kernel does not depend on the mean of x, but its rounding does
+    X = x - x.mean(-2, keepdim=True).detach()  # nothing depends on the mean of x but rounding
     h = bandwidth.double()[..., None, None]
     d2 = squared_distances(X)
-    return torch.exp(-d2 / h), X, S, h, d2
+    own = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+    return torch.exp(-d2 / h).masked_fill(own, 0), X, S, h, d2
 
 
 def _backward_reference(grad, x, score, bandwidth, row_sum):
@@ -97,14 +99,14 @@ def _backward_reference(grad, x, score, bandwidth, row_sum):
     kernel, X, S, h, d2 = _terms(x, score, bandwidth)
     G, r = grad.double(), kernel.sum(-1, keepdim=True)
     gx = (G * X).sum(-1, keepdim=True)
-    # W = A∘K with A_ij = ∂L/∂k_ij = (g_i·v_j + (2/h) g_i·x_i)/n;  B = W + Wᵀ
+    # W = A∘K' with A_ij = ∂L/∂k_ij = (g_i·v_j + (2/h) g_i·x_i)/n;  B = W + Wᵀ;  E = (1/n) [r'∘G − K'G]
     W = (G @ (S - (2 / h) * X).mT + (2 / h) * gx) * kernel / n
-    B = W + W.mT
-    dS = kernel @ G / n
-    # ∂X = −(2/h)[(B1)∘X − B X] + (2/(hn)) r∘G − (2/h) ∂S
-    dX = (2 / h) * (B @ X - B.sum(-1, keepdim=True) * X + r * G / n - dS)
-    # ∂h = Σ W∘d²/h² + (2/h²)⟨∂S, X⟩ − (2/(h²n)) Σ_i r_i g_i·x_i
-    dh = (W * d2).sum((-2, -1)) + 2 * (dS * X).sum((-2, -1)) - 2 / n * (r * gx).sum((-2, -1))
+    B, KG = W + W.mT, kernel @ G
+    E, dS = (r * G - KG) / n, (G + KG) / n
+    # ∂X = −(2/h)[(B1)∘X − B X − E]
+    dX = (2 / h) * (B @ X - B.sum(-1, keepdim=True) * X + E)
+    # ∂h = (Σ W∘d² − 2⟨E, X⟩)/h²
+    dh = (W * d2).sum((-2, -1)) - 2 * (E * X).sum((-2, -1))
     dh = (dh / bandwidth.double().square()).to(bandwidth.dtype)
     if score is None:
         return (dX - dS).to(x.dtype), x.new_empty(0), dh
