@@ -98,6 +98,12 @@ def test_uniform_target_is_least_where_the_classifier_cannot_tell():
     assert torch.autograd.grad(loss, equal)[0].abs().max() < 1e-15
 
 
+def test_block_losses_of_mapped_batches():
+    batches = normal(3, 8, 4)
+    each = torch.stack([ivfast.multi_js_block_losses(x) for x in batches])
+    assert error(torch.func.vmap(ivfast.multi_js_block_losses)(batches), each) < 1e-14
+
+
 def test_block_losses_average_to_the_loss():
     for logits in (normal(35, 7), normal(2, 3, 4, 3)):
         blocks = ivfast.multi_js_block_losses(logits.requires_grad_())

@@ -52,7 +52,8 @@ def multi_js_block_losses(logits: Tensor) -> Tensor:
     _check_blocks(logits)
     logits = logits.detach()
     x, _ = shifted(arithmetic(_blocks(logits)))
-    return (_forward(x, None, 0.0)[1] - _own(x)).mean(-1)
+    log_sum = x.logsumexp(-1) if transformed() else _forward(x, None, 0.0)[1]
+    return (log_sum - _own(x)).mean(-1)
 
 
 def multi_js_divergence(logits: Tensor, *, weights: Tensor | None = None) -> Tensor:
