@@ -37,7 +37,7 @@ _KEY = "ivfast.use"
 def _chosen() -> str | None:
     """What is forced in this thread, or in the thread whose backward pass a thread of autograd runs."""
     here = _choice.here
-    return carried(_KEY) if here is None and not torch.compiler.is_compiling() else here
+    return carried(_KEY) if here is None and not torch.compiler.is_dynamo_compiling() else here
 
 
 def forced() -> str | None:

@@ -33,9 +33,10 @@ def uncompiled(code):
     frames = torch._C._dynamo.eval_frame
     skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
     for function in vars(code).values() if isinstance(code, type) else [code]:
-        function = inspect.unwrap(getattr(function, "__func__", function))
-        if inspect.isfunction(function):
+        function = getattr(function, "__func__", function)
+        while inspect.isfunction(function):
             frames.set_code_exec_strategy(function.__code__, skip)
+            function = getattr(function, "__wrapped__", None)
     return code
 
 

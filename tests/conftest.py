@@ -24,7 +24,7 @@ LONGEST = [
     "papers",
     "cli",
 ]
-APART = ["cubins", "ops"]  # whose tests share nothing: on any core, and those of `ops` fill the end of a run
+APART = ["cubins", "ops"]  # files whose tests share nothing and run on any worker; those of `ops` fill the end of a run
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -33,6 +33,9 @@ def pytest_xdist_make_scheduler(config, log):
     if config.getoption("dist") != "load":
         return None
     from xdist.scheduler import LoadScopeScheduling
+
+    here = os.path.dirname(__file__)
+    assert all(os.path.exists(os.path.join(here, f"test_{name}.py")) for name in LONGEST + APART)
 
     def stem(scope):
         return os.path.basename(scope.partition("::")[0]).removeprefix("test_").removesuffix(".py")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 FULL = ("liu-wang", "numpyro")  # conventions that count the diagonal and each pair twice
-gram: Callable | None = None  # the fuzz's rounding errors, relative to the norms from whose products distances come
-lever: Callable | None = (
-    None  # the same of x_i − x_j where (Σ_j a_ij) x_i − Σ_j a_ij x_j stands for Σ_j a_ij (x_i − x_j)
-)
+# Rounding errors that the fuzz sets: of squared distances, relative to the norms from whose products they come,
+gram: Callable | None = None
+# and of differences x_i − x_j in sums Σ_j a_ij (x_i − x_j) that are computed as (Σ_j a_ij) x_i − Σ_j a_ij x_j.
+lever: Callable | None = None
 
 
 def squares(x: Tensor, y: Tensor, centre: Tensor | None = None, served: Tensor | None = None) -> Tensor:

@@ -197,8 +197,9 @@ def undecided(shape, scale=3.0):
     return draw
 
 
-def clear_median(n, d, batch=()):
-    """Normal particles whose middle distances are clear of all others, or rounding would choose the median pair."""
+def clear_median(n, d, batch=(), change=lambda x: x):
+    """Normal particles, changed, whose middle distances are clear of all others, or rounding would choose the median
+    pair."""
 
     def clear(rows):
         d2 = torch.pdist(rows).square().sort().values
@@ -209,7 +210,7 @@ def clear_median(n, d, batch=()):
 
     def draw(generator):
         for _ in range(1000):
-            x = torch.randn(*batch, n, d, generator=generator, dtype=torch.float64)
+            x = change(torch.randn(*batch, n, d, generator=generator, dtype=torch.float64))
             if n < 3 or all(map(clear, x.reshape(-1, n, d))):
                 return (x,)
         raise AssertionError(f"no clear median in {(*batch, n, d)}")

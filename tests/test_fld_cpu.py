@@ -143,7 +143,7 @@ def test_gradients_in_float64_are_off_by_rounding_alone(isa, gram, n, d):
     """The truncation of the iteration does not show where the condition number is at most 2."""
     samples, rank = torch.randn(n, d, dtype=torch.float64), min(n - 1, d)
     U, _, Vh = torch.linalg.svd(samples - samples.mean(0), full_matrices=False)
-    U, Vh, S = U[:, :rank], Vh[:rank], 1 + torch.rand(rank, dtype=torch.float64)
+    U, Vh, S = U[:, :rank], Vh[:rank], 1.5 + torch.rand(rank, dtype=torch.float64) / 2
     gradient = gram((n - 1) ** 0.5 * (U * S) @ Vh, True)[1]
     assert error(gradient, 2 / (n - 1) ** 0.5 * (U * (S - 1)) @ Vh) < 2e-14
 

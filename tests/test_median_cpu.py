@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from helpers import clear_median
 
 import ivfast
 from ivfast import testing
@@ -43,6 +44,11 @@ def whole(*shape, dtype=torch.float32, largest=None):
     half = torch.randint(-largest, largest + 1, (*shape[:-2], shape[-2] // 2, shape[-1]), dtype=torch.float64)
     rows = [half, -half, half.new_zeros(*shape[:-2], shape[-2] % 2, shape[-1])]
     return torch.cat(rows, -2).to(dtype)
+
+
+def drawn(n, d, **how):
+    """Fresh particles, in float64, whose median rounding does not choose."""
+    return clear_median(n, d, **how)(torch.Generator().manual_seed(int(torch.randint(2**31, ()))))[0]
 
 
 def squared_distances(x):
@@ -281,8 +287,11 @@ print(peak() - before)
 @pytest.mark.parametrize("n", [20, 60, 500])
 def test_particles_far_from_most(isa, n, far):
     # norms of 1e10 or 1e16 beside distances of 1: float32 products leave nothing of those
-    x = torch.randn(n, 3)
-    x[: n // 15] *= far
+    def some_far(x):
+        x[: n // 15] *= far
+        return x.float().double()
+
+    x = drawn(n, 3, change=some_far).float()
     exact = ivfast.median_bandwidth(x.double())
     assert testing.error(ivfast.median_bandwidth(x), exact) <= testing.TOLERANCES[torch.float32]
     ours, theirs = x.requires_grad_(), x.detach().double().requires_grad_()
@@ -295,16 +304,27 @@ def test_particles_far_from_most(isa, n, far):
 @pytest.mark.parametrize("n", [60, 400])
 def test_the_ends_of_the_range(isa, n, convention, implementation):
     """h is right wherever float32 holds it. If it does not hold the middles, the gradient is NaN."""
-    for d, scale, held in ((2, 1e-19, True), (2, 9e18, True), (5, 9e18, False)):
-        x = torch.randn(n, d) * scale
-        ours, theirs = x.clone().requires_grad_(), x.double().requires_grad_()
+    for d, scale, held in ((2, 1e-19, True), (2, 7e18, True), (10, 7e18, False)):
+        x = (drawn(n, d) * scale).float()
+        ours, theirs, grad = x.clone().requires_grad_(), x.double().requires_grad_(), torch.tensor(0.01 / scale)
         with ivfast.use(implementation):
             h = ivfast.median_bandwidth(ours, convention=convention)
-            (dx,) = torch.autograd.grad(h, ours, torch.tensor(0.01 / scale))
+            (dx,) = torch.autograd.grad(h, ours, grad)
         expected = ivfast.median_bandwidth(theirs, convention=convention)
-        assert testing.error(h, expected.detach()) < 1e-5
+        assert abs(h.double() / expected - 1) < 1e-5
         if held:
-            (expected,) = torch.autograd.grad(expected, theirs, torch.tensor(0.01 / scale, dtype=torch.float64))
-            assert testing.error(dx, expected) < 1e-5
+            assert testing.error(dx, torch.autograd.grad(expected, theirs, grad.double())[0]) < 1e-5
         else:
             assert dx.isnan().all()
+
+
+def test_middles_that_are_neighbours_in_float32(isa):
+    """A particle far away, so that the pairs are found in float64: each belongs to the middle that it rounds to."""
+    above = float(torch.nextafter(torch.tensor(1.5), torch.tensor(2.0)))
+    # the middles are the diagonals, whose squares are 4.5 and 4.5 + 3.6e-7
+    x = torch.tensor([[0, 0], [1.5, 0], [1.5, 1.5], [0, above], [1e4, 0]])
+    low, high = middles(x).tolist()
+    assert torch.nextafter(torch.tensor(low), torch.tensor(5.0)) == high
+    expected = torch.zeros(5, 2)
+    expected[:4] = x[:4] - x[[2, 3, 0, 1]]
+    assert torch.allclose(gradient(x, torch.tensor(1.0)), expected, rtol=0, atol=1e-6)

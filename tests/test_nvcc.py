@@ -1,7 +1,7 @@
 """CUDA C++ compiled by nvcc, without a GPU: `ivfast._cuda` as `IVFAST_CUDA=1 pip install .` builds it, without spills.
 
-Most of the time of each source goes into the same headers: here they are two sources, built for an architecture that is
-drawn. With IVFAST_TARGETS=all, as in .ci/versions, each is built by itself, as pip does, for all architectures.
+Most of the time of each source goes into the same headers, so they are merged into two sources and built for one
+randomly chosen architecture. With IVFAST_TARGETS=all, as in .ci/versions, each is built by itself, as pip does, for all architectures.
 """
 
 import os

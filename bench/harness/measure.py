@@ -120,7 +120,7 @@ def limits(device: str, quick: bool = False) -> dict[str, float]:
     """The rates of a large fp32 matrix product and a large copy, and the seconds of a call that computes nothing."""
     cuda = device == "cuda"
     side, length = (512, 1 << 20) if quick else (8192, 1 << 28) if cuda else (2048, 1 << 26)
-    products = torch.backends.cuda.matmul
+    products = torch.backends.cuda.matmul if cuda else torch.backends.mkldnn.matmul
     precision, products.fp32_precision = products.fp32_precision, "ieee"
     a, b = torch.randn(2, side, side, device=device)
     c, x = torch.empty_like(a), torch.ones(length, device=device)

@@ -212,15 +212,13 @@ std::pair<Bandwidth, double> median_once(MedianSet set, const MedianStages& stag
 
 // A distance u loses a few eps ‖x‖². That shows if it is not small beside the middle. Squares of tiny numbers vanish,
 // and those of huge ones are infinite.
-bool median_lost(const double (&middles)[2], double norm) {
-  return norm > 0x1p5 * middles[0] || norm < 0x1p-80 || norm > 0x1p120;
-}
+bool median_lost(double middle, double norm) { return norm > 0x1p5 * middle || norm < 0x1p-80 || norm > 0x1p120; }
 
 }  // namespace
 
 Bandwidth median_run(const MedianSet& set, ScalarType dtype, const Heuristic& heuristic, bool threaded) {
   const auto [result, norm] = median_once(set, stages_of(dtype), heuristic, threaded);
-  if (dtype == ScalarType::Double || result.h != result.h || !median_lost(result.middles, norm)) return result;
+  if (dtype == ScalarType::Double || result.h != result.h || !median_lost(result.middles[0], norm)) return result;
   std::vector<double> x;
   return median_once({set.n, set.d, to_float64(x, set.x, dtype, set.n * set.d), nullptr}, stages_of(ScalarType::Double),
                      heuristic, threaded).first;
@@ -241,11 +239,17 @@ bool gradient(MedianSet set, const MedianStages& stages, const double (&middles)
   if (med2 > 0 && !lost) {
     set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
     stages.pack(set, false);
+    // of lost distances, another pair's may happen to have the middle's bits
+    if (rounded == 0 && stages.element == 4 && median_lost(1.001 * middles[0], stages.norm(set))) return false;
     const bool equal = middles[0] == middles[1];
     Key keys[2][2];  // at distance 0 the difference is 0
     for (int a = 0; a < 2; ++a)
       for (int end = 0; end < 2; ++end)
         keys[a][end] = middles[a] > 0 ? key_of(middles[a] * (1 + (2 * end - 1) * rounded), stages) : -1;
+    if (rounded > 0 && !equal && middles[0] > 0) {  // a pair belongs to the nearer middle
+      const Key between = key_of((middles[0] + middles[1]) / 2, stages);
+      keys[0][1] = std::min(keys[0][1], between), keys[1][0] = std::max(keys[1][0], between + 1);
+    }
 
     const size_t room = size_t(std::max<int64_t>(size / 8, 4096));
     constexpr int64_t most = median_tile * median_tile;

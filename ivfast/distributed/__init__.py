@@ -17,8 +17,9 @@ Gradients take a second round, or for MMD the same one. "auto" gathers up to 163
 
 **Far-apart samples.** A ring computes squared distances from products of centred rows, in float32 for float32 and half
 precision. Where these would lose the distances that matter (those of the bandwidth's size) on any rank, because samples
-are far apart beside them or beyond the range of squares, all ranks take float64 and differences: right for any samples,
-but several times slower, with twice the bytes to send. Whether they do waits for the device. Infinite samples give NaN.
+are far apart beside them or beyond the range of squares, all ranks take float64 and differences, which is several times
+slower and sends twice the bytes; sums then carry float64's rounding of the largest coordinate. This check synchronises
+with the device. Infinite samples give NaN.
 The ring of `as_distance` computes in float64 always.
 
 **even**: set it if all ranks hold the same number of rows. Otherwise each call exchanges the counts, which waits for
