@@ -3,7 +3,7 @@
 PyTorch's dispatcher is the registry. `register` defines the operator, with the reference as the fallback for every
 device (and for fake tensors) and, for CUDA tensors, a launcher that picks the best implementation available. Kernels
 in csrc/ register themselves by name: C++ CPU kernels under `ivfast::<name>`, CUDA C++ kernels under its overload
-`<name>.cuda`.
+`<name>.cuda`. The overload `<name>.triton` is the Triton kernel alone, which graphs compiled inside `use` call.
 """
 
 import contextlib
@@ -110,8 +110,13 @@ def register(
     if composition or meta:  # a loop over chunks, for one, would fix the sizes of fake tensors
         _library.impl(name, meta or reference, "Meta")
     op = OPS[name] = Op(name, reference, triton, cuda, prefer or (lambda *args: ("triton", "cuda")), composition, parts)
-    if cuda:
-        _library.define(f"{name}.cuda({signature}")
+    launchers = {"triton": composition or (triton and op.launch_triton), "cuda": composition}
+    for overload, launcher in launchers.items():
+        if launcher or (cuda and overload == "cuda"):
+            _library.define(f"{name}.{overload}({signature}")
+            _library.impl(f"{name}.{overload}", meta or reference, "Meta")
+        if launcher:
+            _library.impl(f"{name}.{overload}", launcher, "CompositeExplicitAutograd")
     if triton or cuda:
         _library.impl(name, op.on_cuda, "CUDA")
     return op
@@ -131,6 +136,8 @@ class Op:
         if implementation is None:
             return self.default(*args)
         device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        if device == "meta":
+            return self.default(*args)  # nothing but shapes, which all implementations share
         missing = self.missing(implementation, device)
         if missing:
             raise RuntimeError(f"{self.name} has no {implementation!r} implementation here: {missing}")
@@ -142,17 +149,14 @@ class Op:
             if name not in self._served:
                 self._served[name] = not self.missing(name, "cuda")
             if self._served[name]:
-                return self.implementation(name)(*args)
+                return self.launch_triton(*args) if name == "triton" else self.implementation(name)(*args)
         return self.reference(*args)
 
     def implementation(self, name: str) -> Callable:
+        """What `use` forces: of a composition, itself, because its parts are forced one by one."""
         if name == "reference":
             return self.reference
-        if self.composition:
-            return self.composition  # its parts are forced themselves
-        if name == "triton":
-            return self.launch_triton
-        return self.default if name == "cpu" else getattr(torch.ops.ivfast, self.name).cuda
+        return self.default if name == "cpu" else getattr(getattr(torch.ops.ivfast, self.name), name)
 
     def launch_triton(self, *args):
         with torch.cuda.device_of(next(a for a in args if isinstance(a, torch.Tensor))):

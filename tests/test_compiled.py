@@ -11,6 +11,7 @@ from torch.export import Dim
 
 import ivfast
 from ivfast import testing
+from ivfast._registry import Op
 
 WEIGHTS = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
 SIZES = (6, 9, 12)
@@ -251,11 +252,40 @@ def test_transforms_inside_and_outside_a_compiled_function(transform, backend):
     assert_same([apply(torch.compile(loss, backend=backend))(x)], [expected])
 
 
-def test_a_graph_serves_one_forced_implementation():
+FORCED = ["gaussian_kl", "linear_multi_js_loss", "median_bandwidth", "multi_js_loss"]  # of one part and of several
+
+
+@pytest.mark.parametrize("case", [next(c for c in testing.CASES if c.op == op) for op in FORCED], ids=str)
+@pytest.mark.parametrize("implementation", ["triton", "cuda"])
+def test_a_graph_serves_one_forced_implementation(case, implementation, simt, monkeypatch):
+    """A graph made inside `use` computes with that implementation when it runs, and serves no other."""
+    served = []
+
+    def launcher(op):
+        served.append(op.name)
+        return launch.func(op)
+
+    launch = Op._launcher
+    monkeypatch.setattr(Op, "_launcher", property(launcher))
+    tensors = testing.inputs(case, torch.float32)
     torch._dynamo.reset()
-    x = torch.randn(4, 3)
-    compiled = torch.compile(lambda x: ivfast.gaussian_kl(x, x), fullgraph=True, backend="eager")
-    compiled(x)
+    compiled = case._replace(function=torch.compile(case.function, fullgraph=True, backend="aot_eager"))
+    testing.value_and_gradients(compiled, tensors)
+    assert not served
+    with ivfast.use(implementation):
+        expected = testing.value_and_gradients(case, tensors)
+        eager = list(served)
+        assert bool(eager) == (implementation == "triton")
+        found = [testing.value_and_gradients(compiled, tensors) for _ in range(2)]
+    assert served == 3 * eager
+    for values, gradients in found:
+        assert_same([*values, *gradients], [*expected[0], *expected[1]])
+    testing.value_and_gradients(compiled, tensors)
+    assert served == 3 * eager
+
+
+def test_a_graph_names_a_missing_implementation():
+    torch._dynamo.reset()
+    weigh = torch.compile(ivfast.importance_weighted_loss, fullgraph=True, backend="eager")
     with ivfast.use("cuda"), pytest.raises(RuntimeError, match="'cuda' implementation"):
-        compiled(x)
-    compiled(x)
+        weigh(torch.randn(4, 3))
