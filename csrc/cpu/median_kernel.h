@@ -1,7 +1,7 @@
 // Operations on the distances of a tile of pairs; included once per instruction set.
 #pragma once
 
-#include "median_distances.h"
+#include "distances.h"
 #include "median_select.h"
 
 namespace ivfast {
@@ -142,9 +142,9 @@ void sample(const MedianSet& set, void* values, int64_t count) {
     const uint64_t random = hash(uint64_t(s)), a = (random & 0xffffffff) % panels;
     const uint64_t b = (a + 1 + (random >> 32) % (panels - 1)) % panels;
     const T *const x = w.x + a * L * w.d, *const y = w.x + b * L * w.d;
-    Vec<T> xy = {};
-    for (int64_t k = 0; k < w.d; ++k) xy += at(x + k * L) * at(y + k * L);
-    const Vec<T> u = (at(w.half_norms + a * L) + at(w.half_norms + b * L)) - xy;
+    Vec<T> sum = {};
+    for (int64_t k = 0; k < w.d; ++k) Apart<T>::add(sum, at(x + k * L), at(y + k * L));
+    const Vec<T> u = half_square<T>(sum, at(w.half_norms + a * L), at(w.half_norms + b * L));
     at(static_cast<T*>(values) + s) = u > Vec<T>{} ? u : Vec<T>{};
   }
 }

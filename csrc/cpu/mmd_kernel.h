@@ -7,7 +7,7 @@
 // A sample's pair with itself is never computed: its k(0) is added or left out exactly.
 #pragma once
 
-#include "median_distances.h"
+#include "distances.h"
 #include "mmd.h"
 #include "reciprocal.h"
 #include "tiles.h"
@@ -78,12 +78,18 @@ int64_t bytes(const TwoSamples& s) {
 template <class S, class T>
 void prepare(const TwoSamples& s) {
   const Pool<T> w(s);
-  const T n = T(s.n[0]), m = T(s.n[1]);
-  T* const other = w.panels;  // not yet packed; round_up(d) <= padded d
-  centre(w.mean, static_cast<const S*>(s.x[0]), s.n[0], s.d);
-  centre(other, static_cast<const S*>(s.x[1]), s.n[1], s.d);
-  for (int64_t k = 0; k < w.width; k += lanes<T>)
-    at(w.mean + k) = at(w.mean + k) * (n / (n + m)) + at(other + k) * (m / (n + m));
+  const S *const x = static_cast<const S*>(s.x[0]), *const y = static_cast<const S*>(s.x[1]);
+  if constexpr (std::is_same_v<S, double>) {
+    for (int64_t k = s.d; k < w.width; ++k) w.mean[k] = 0;
+    median_of_columns(w.mean, x, s.n[0], y, s.n[1], s.d);
+  } else {
+    const T n = T(s.n[0]), m = T(s.n[1]);
+    T* const other = w.panels;  // not yet packed; round_up(d) <= padded d
+    centre(w.mean, x, s.n[0], s.d);
+    centre(other, y, s.n[1], s.d);
+    for (int64_t k = 0; k < w.width; k += lanes<T>)
+      at(w.mean + k) = at(w.mean + k) * (n / (n + m)) + at(other + k) * (m / (n + m));
+  }
   for (int64_t i = 0; i < s.count; ++i) {
     const double c = 0.5 * s.scales[i] * s.bandwidth, most = Limits<T>::scale, least = 1 / most;
     const double within = c > most ? most : c < least ? least : c;
@@ -217,9 +223,8 @@ double pair_tile(const TwoSamples& s, const Pool<T>& w, int a, int64_t i, int64_
   const bool diagonal = i == j;
   const double weight = w.weight[a == b ? a : 2];
   alignas(64) T G[tile * tile];
-  const T *const row_norms = w.half_norms + i, *const column_norms = w.half_norms + j, *const x = w.panels;
-  product_tile<false>(G, x, x, t, w.d, [&](Vec<T> xx, int64_t r, int64_t c) __attribute__((always_inline)) {
-    const Vec<T> u = (row_norms[r] + at(column_norms + c)) - xx, zero = {};
+  half_squares(G, w.panels, w.half_norms, t, w.d, [&](Vec<T> u, int64_t, int64_t) __attribute__((always_inline)) {
+    const Vec<T> zero = {};
     const Vec<T> most = Vec<T>{} + T(Limits<T>::distance), positive = zero > u ? zero : u;
     return most < positive ? most : positive;
   });

@@ -2,7 +2,7 @@
 // instruction set.
 #pragma once
 
-#include "median_distances.h"
+#include "distances.h"
 #include "svgd_bridge.h"
 
 namespace ivfast {

@@ -9,7 +9,7 @@
 //   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
 #pragma once
 
-#include "median_distances.h"
+#include "distances.h"
 #include "svgd.h"
 #include "tiles.h"
 
@@ -63,26 +63,10 @@ int64_t workspace_bytes(int64_t n, int64_t d) {
   return View<T>(set, backward).bytes;
 }
 
-// Any centre works: the kernel does not depend on it, only its rounding does.
-template <class S, class T>
-void set_mean(const SvgdSet& set, const View<T>& w) {
-  constexpr int L = lanes<T>, chains = 4;
-  for (int64_t k = 0; k < w.width; k += L) {
-    const S* x = static_cast<const S*>(set.x) + k;
-    const int64_t count = w.d - k < L ? w.d - k : L;
-    Vec<T> sum[chains] = {};
-    int64_t i = 0;
-    for (; i + chains <= w.n; i += chains)
-#pragma GCC unroll 4
-      for (int c = 0; c < chains; ++c) sum[c] += load_lanes<T>(x + (i + c) * w.d, count, (w.n - i - c) * w.d - k);
-    for (; i < w.n; ++i) sum[0] += load_lanes<T>(x + i * w.d, count, (w.n - i) * w.d - k);
-    at(w.mean + k) = ((sum[0] + sum[1]) + (sum[2] + sum[3])) / T(w.n);
-  }
-}
-
 template <class S, class T, bool backward>
-void centre(const SvgdSet& set) {
-  set_mean<S, T>(set, View<T>(set, backward));
+void set_centre(const SvgdSet& set) {
+  const View<T> w(set, backward);
+  centre(w.mean, static_cast<const S*>(set.x), w.n, w.d);
 }
 
 // Converts, centres and pads the rows [first, last), both multiples of lanes.
@@ -118,26 +102,25 @@ void pack(const SvgdSet& set, const View<T>& w, int64_t first, int64_t last, boo
         store_panel<T>(w.g_panels + i * w.d, G, k, count);
       }
     }
-    Vec<T> norm = {}, gx = {};
-    for (int64_t k = 0; k < w.d; ++k) {  // in the order of `product`, so that equal particles are at distance 0
-      const Vec<T> xk = at(w.x_panels + i * w.d + k * L);
-      norm += xk * xk;
-      if (backward) gx += at(w.g_panels + i * w.d + k * L) * xk;
-    }
-    at(w.half_norms + i) = T(0.5) * norm;
+    at(w.half_norms + i) = half_norms(w.x_panels + i * w.d, w.d);
     at(w.r + i) = Vec<T>{};
-    if (backward) at(w.b + i) = Vec<T>{}, at(w.p + i) = w.beta * gx;
+    if (backward) {
+      Vec<T> gx = {};
+      for (int64_t k = 0; k < w.d; ++k)
+        gx += at(w.g_panels + i * w.d + k * L) * at(w.x_panels + i * w.d + k * L);
+      at(w.b + i) = Vec<T>{}, at(w.p + i) = w.beta * gx;
+    }
     for (int64_t row = i; row < i + L; ++row)
       if (row >= w.n) w.half_norms[row] = T(__builtin_inff());
   }
 }
 
-// K; padding rows have infinite norms, so that their k is 0. A tile on the diagonal gets k_ii = 0.
+// K and, unless null, u; padding rows have infinite norms, so that their k is 0. A tile on the diagonal gets k_ii = 0.
 template <class T>
-IVFAST_INLINE void kernel_tile(T* K, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
-  const T *const rows = half_norms + t.i, *const cols = half_norms + t.j;
-  product_tile<false>(K, x, x, t, d, [&](Vec<T> xx, int64_t i, int64_t j) __attribute__((always_inline)) {
-    return exp2_nonpositive<Vec<T>, typename Simd<T>::Bits>((xx - rows[i] - at(cols + j)) * exponent, T());
+IVFAST_INLINE void kernel_tile(T* K, T* kept, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
+  half_squares(K, x, half_norms, t, d, [&](Vec<T> u, int64_t i, int64_t j) __attribute__((always_inline)) {
+    if (kept) at(kept + i * tile + j) = u;
+    return exp2_nonpositive<Vec<T>, typename Simd<T>::Bits>(u * -exponent, T());
   });
   if (t.i == t.j)
     for (int64_t i = 0; i < t.rows; ++i) K[i * tile + i] = 0;
@@ -151,6 +134,10 @@ IVFAST_INLINE void gradient_tile(T* B, const T* K, const T* g, const T* v, const
     return at(K + i * tile + j) * (gv + rows[i] + at(cols + j));
   });
 }
+
+// ⟨X, D⟩ = (γ/n) Σ_ij B_ij u_ij, which in float64 is summed pair by pair: far-apart rows would lose it in ⟨X, D⟩.
+template <class T>
+constexpr bool exact_slope = std::is_same_v<T, double>;
 
 // The tiles of rows [i, i_end) and [j, j_end), at most `tile` each.
 template <class T, bool backward>
@@ -166,13 +153,20 @@ void pair_tile(const View<T>& w, int64_t i, int64_t i_end, int64_t j, int64_t j_
     add_column_sums(sums + j, K, rows, t.cols);
     accumulate<1, tile>(out + j * w.ld, K, y + i * w.ld, col_groups, rows, w.ld, w.width);
   };
-  alignas(64) T K[tile * tile];
-  kernel_tile(K, w.x_panels, w.half_norms, w.exponent, t, w.d);
+  constexpr bool exact = backward && exact_slope<T>;
+  alignas(64) T K[tile * tile], u[exact ? tile * tile : 1];
+  kernel_tile(K, exact ? u : nullptr, w.x_panels, w.half_norms, w.exponent, t, w.d);
   add(K, w.r, backward ? w.kg : w.kv, backward ? w.g : w.v);
   if constexpr (backward) {
     alignas(64) T B[tile * tile];
     gradient_tile(B, K, w.g_panels, w.v_panels, w.p, t, w.d);
     add(B, w.b, w.bx, w.x);
+    if constexpr (exact) {
+      double sum = 0;
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < cols; ++c) sum += B[r * tile + c] == 0 ? 0 : B[r * tile + c] * u[r * tile + c];
+      w.dh[i / 32] += (diagonal ? 1 : 2) * w.gamma / T(w.n) * sum;
+    }
   }
 }
 
@@ -189,6 +183,7 @@ template <class S, class T, bool backward>
 void begin(const SvgdSet& set, int64_t first, int64_t last) {
   const View<T> w(set, backward);
   pack<S, T>(set, w, first, round_up(last, lanes<T>), backward);
+  for (int64_t slot = first / 32; backward && slot <= (last - 1) / 32; ++slot) w.dh[slot] = 0;
   pair_blocks<T, backward>(w, first, last, first, last);
 }
 
@@ -218,7 +213,6 @@ void finish_backward(const SvgdSet& set, int64_t first, int64_t last) {
   const View<T> w(set, true);
   const T per_n = T(1) / T(w.n) + nan_of(w.mean, w.d);
   S* const dscore = static_cast<S*>(set.dscore);
-  for (int64_t slot = first / 32; slot <= (last - 1) / 32; ++slot) w.dh[slot] = 0;
   for (int64_t i = first; i < last; ++i) {
     S* dx = static_cast<S*>(set.dx) + i * w.d;
     const T *x = w.x + i * w.ld, *g = w.g + i * w.ld, *kg = w.kg + i * w.ld, *bx = w.bx + i * w.ld;
@@ -228,7 +222,7 @@ void finish_backward(const SvgdSet& set, int64_t first, int64_t last) {
       const Vec<T> D = per_n * (w.gamma * (b * at(x + k) - at(bx + k)));
       const Vec<T> E = per_n * (r * at(g + k) - at(kg + k)), dS = per_n * (at(g + k) + at(kg + k));
       const Vec<T> dX = w.two_over_h * (E - D);
-      dh += at(x + k) * (D - 2 * E);
+      dh += at(x + k) * (exact_slope<T> ? -2 * E : D - 2 * E);
       alignas(64) T dx_lanes[lanes<T>], dS_lanes[lanes<T>];
       at(dx_lanes) = dscore ? dX : dX - dS;  // S = −x
       at(dS_lanes) = dS;
@@ -267,9 +261,9 @@ bool lost(const SvgdSet& set) {
 template <class S, class T>
 SvgdStages stages_of(bool backward) {
   if (backward)
-    return {workspace_bytes<T, true>, centre<S, T, true>, begin<S, T, true>, pair<T, true>,
+    return {workspace_bytes<T, true>, set_centre<S, T, true>, begin<S, T, true>, pair<T, true>,
             finish_backward<S, T>, bandwidth_gradient<T>, lost<T, true>};
-  return {workspace_bytes<T, false>, centre<S, T, false>, begin<S, T, false>, pair<T, false>,
+  return {workspace_bytes<T, false>, set_centre<S, T, false>, begin<S, T, false>, pair<T, false>,
           finish_forward<S, T>, nullptr, lost<T, false>};
 }
 

@@ -106,8 +106,14 @@ IVFAST_INLINE const T* row(const T* panels, int64_t i, int64_t d) {
   return panels + (i - lane) * d + lane;
 }
 
-// acc[r][v] += Σ_k a_{i+r,k} b_{j+v·lanes…,k} for k in [first, last)
-template <class T, int R, int C>
+// What a pair of numbers adds to a sum over columns.
+template <class T>
+struct Product {
+  IVFAST_INLINE void add(Vec<T>& sum, T a, Vec<T> b) { sum += a * b; }
+};
+
+// acc[r][v] += Σ_k a_{i+r,k} b_{j+v·lanes…,k}, or what `Term` makes of the two, for k in [first, last)
+template <class Term, class T, int R, int C>
 IVFAST_INLINE void product(Vec<T> (&acc)[R][C], const T* a, const T* b, int64_t d, int64_t first, int64_t last) {
   constexpr int L = lanes<T>;
   for (int64_t k = first; k < last; ++k) {
@@ -117,7 +123,7 @@ IVFAST_INLINE void product(Vec<T> (&acc)[R][C], const T* a, const T* b, int64_t 
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < C; ++v) acc[r][v] += a[k * L + r] * column[v];
+      for (int v = 0; v < C; ++v) Term::add(acc[r][v], a[k * L + r], column[v]);
   }
 }
 
@@ -142,9 +148,9 @@ struct Range {
 // Two panels of a group of columns stay in the L1 cache while the rows are processed.
 constexpr int64_t depth = 128;
 
-// out_ij = f(Σ_k a_ik b_jk [+ Σ_k b_ik a_jk], i, j), i and j counted within the tile [rows, tile]
-template <bool symmetric, class T, class F>
-IVFAST_INLINE void product_tile(T* out, const T* a, const T* b, Range t, int64_t d, const F& f) {
+// out_ij = f(Σ_k a_ik b_jk [+ Σ_k b_ik a_jk], i, j), i and j counted within the tile [rows, tile]; `Term` as in `product`
+template <bool symmetric, class Term, class T, class F>
+IVFAST_INLINE void pair_tile_sums(T* out, const T* a, const T* b, Range t, int64_t d, const F& f) {
   constexpr int R = group<T>, L = lanes<T>;
   for (int64_t first = 0; first < d; first += depth) {
     const int64_t last = first + depth < d ? first + depth : d;
@@ -158,8 +164,8 @@ IVFAST_INLINE void product_tile(T* out, const T* a, const T* b, Range t, int64_t
           for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
             for (int v = 0; v < C; ++v) acc[r][v] = at(corner + r * tile + v * L);
-        product<T, R, C>(acc, row(a, t.i + i, d), b + (t.j + j) * d, d, first, last);
-        if constexpr (symmetric) product<T, R, C>(acc, row(b, t.i + i, d), a + (t.j + j) * d, d, first, last);
+        product<Term, T, R, C>(acc, row(a, t.i + i, d), b + (t.j + j) * d, d, first, last);
+        if constexpr (symmetric) product<Term, T, R, C>(acc, row(b, t.i + i, d), a + (t.j + j) * d, d, first, last);
         if (last == d)
 #pragma GCC unroll 16
           for (int r = 0; r < R; ++r)
@@ -173,6 +179,11 @@ IVFAST_INLINE void product_tile(T* out, const T* a, const T* b, Range t, int64_t
       }
     });
   }
+}
+
+template <bool symmetric, class T, class F>
+IVFAST_INLINE void product_tile(T* out, const T* a, const T* b, Range t, int64_t d, const F& f) {
+  pair_tile_sums<symmetric, Product<T>>(out, a, b, t, d, f);
 }
 
 // out_i += Σ_j K_ij y_j for `rows` rows i, in whole groups, and `cols` columns j; K_ij at i * row_step +

@@ -9,12 +9,22 @@ def arithmetic(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def squared_distances(x: Tensor) -> Tensor:
-    """‖x_i − x_j‖² `[..., n, n]` of centred x `[..., n, d]`: never negative, exactly 0 on the diagonal."""
-    gram = x @ x.mT
-    norms = gram.diagonal(dim1=-2, dim2=-1)  # from the same rounded products
-    d2 = (norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * gram).clamp_min(0)
-    return d2.masked_fill(torch.eye(x.shape[-2], dtype=torch.bool, device=x.device), 0)
+def middle(x: Tensor) -> Tensor:
+    """The median of each column `[..., 1, d]`, which a few far rows do not move. NaN for a column that holds NaN or an
+    infinity. No gradient."""
+    x = x.detach()
+    place = torch.full((1,), x.shape[-2] // 2, dtype=torch.int64, device=x.device)  # in a graph for every n, no number
+    return x.sort(-2).values.index_select(-2, place) + (0 * x).sum(-2, keepdim=True)
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """‖x_i − y_j‖² `[..., n, m]`, from differences: exactly 0 for equal rows, and right however far others are.
+
+    Derivatives are those of ‖x_i‖² + ‖y_j‖² − 2 x_i·y_j, whose rounding is that of the rows and not of their squares.
+    """
+    products = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)
+    d2 = torch.cdist(x.detach(), y.detach(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    return d2 + (products - products.detach())
 
 
 def pooled(x: Tensor, y: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
-from ._pairwise import squared_distances
+from ._pairwise import middle, squared_distances
 
 
 class _Convention(NamedTuple):
@@ -79,7 +79,8 @@ def median_bandwidth_reference(x: Tensor, full: bool, squared: bool, divisor: fl
     """h `[...]` and the two middle squared distances `[..., 2]`, equal if the number of distances is odd."""
     n = x.shape[-2]
     X = x.double()  # far-apart particles leave too little in float32
-    middles = _middles(_distances(X - X.mean(-2, keepdim=True)), full)
+    X = X - middle(X)
+    middles = _middles(squared_distances(X, X), full)
     h, middles = from_middles(middles, squares_about(X, X[..., :1, :]) / n, squared, divisor)
     wide = torch.promote_types(x.dtype, torch.float32)
     return h.to(wide), middles.to(wide)
@@ -97,21 +98,6 @@ def from_middles(middles: Tensor, spread: Tensor, squared: bool, divisor: float)
     med2 = torch.where((med2 > 0) & ~spread.isnan(), med2, spread)
     h = torch.where(med2 == 0, torch.ones_like(med2), med2 / divisor)
     return h, torch.where(h.isnan().unsqueeze(-1), h.unsqueeze(-1), middles)
-
-
-def _distances(x: Tensor) -> Tensor:
-    """‖x_i − x_j‖² `[..., n, n]` of centred x, exactly 0 for equal particles, whose rows a matrix product may sum in
-    different orders."""
-    return torch.where(_equal(x.detach()), 0, squared_distances(x))
-
-
-def _equal(x: Tensor) -> Tensor:
-    """Whether rows are equal `[..., n, n]`: those that have the same rank in every column. Squared distances of ranks,
-    which are integers, are exact."""
-    values, places = x.sort(-2)
-    steps = (values[..., 1:, :] != values[..., :-1, :]).cumsum(-2)
-    ranks = torch.zeros_like(x).scatter(-2, places[..., 1:, :], steps.to(x.dtype))
-    return squared_distances(ranks) == 0
 
 
 def _middles(d2: Tensor, full: bool) -> Tensor:
@@ -134,8 +120,8 @@ def _combine(middles: Tensor, squared: bool) -> Tensor:
 def _backward_reference(grad, x, middles, squared, divisor):
     # ∂h/∂x_i = Σ_j c_ij 2(x_i − x_j), c_ij is the share of pair (i, j) in the two middles
     X = x.double()
-    X = X - X.mean(-2, keepdim=True)
-    d2 = _distances(X).to(middles.dtype)
+    X = X - middle(X)
+    d2 = squared_distances(X, X).to(middles.dtype)
     chosen = middles[..., None, None, :] == d2.unsqueeze(-1)  # [..., n, n, 2]
     count = chosen.sum((-3, -2))
     # the middles, as tied pairs share them

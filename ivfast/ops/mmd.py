@@ -12,7 +12,7 @@ from .. import _check
 from .._registry import register
 from . import median
 from ._derivatives import differentiable
-from ._pairwise import pooled, small_in_cuda, squared_distances
+from ._pairwise import middle, pooled, small_in_cuda, squared_distances
 
 KERNELS = ("imq", "rbf")
 SCALES = {"imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0), "rbf": (1.0,)}
@@ -91,9 +91,12 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
     Computed in float64, because far-apart samples leave too little in float32. Without a bandwidth the scales are in
     units of r². Draws y from a prior need no gradient, which saves their half of the products with the slopes.
     """
-    X, Y = _centred(x, y)
-    own = X - X.mean(-2, keepdim=True).detach()  # x may be far from y
-    (xx, yy, xy), (w_xx, w_yy, w_xy) = _distances(X, Y, own), _weights(X, Y, unbiased)
+    X, Y = x.double(), y.double()
+    centre = middle(Y)  # nothing depends on it but rounding
+    X, Y = X - centre, Y - centre
+    own = X - middle(X)  # x may be far from y
+    xx, yy, xy = squared_distances(own, own), squared_distances(Y, Y), squared_distances(X, Y)
+    w_xx, w_yy, w_xy = _weights(X, Y, unbiased)
     b = 1 if bandwidth is None else bandwidth.double()[..., None, None]
     slopes = x_gradient, y_gradient, x_gradient or y_gradient
     kernels = [_kernel(d2, b, imq, scales, wanted) for d2, wanted in zip((xx, yy, xy), slopes, strict=True)]
@@ -112,18 +115,6 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
     if y_gradient:
         dy = 4 * (w_yy * _pull(s_yy, Y, Y) - w_xy * _pull(s_xy.mT, Y, X))
     return total.to(wide), dx.to(wide), dy.to(wide)
-
-
-def _centred(x, y):
-    X, Y = x.double(), y.double()
-    centre = Y.mean(-2, keepdim=True).detach()  # nothing depends on it, nor do derivatives but for rounding
-    return X - centre, Y - centre
-
-
-def _distances(X, Y, own):
-    """Squared distances within X, which is `own` about its mean, within Y (zero diagonals) and between them."""
-    between = X.square().sum(-1).unsqueeze(-1) + Y.square().sum(-1).unsqueeze(-2) - 2 * (X @ Y.mT)
-    return squared_distances(own), squared_distances(Y), between.clamp_min(0)
 
 
 def _weights(X, Y, unbiased):

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
-from ._pairwise import squared_distances
+from ._pairwise import middle, squared_distances
 from .median import CONVENTIONS, median_bandwidth
 
 
@@ -87,9 +87,9 @@ def _terms(x, score, bandwidth):
     particles leave too little in float32."""
     x = x.double()
     S = -x if score is None else score.double()
-    X = x - x.mean(-2, keepdim=True).detach()  # nothing depends on the mean of x but rounding
+    X = x - middle(x)  # nothing depends on the centre but rounding
     h = bandwidth.double()[..., None, None]
-    d2 = squared_distances(X)
+    d2 = squared_distances(X, X)
     own = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
     return torch.exp(-d2 / h).masked_fill(own, 0), X, S, h, d2
 

@@ -1,11 +1,13 @@
 // Half squared distances in tiles; included once per instruction set.
 //
-// u_ij = ‖x_i‖²/2 + ‖x_j‖²/2 − x_i·x_j = ‖x_i − x_j‖²/2 of centred rows. Norms are summed in the same order as
-// products: equal rows are at distance exactly 0, and u_ij = u_ji to the last bit.
+// In float32 u_ij = ‖x_i‖²/2 + ‖x_j‖²/2 − x_i·x_j = ‖x_i − x_j‖²/2 of centred rows. Norms are summed in the same order as
+// products: equal rows are at distance exactly 0, and u_ij = u_ji to the last bit. Where that loses too much, operators
+// turn to float64, in which squares of differences are summed.
 #pragma once
 
 #include <type_traits>
 
+#include "centre.h"
 #include "tiles.h"
 
 namespace ivfast {
@@ -25,10 +27,15 @@ IVFAST_INLINE Vec<T> load_row(const S* from, int64_t count, int64_t available) {
   return load_lanes<T>(from, count, available);
 }
 
-// The mean of rows [n, d]. Distances do not depend on the centre, only their rounding does, so any centre works.
+// The middle of rows [n, d]: in float32 their mean, in float64 their median, which a few far rows do not move. Distances
+// do not depend on the centre, only their rounding does, so any centre works.
 template <class S, class T>
 IVFAST_INLINE void centre(T* mean, const S* x, int64_t n, int64_t d) {
   constexpr int L = lanes<T>, chains = 4;
+  if constexpr (std::is_same_v<S, double>) {
+    for (int64_t k = d; k < round_up(d, L); ++k) mean[k] = 0;
+    return median_of_columns(mean, x, n, x, 0, d);
+  }
   for (int64_t k = 0; k < d; k += L) {
     const int64_t count = d - k < L ? d - k : L;
     const auto row = [&](int64_t i) { return load_row<T>(x + i * d + k, count, (n - i) * d - k); };
@@ -42,10 +49,32 @@ IVFAST_INLINE void centre(T* mean, const S* x, int64_t n, int64_t d) {
   }
 }
 
-// ‖x_i‖²/2 of the rows of one panel
+// What a pair of coordinates adds to `half_square`'s sum: x_i x_j in float32, (x_i − x_j)² in float64.
+template <class T>
+struct Apart {
+  template <class A>
+  IVFAST_INLINE void add(Vec<T>& sum, A a, Vec<T> b) {
+    if constexpr (std::is_same_v<T, double>) {
+      const Vec<T> difference = a - b;
+      sum += difference * difference;
+    } else {
+      sum += a * b;
+    }
+  }
+};
+
+// u of that sum and the rows' `half_norms`; not clamped at 0
+template <class T, class N>
+IVFAST_INLINE Vec<T> half_square(Vec<T> sum, N row, Vec<T> column) {
+  if constexpr (std::is_same_v<T, double>) return (row + column) + T(0.5) * sum;
+  return (row + column) - sum;
+}
+
+// ‖x_i‖²/2 of the rows of one panel; 0 in float64, where u does not need it
 template <class T>
 IVFAST_INLINE Vec<T> half_norms(const T* panel, int64_t d) {
   Vec<T> norm = {};
+  if constexpr (std::is_same_v<T, double>) return norm;
   for (int64_t k = 0; k < d; ++k) norm += at(panel + k * lanes<T>) * at(panel + k * lanes<T>);
   return T(0.5) * norm;
 }
@@ -69,12 +98,20 @@ IVFAST_INLINE T nan_of(const T* x, int64_t count) {
   return total;
 }
 
-// u for whole groups of rows and whole vectors of columns; NaN gives 0.
+// f(u, i, j) for whole groups of rows and whole vectors of columns, i and j counted within the tile
+template <class T, class F>
+IVFAST_INLINE void half_squares(T* out, const T* panels, const T* half_norms, Range t, int64_t d, const F& f) {
+  const T *const rows = half_norms + t.i, *const cols = half_norms + t.j;
+  pair_tile_sums<false, Apart<T>>(
+      out, panels, panels, t, d, [&](Vec<T> sum, int64_t i, int64_t j) __attribute__((always_inline)) {
+        return f(half_square<T>(sum, rows[i], at(cols + j)), i, j);
+      });
+}
+
+// u; NaN gives 0.
 template <class T>
 IVFAST_INLINE void distance_tile(T* u, const T* panels, const T* half_norms, int64_t d, Range t) {
-  const T *const rows = half_norms + t.i, *const cols = half_norms + t.j;
-  product_tile<false>(u, panels, panels, t, d, [&](Vec<T> xx, int64_t i, int64_t j) __attribute__((always_inline)) {
-    const Vec<T> value = (rows[i] + at(cols + j)) - xx;
+  half_squares(u, panels, half_norms, t, d, [&](Vec<T> value, int64_t, int64_t) __attribute__((always_inline)) {
     return value > Vec<T>{} ? value : Vec<T>{};
   });
 }

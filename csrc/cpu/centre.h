@@ -1,0 +1,12 @@
+// A centre of samples that a few far rows do not move. Compiled once, for every instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace ivfast {
+
+// The median of each column [d] of x [n, d] and y [m, d] together, both row by row; NaN for a column that holds NaN or an
+// infinity.
+void median_of_columns(double* centre, const double* x, int64_t n, const double* y, int64_t m, int64_t d);
+
+}  // namespace ivfast

@@ -1,0 +1,59 @@
+"""Particles so far from the others that squares of their coordinates hold nothing of the distances that matter."""
+
+import formulas
+import pytest
+import torch
+
+import ivfast
+from ivfast import testing
+
+N, D = 30, 4
+# Sums of a_ij (x_i − x_j) are computed as (Σ_j a_ij) x_i − Σ_j a_ij x_j in float64, so that they lose EPS ‖x‖ where far
+# rows are near each other. The centre is the median: where there is only one far row, it loses nothing.
+EPS = 64 * torch.finfo(torch.float64).eps
+
+
+def outliers(x, far):
+    return torch.cat((x[:3] * far, x[3:]))
+
+
+def clusters(x, far):
+    """Of which the second, two thirds, is a thousandth as wide as it is far."""
+    return torch.cat((x[: N // 3], x[N // 3 :] * (1 + far * 1e-3) + far))
+
+
+def tight(x, far):
+    """A third of them, equal in part."""
+    return torch.cat((x[: N // 3] * 2e-8 * far - far, x[N // 3 :]))
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("place", [outliers, clusters, tight])
+def test_far_apart_particles(place, dtype, implementation, isa, monkeypatch):
+    monkeypatch.setattr(formulas.middle, "__defaults__", (1e-7,))  # float32 tells such distances apart
+    far = 10 ** float(torch.empty(()).uniform_(3, 12))
+    x, y = (place(torch.randn(N, D, dtype=torch.float64), far).to(dtype) for _ in range(2))
+    score, h = torch.randn(N, D).to(dtype), torch.tensor(2.0 * D, dtype=dtype)
+    bound = testing.TOLERANCES[dtype] + (0 if place is outliers else EPS * far)
+    calls = {
+        "median": (lambda its, x: its.median_bandwidth(x, convention="paper"), (x,)),
+        "direction": (lambda its, x, s, h: its.svgd_direction(x, s, bandwidth=h), (x, score, h)),
+        "mmd": (lambda its, x, y: its.mmd(x, y), (x, y)),
+        "rbf": (lambda its, x, y: its.mmd(x, y, kernel="rbf", bandwidth=3.0), (x, y)),
+    }
+    for name, (call, inputs) in calls.items():
+        ours = [t.clone().requires_grad_() for t in inputs]
+        exact = [t.double().requires_grad_() for t in inputs]
+        with ivfast.use(implementation):
+            a, b = call(ivfast, *ours), call(formulas, *exact)
+            weights = torch.randn_like(b)
+            found = torch.autograd.grad(a, ours, weights.to(a))
+        wanted = torch.autograd.grad(b, exact, weights)
+        # sums that may cancel, a difference of means and ∂h, are held against the size of their terms
+        units = [
+            1.0 if name in ("mmd", "rbf") else 0.0,
+            *(0.0 if q.dim() else float((b.detach() * weights).norm()) / 8 for q in wanted),
+        ]
+        for p, q, unit in zip((a, *found), (b, *wanted), units, strict=True):
+            assert testing.error(p, q, unit) <= bound, (name, p.shape, far)
