@@ -37,9 +37,8 @@ std::pair<double, double> mmd_once(TwoSamples samples, const MmdStages& stages, 
 
 double mmd_run(const TwoSamples& samples, ScalarType dtype, bool threaded) {
   const auto stages = [](ScalarType in) { return IVFAST_BY_ISA(mmd_stages, storage(in)); };
-  if (std::isnan(samples.bandwidth)) {  // which the kernel's exponential would lose
-    for (int k = 0; k < 2; ++k)
-      if (samples.dx[k]) from_float64(samples.dx[k], arithmetic(dtype), std::vector<double>(samples.n[k] * samples.d, NAN));
+  if (!is_bandwidth(samples.bandwidth)) {
+    for (int k = 0; k < 2; ++k) fill_nan(samples.dx[k], arithmetic(dtype), samples.n[k] * samples.d);
     return NAN;
   }
   double least = INFINITY, most = 0;

@@ -4,6 +4,7 @@
 // operator keeps to itself still needs a name that no other operator uses.
 #pragma once
 
+#include <cmath>
 #include <cstdlib>
 #include <new>
 
@@ -130,6 +131,12 @@ inline void from_float64(void* to, ScalarType dtype, const std::vector<double>& 
   : dtype == ScalarType::BFloat16 ? copy(BFloat16())
   : dtype == ScalarType::Half     ? copy(Float16())
                                   : copy(float());
+}
+
+// A median that float32 does not hold is 0 or infinite, and all kernel values would be 0 or 1: results are NaN instead.
+inline bool is_bandwidth(double h) { return h > 0 && h < INFINITY; }
+inline void fill_nan(void* to, ScalarType dtype, int64_t count) {
+  if (to) from_float64(to, dtype, std::vector<double>(size_t(count), NAN));
 }
 
 }  // namespace ivfast

@@ -45,9 +45,14 @@ std::pair<double, bool> svgd_once(SvgdSet set, const SvgdStages& stages, bool th
 
 double svgd_run(const SvgdSet& set, ScalarType dtype, bool threaded) {
   const bool backward = set.grad;
+  const int64_t size = set.n * set.d;
+  if (!is_bandwidth(set.h)) {
+    for (void* result : {set.phi, set.dx, set.dscore}) fill_nan(result, dtype, size);
+    fill_nan(set.row_sum, arithmetic(dtype), set.n);
+    return NAN;
+  }
   const auto [gradient, lost] = svgd_once(set, stages(dtype, backward), threaded);
   if (!lost || dtype == ScalarType::Double) return gradient;
-  const int64_t size = set.n * set.d;
   std::vector<double> x, score, grad, first(size), second(backward ? set.dscore ? size : 0 : set.n);
   SvgdSet wide = set;
   wide.x = to_float64(x, set.x, dtype, size), wide.score = to_float64(score, set.score, dtype, size);

@@ -12,7 +12,7 @@ from .. import _check
 from .._registry import register
 from . import median
 from ._derivatives import differentiable
-from ._pairwise import middle, pooled, small_in_cuda, squared_distances
+from ._pairwise import middle, pooled, proper, small_in_cuda, squared_distances
 
 KERNELS = ("imq", "rbf")
 SCALES = {"imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0), "rbf": (1.0,)}
@@ -97,7 +97,7 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
     own = X - middle(X)  # x may be far from y
     xx, yy, xy = squared_distances(own, own), squared_distances(Y, Y), squared_distances(X, Y)
     w_xx, w_yy, w_xy = _weights(X, Y, unbiased)
-    b = 1 if bandwidth is None else bandwidth.double()[..., None, None]
+    b = 1 if bandwidth is None else proper(bandwidth.double())[..., None, None]
     slopes = x_gradient, y_gradient, x_gradient or y_gradient
     kernels = [_kernel(d2, b, imq, scales, wanted) for d2, wanted in zip((xx, yy, xy), slopes, strict=True)]
     total = 0
