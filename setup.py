@@ -15,8 +15,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from setuptools import find_packages, setup
+
+# pip asks for the metadata twice before it builds; without torch, whose import takes seconds, that is quick.
+BUILDS = {"egg_info", "dist_info"}.isdisjoint(sys.argv)
+if BUILDS:
+    import torch
 
 
 def cuda_toolkit() -> Path | None:
@@ -86,7 +90,10 @@ else:
 # 8.0 A100, 9.0 H100/H200, 10.0 B200; PTX for what comes after
 os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES or "8.0;9.0;10.0+PTX"
 
-from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402  reads CUDA_HOME
+if BUILDS:
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # reads CUDA_HOME
+else:
+    from setuptools.command.build_ext import build_ext as BuildExtension
 
 # 2.10, the oldest torch the binary loads in; it also bans every header outside the stable ABI. The same for Python is
 # `py_limited_api`, which defines Py_LIMITED_API.
@@ -191,7 +198,7 @@ for name, folder in FOLDERS.items():
 setup(
     packages=sorted(packages),
     package_dir={"ivfast": "ivfast", **FOLDERS},
-    ext_modules=extensions(),
+    ext_modules=extensions() if BUILDS else [],
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -10,8 +10,8 @@ def arithmetic(x: Tensor) -> Tensor:
 
 
 def proper(h: Tensor) -> Tensor:
-    """h, or NaN where it is not positive and finite: with a median that float32 does not hold, 0 or infinity, all kernel
-    values would be 0 or 1."""
+    """h, or NaN where it is not positive and finite: with a median that float32 does not hold, 0 or infinity, all
+    kernel values would be 0 or 1."""
     return h + 0 * h.log()
 
 
