@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from PIL import Image
-from test_import import passes
+from processes import passes
 
 from ivfast.data import DataNotFound, load
 

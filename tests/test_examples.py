@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from test_import import CORE, passes
+from processes import CORE, passes
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from test_import import passes, without
+from processes import passes, without
 from torch import nn
 
 import ivfast

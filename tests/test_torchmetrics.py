@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_import import passes, without
+from processes import passes, without
 from test_patch import nuclear
 from torch import nn
 
