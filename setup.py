@@ -18,7 +18,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # pip asks for the metadata twice before it builds; without torch, whose import takes seconds, that is quick.
-BUILDS = {"egg_info", "dist_info"}.isdisjoint(sys.argv)
+BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop", "sdist"}
+BUILDS = {"egg_info", "dist_info"}.isdisjoint(sys.argv) or not BUILDING.isdisjoint(sys.argv)
 if BUILDS:
     import torch
 
@@ -68,7 +69,7 @@ def switch(name: str) -> bool | None:
 TOOLKIT = cuda_toolkit()
 ASKED = switch("IVFAST_CUDA")
 REQUIRED = bool(switch("IVFAST_REQUIRE_KERNELS"))
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join([] if ASKED is False else gpus())
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(gpus() if BUILDS and ASKED is not False else [])
 LEFT_OUT: dict[str, str] = {}  # module: why
 
 

@@ -3,7 +3,8 @@
 PyTorch's dispatcher is the registry. `register` defines the operator, with the reference as the fallback for every
 device (and for fake tensors) and, for CUDA tensors, a launcher that picks the best implementation available. Kernels
 in csrc/ register themselves by name: C++ CPU kernels under `ivfast::<name>`, CUDA C++ kernels under its overload
-`<name>.cuda`. The overload `<name>.triton` is the Triton kernel alone, which graphs compiled inside `use` call.
+`<name>.cuda`. A graph compiled inside `use` calls that overload or `<name>.triton`, the Triton kernel alone; those of a
+composition force each of its parts.
 """
 
 import contextlib
@@ -50,8 +51,8 @@ def use(implementation: str) -> Iterator[None]:
     """Force one implementation (`reference`, `cpu`, `triton` or `cuda`) for every op called inside the block.
 
     An op without that implementation raises `RuntimeError`, which names the op and what is missing; it never falls
-    back. A backward pass is covered only if it also runs inside the block. The choice applies to this thread, and to
-    the threads in which autograd runs its backward passes.
+    back. A backward pass is covered if it also runs inside the block, or belongs to a graph compiled there. The choice
+    applies to this thread, and to the threads in which autograd runs its backward passes.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
@@ -110,13 +111,14 @@ def register(
     if composition or meta:  # a loop over chunks, for one, would fix the sizes of fake tensors
         _library.impl(name, meta or reference, "Meta")
     op = OPS[name] = Op(name, reference, triton, cuda, prefer or (lambda *args: ("triton", "cuda")), composition, parts)
-    launchers = {"triton": composition or (triton and op.launch_triton), "cuda": composition}
-    for overload, launcher in launchers.items():
-        if launcher or (cuda and overload == "cuda"):
+    for overload, kernel in (("triton", triton), ("cuda", cuda)):
+        if kernel or parts:
             _library.define(f"{name}.{overload}({signature}")
             _library.impl(f"{name}.{overload}", meta or reference, "Meta")
-        if launcher:
-            _library.impl(f"{name}.{overload}", launcher, "CompositeExplicitAutograd")
+        if parts:
+            _library.impl(f"{name}.{overload}", use(overload)(composition), "CompositeExplicitAutograd")
+    if triton:
+        _library.impl(f"{name}.triton", op.launch_triton, "CompositeExplicitAutograd")
     if triton or cuda:
         _library.impl(name, op.on_cuda, "CUDA")
     return op
@@ -153,7 +155,7 @@ class Op:
         return self.reference(*args)
 
     def implementation(self, name: str) -> Callable:
-        """What `use` forces: of a composition, itself, because its parts are forced one by one."""
+        """What `use` forces; for a composition, the composition itself, whose parts are forced one by one."""
         if name == "reference":
             return self.reference
         return self.default if name == "cpu" else getattr(getattr(torch.ops.ivfast, self.name), name)

@@ -257,7 +257,7 @@ FORCED = ["gaussian_kl", "linear_multi_js_loss", "median_bandwidth", "multi_js_l
 
 @pytest.mark.parametrize("case", [next(c for c in testing.CASES if c.op == op) for op in FORCED], ids=str)
 @pytest.mark.parametrize("implementation", ["triton", "cuda"])
-def test_a_graph_serves_one_forced_implementation(case, implementation, simt, monkeypatch):
+def test_a_graph_serves_one_forced_implementation(case, implementation, request, monkeypatch):
     """A graph made inside `use` computes with that implementation when it runs, and serves no other."""
     served = []
 
@@ -267,7 +267,10 @@ def test_a_graph_serves_one_forced_implementation(case, implementation, simt, mo
 
     launch = Op._launcher
     monkeypatch.setattr(Op, "_launcher", property(launcher))
-    tensors = testing.inputs(case, torch.float32)
+    if implementation == "cuda":
+        request.getfixturevalue("simt")
+    device = "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+    tensors = testing.inputs(case, torch.float32, device=device)
     torch._dynamo.reset()
     compiled = case._replace(function=torch.compile(case.function, fullgraph=True, backend="aot_eager"))
     testing.value_and_gradients(compiled, tensors)

@@ -8,16 +8,21 @@
 namespace ivfast {
 
 void median_of_columns(double* centre, const double* x, int64_t n, const double* y, int64_t m, int64_t d) {
-  std::vector<double> column(n + m);
-  for (int64_t k = 0; k < d; ++k) {
-    bool finite = true;
-    for (int64_t i = 0; i < n + m; ++i) {
-      column[i] = i < n ? x[i * d + k] : y[(i - n) * d + k];
-      finite &= std::isfinite(column[i]);
+  constexpr int64_t together = 8;  // columns, which share a cache line
+  const int64_t rows = n + m;
+  std::vector<double> columns(together * rows);
+  for (int64_t first = 0; first < d; first += together) {
+    const int64_t count = std::min(together, d - first);
+    for (int64_t i = 0; i < rows; ++i) {
+      const double* const row = (i < n ? x + i * d : y + (i - n) * d) + first;
+      for (int64_t k = 0; k < count; ++k) columns[k * rows + i] = row[k];
     }
-    const auto middle = column.begin() + (n + m) / 2;
-    if (finite) std::nth_element(column.begin(), middle, column.end());
-    centre[k] = finite ? *middle : std::numeric_limits<double>::quiet_NaN();
+    for (int64_t k = 0; k < count; ++k) {
+      const auto begin = columns.begin() + k * rows, middle = begin + rows / 2;
+      const bool finite = std::all_of(begin, begin + rows, [](double value) { return std::isfinite(value); });
+      if (finite) std::nth_element(begin, middle, begin + rows);
+      centre[first + k] = finite ? *middle : std::numeric_limits<double>::quiet_NaN();
+    }
   }
 }
 

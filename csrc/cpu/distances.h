@@ -90,7 +90,7 @@ double spread(const S* x, int64_t n, int64_t d) {
   return total / double(n);
 }
 
-// 0, or NaN if one of x [count] is NaN or infinite. A column's mean is, if one of its numbers is.
+// 0, or NaN if one of x [count] is NaN or infinite. A column's centre is, if one of its numbers is.
 template <class T>
 IVFAST_INLINE T nan_of(const T* x, int64_t count) {
   T total = 0;

@@ -133,7 +133,8 @@ inline void from_float64(void* to, ScalarType dtype, const std::vector<double>& 
                                   : copy(float());
 }
 
-// A median that float32 does not hold is 0 or infinite, and all kernel values would be 0 or 1: results are NaN instead.
+// Whether h is positive and finite; otherwise results are NaN. A median that float32 does not hold is 0 or infinite, and
+// all kernel values would be 0 or 1.
 inline bool is_bandwidth(double h) { return h > 0 && h < INFINITY; }
 inline void fill_nan(void* to, ScalarType dtype, int64_t count) {
   if (to) from_float64(to, dtype, std::vector<double>(size_t(count), NAN));

@@ -53,7 +53,7 @@ void forward(const Trajectory& t, int64_t set, bool threaded) {
     s.x = t.states[t.block(step, set)], s.row_sum = t.row_sums[t.block(step, set)];
     s.phi = scratch[0], s.workspace = scratch[2];
     double h = small ? stages.direction(s) : 0;
-    if (!small || stages.lost(s, h, false)) {
+    if (!small || !is_bandwidth(h) || stages.lost(s, h, false)) {
       h = t.scale * median_run({t.n, t.d, s.x, nullptr}, wide, paper, threaded).h;
       if (wide == ScalarType::Float) h = float(h);
       SvgdSet direction{};
@@ -86,7 +86,7 @@ void backward(const Trajectory& t, int64_t set, bool threaded, const Data& out) 
     stages.push(s);
     const double h = value(t.bandwidths, t.block(step, set));
     if (small) stages.pull(s, h);
-    if (!small || stages.lost(s, h, true)) {
+    if (!small || !is_bandwidth(h) || stages.lost(s, h, true)) {
       SvgdSet direction{};
       direction.n = t.n, direction.d = t.d, direction.h = h;
       direction.x = s.x, direction.grad = s.pushed, direction.dx = s.dx;

@@ -1,6 +1,6 @@
 // The stages of the SVGD direction and of its gradient; included once per instruction set.
 //
-// t_ij = x_i·x_j − ‖x_i‖²/2 − ‖x_j‖²/2 = −‖x_i − x_j‖²/2 and k_ij = 2^(t_ij · 2 log2(e)/h).
+// u_ij = ‖x_i − x_j‖²/2 and k_ij = 2^(−u_ij · 2 log2(e)/h).
 // K' = K − I, r' = K'1: a particle's own term is added separately and exactly, however narrow the kernel. With X
 // centred, V = αS − βX, γα = 1 and γβ = 2/h,
 //   φ_i = (1/n) [s_i + γ (K'V + β r'∘X)_i].
@@ -115,7 +115,7 @@ void pack(const SvgdSet& set, const View<T>& w, int64_t first, int64_t last, boo
   }
 }
 
-// K and, unless null, u; padding rows have infinite norms, so that their k is 0. A tile on the diagonal gets k_ii = 0.
+// K and, unless `kept` is null, u in `kept`; padding rows have infinite norms, so that their k is 0. A tile on the diagonal gets k_ii = 0.
 template <class T>
 IVFAST_INLINE void kernel_tile(T* K, T* kept, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
   half_squares(K, x, half_norms, t, d, [&](Vec<T> u, int64_t i, int64_t j) __attribute__((always_inline)) {
@@ -165,7 +165,7 @@ void pair_tile(const View<T>& w, int64_t i, int64_t i_end, int64_t j, int64_t j_
       double sum = 0;
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t c = 0; c < cols; ++c) sum += B[r * tile + c] == 0 ? 0 : B[r * tile + c] * u[r * tile + c];
-      w.dh[i / 32] += (diagonal ? 1 : 2) * w.gamma / T(w.n) * sum;
+      w.dh[i / 32] += w.gamma * ((diagonal ? 1 : 2) * sum / T(w.n));
     }
   }
 }

@@ -15,7 +15,7 @@ from ..ops import fld as one_fld
 from ..ops import mmd as one_mmd
 from ..ops import multi_js as one_js
 from ..ops._once import once_differentiable
-from ..ops._pairwise import proper
+from ..ops._pairwise import positive_or_nan
 from .exchange import Rows, diagonal, distances, gather_rows, gathers, points, ring, rows_of, summed, tiles, total
 from .stein import squared_median
 
@@ -144,7 +144,7 @@ class _Mmd(torch.autograd.Function):
         of_x, of_y = ctx.needs_input_grad[:2]
         sizes = torch.stack([s * bandwidth.double() for s in scales], -1)
         (X, Y), _, apart = points(x_rows.group, sizes, (x, x_rows), (y, y_rows))
-        b, n, m = proper(bandwidth.to(X.dtype))[..., None, None], x_rows.total, y_rows.total
+        b, n, m = positive_or_nan(bandwidth.to(X.dtype))[..., None, None], x_rows.total, y_rows.total
         less = 1 if unbiased else 0
         w_xx, w_yy, w_xy = 1 / (n * (n - less)), 1 / (m * (m - less)), 1 / (n * m)
         value, dx, dy = torch.zeros(X.shape[:-2], dtype=torch.float64, device=X.device), None, None

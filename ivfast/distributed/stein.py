@@ -11,7 +11,7 @@ from ..ops import median, svgd
 from ..ops import mmd as one_mmd
 from ..ops._draws import prior_draws
 from ..ops._once import once_differentiable
-from ..ops._pairwise import arithmetic, pooled, proper
+from ..ops._pairwise import arithmetic, pooled, positive_or_nan
 from ..ops.svgd_bridge import svgd_bridge as _bridge_of_one
 from .exchange import (
     Points,
@@ -145,7 +145,7 @@ class _Direction(torch.autograd.Function):
     @exact
     def forward(ctx, x, score, bandwidth, rows):
         (X,), centre, apart = points(rows.group, bandwidth.unsqueeze(-1), (x, rows))
-        h = proper(bandwidth.to(X.dtype))[..., None, None]
+        h = positive_or_nan(bandwidth.to(X.dtype))[..., None, None]
         pull, r = torch.zeros_like(X), torch.zeros_like(X[..., :1])
         travelling = [X] if score is None else [X, score.to(X.dtype)]
         for owner, block in ring(travelling, [rows] * len(travelling)):
@@ -165,7 +165,7 @@ class _Direction(torch.autograd.Function):
     @exact
     def backward(ctx, grad):
         X, score, bandwidth, centre, r = ctx.saved_tensors
-        rows, n, h = ctx.rows, ctx.rows.total, proper(bandwidth.to(X.dtype))[..., None, None]
+        rows, n, h = ctx.rows, ctx.rows.total, positive_or_nan(bandwidth.to(X.dtype))[..., None, None]
         G = grad.to(X.dtype)
         own_block = [X] if score is None else [X, score.to(X.dtype)]
         V, gx = _values(own_block, centre, h), (G * X).sum(-1, keepdim=True)

@@ -1,7 +1,11 @@
 """Shared helpers of the pairwise ops."""
 
+import math
+
 import torch
 from torch import Tensor
+
+from .._torch import constant
 
 
 def arithmetic(x: Tensor) -> Tensor:
@@ -9,13 +13,13 @@ def arithmetic(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def proper(h: Tensor) -> Tensor:
+def positive_or_nan(h: Tensor) -> Tensor:
     """h, or NaN where it is not positive and finite: with a median that float32 does not hold, 0 or infinity, all
     kernel values would be 0 or 1."""
-    return h + 0 * h.log()
+    return h * torch.where((h > 0) & h.isfinite(), 1.0, math.nan)
 
 
-def middle(x: Tensor) -> Tensor:
+def column_medians(x: Tensor) -> Tensor:
     """The median of each column `[..., 1, d]`, which a few far rows do not move. NaN for a column that holds NaN or an
     infinity. No gradient."""
     x = x.detach()
@@ -26,10 +30,12 @@ def middle(x: Tensor) -> Tensor:
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
     """‖x_i − y_j‖² `[..., n, m]`, from differences: exactly 0 for equal rows, and right however far others are.
 
-    Derivatives are those of ‖x_i‖² + ‖y_j‖² − 2 x_i·y_j, whose rounding is that of the rows and not of their squares.
+    Derivatives are taken of ‖x_i‖² + ‖y_j‖² − 2 x_i·y_j. They are differences of rows, and lose eps ‖x‖, not eps ‖x‖².
     """
-    products = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)
     d2 = torch.cdist(x.detach(), y.detach(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    if constant(x) and constant(y):
+        return d2
+    products = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)
     return d2 + (products - products.detach())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
-from ._pairwise import middle, squared_distances
+from ._pairwise import column_medians, squared_distances
 
 
 class _Convention(NamedTuple):
@@ -79,7 +79,7 @@ def median_bandwidth_reference(x: Tensor, full: bool, squared: bool, divisor: fl
     """h `[...]` and the two middle squared distances `[..., 2]`, equal if the number of distances is odd."""
     n = x.shape[-2]
     X = x.double()  # far-apart particles leave too little in float32
-    X = X - middle(X)
+    X = X - column_medians(X)
     middles = _middles(squared_distances(X, X), full)
     h, middles = from_middles(middles, squares_about(X, X[..., :1, :]) / n, squared, divisor)
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -120,7 +120,7 @@ def _combine(middles: Tensor, squared: bool) -> Tensor:
 def _backward_reference(grad, x, middles, squared, divisor):
     # ∂h/∂x_i = Σ_j c_ij 2(x_i − x_j), c_ij is the share of pair (i, j) in the two middles
     X = x.double()
-    X = X - middle(X)
+    X = X - column_medians(X)
     d2 = squared_distances(X, X).to(middles.dtype)
     chosen = middles[..., None, None, :] == d2.unsqueeze(-1)  # [..., n, n, 2]
     count = chosen.sum((-3, -2))

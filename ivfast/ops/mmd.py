@@ -12,7 +12,7 @@ from .. import _check
 from .._registry import register
 from . import median
 from ._derivatives import differentiable
-from ._pairwise import middle, pooled, proper, small_in_cuda, squared_distances
+from ._pairwise import column_medians, pooled, positive_or_nan, small_in_cuda, squared_distances
 
 KERNELS = ("imq", "rbf")
 SCALES = {"imq": (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0), "rbf": (1.0,)}
@@ -92,12 +92,12 @@ def mmd_reference(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient
     units of r². Draws y from a prior need no gradient, which saves their half of the products with the slopes.
     """
     X, Y = x.double(), y.double()
-    centre = middle(Y)  # nothing depends on it but rounding
+    centre = column_medians(Y)  # nothing depends on it but rounding
     X, Y = X - centre, Y - centre
-    own = X - middle(X)  # x may be far from y
+    own = X - column_medians(X)  # x may be far from y
     xx, yy, xy = squared_distances(own, own), squared_distances(Y, Y), squared_distances(X, Y)
     w_xx, w_yy, w_xy = _weights(X, Y, unbiased)
-    b = 1 if bandwidth is None else proper(bandwidth.double())[..., None, None]
+    b = 1 if bandwidth is None else positive_or_nan(bandwidth.double())[..., None, None]
     slopes = x_gradient, y_gradient, x_gradient or y_gradient
     kernels = [_kernel(d2, b, imq, scales, wanted) for d2, wanted in zip((xx, yy, xy), slopes, strict=True)]
     total = 0

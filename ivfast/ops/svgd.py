@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
-from ._pairwise import middle, proper, squared_distances
+from ._pairwise import column_medians, positive_or_nan, squared_distances
 from .median import CONVENTIONS, median_bandwidth
 
 
@@ -87,8 +87,8 @@ def _terms(x, score, bandwidth):
     particles leave too little in float32."""
     x = x.double()
     S = -x if score is None else score.double()
-    X = x - middle(x)  # nothing depends on the centre but rounding
-    h = proper(bandwidth.double())[..., None, None]
+    X = x - column_medians(x)  # nothing depends on the centre but rounding
+    h = positive_or_nan(bandwidth.double())[..., None, None]
     d2 = squared_distances(X, X)
     own = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
     return torch.exp(-d2 / h).masked_fill(own, 0), X, S, h, d2
