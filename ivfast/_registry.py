@@ -115,7 +115,7 @@ def register(
         if kernel or parts:
             _library.define(f"{name}.{overload}({signature}")
             _library.impl(f"{name}.{overload}", meta or reference, "Meta")
-        if parts:
+        if composition and parts:
             _library.impl(f"{name}.{overload}", use(overload)(composition), "CompositeExplicitAutograd")
     if triton:
         _library.impl(f"{name}.triton", op.launch_triton, "CompositeExplicitAutograd")
