@@ -272,6 +272,7 @@ def test_images_of_another_range_or_dtype_are_refused(weights):
     """Any of them would give a distance, and a wrong one."""
     pytest.importorskip("torchmetrics")
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    images[0, 0, 0, :2] = torch.tensor([0, 255])  # the ends of the range, which a draw may lack
     plain, scaled = (metrics.FrechetInceptionDistance(64, weights=weights, normalize=n) for n in (False, True))
     for x in (images / 255, images.half(), images.long(), images > 9, images.numpy()):
         with pytest.raises(TypeError, match="images must be uint8, 0 to 255, got"):
