@@ -1,9 +1,12 @@
 """The private parts of PyTorch that ops depend on, each under a name of ours, so that a rename is mended in one place.
 
-All exist, with the same meaning, from PyTorch 2.10 to 2.15.
+All exist from PyTorch 2.10 to 2.15, with the same meaning except where a function here says otherwise.
 """
 
+import ctypes
+import functools
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,8 +73,26 @@ def innermost(x: Tensor) -> Tensor:
     return x
 
 
+_reference = ctypes.PYFUNCTYPE(None, ctypes.py_object)(("Py_IncRef", ctypes.pythonapi))
+
+
+@functools.cache
+def _borrows(key: str) -> bool:
+    """Whether PyTorch releases what it keeps in a thread without having taken a reference, as 2.10 does. Tried with an
+    object under `key`."""
+    value = object()
+    before = sys.getrefcount(value)
+    torch._C._stash_obj_in_tls(key, value)
+    borrows = sys.getrefcount(value) == before
+    if borrows:
+        _reference(value)
+    return borrows
+
+
 def carry(key: str, value: Any) -> None:
     """Keep `value` in this thread, and in the threads in which autograd runs its backward passes."""
+    if _borrows(key):
+        _reference(value)
     torch._C._stash_obj_in_tls(key, value)
 
 

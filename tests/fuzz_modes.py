@@ -43,14 +43,14 @@ def gradient(function, x, seed):
     return [*(o.detach() for o in out), *pulled(out, leaves, cotangents(out, seed))]
 
 
-def twice(function, x, directions, weights_of):
-    """The results, and the derivatives of ⟨t, gradient⟩ in the arguments and in the cotangents."""
+def twice(function, x, directions, weights_of, in_weights=True):
+    """The results, and the derivatives of ⟨t, gradient⟩ in the arguments and, `in_weights`, in the cotangents."""
     leaves = [a.detach().requires_grad_() for a in x]
     out = function(*leaves)
-    weights = [w.requires_grad_() for w in weights_of(out)]
+    weights = [w.requires_grad_(in_weights) for w in weights_of(out)]
     first = pulled(out, leaves, weights, create_graph=True)
     slope = sum((g * t).sum() for g, t in zip(first, directions, strict=True))
-    found = pulled([slope], [*leaves, *weights], [torch.ones_like(slope)])
+    found = pulled([slope], [*leaves, *weights] if in_weights else leaves, [torch.ones_like(slope)])
     return [o.detach() for o in out], found[: len(leaves)], found[len(leaves) :]
 
 
@@ -73,7 +73,7 @@ def forward_over_reverse(function, x, seed):
 
 
 def reverse_over_reverse(function, x, seed):
-    return twice(function, x, cotangents(x, seed + 1), lambda out: cotangents(out, seed))[1]
+    return twice(function, x, cotangents(x, seed + 1), lambda out: cotangents(out, seed), in_weights=False)[1]
 
 
 def transposed_twice(function, x, seed):

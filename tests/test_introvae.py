@@ -12,7 +12,7 @@ from torch import distributions
 
 from ivfast import data
 from ivfast.data import points, sources
-from ivfast.models import build, introvae, preset
+from ivfast.models import build, introspective, introvae, preset
 from ivfast.papers import s5
 from ivfast.testing import error
 from ivfast.train import Settings, checkpoint
@@ -170,7 +170,7 @@ def test_as_introvae_at_c_1_is_soft_introvae(anneal, step, kernel):
 def test_a_system_starts_as_a_vae(name):
     """Up to `vae_steps`, its loss and gradients are those of a VAE, except for the factor s."""
     system = build(small(name, vae_steps=4), (2,))
-    vae = introvae.Vae(system.settings, (2,))
+    vae = introspective.Vae(system.settings, (2,))
     for module in vae.modules:
         vae.modules[module].load_state_dict(system.modules[module].state_dict())
     x, state = batch((2,)), torch.get_rng_state()
@@ -290,7 +290,7 @@ def test_extremes_stay_finite(name, part, kernel, latent_dim):
 
 def test_log_variances_outside_their_bounds_come_back():
     x = torch.tensor([-12.0, -12.0, -3.0, 12.0, 12.0], requires_grad=True)
-    y = introvae.returning_clamp(x, -10, 10)
+    y = introspective.returning_clamp(x, -10, 10)
     assert y.tolist() == [-10, -10, -3, 10, 10]
     (grad,) = torch.autograd.grad(y, x, torch.tensor([-1.0, 1.0, 2.0, 1.0, -1.0]))
     assert grad.tolist() == [-1, 0, 2, 1, 0]
@@ -304,11 +304,11 @@ def test_log_variances_outside_their_bounds_come_back():
 @pytest.mark.parametrize("d", [1, 2, 8, 16, 64, 500])
 def test_no_product_kernel_exceeds_its_bound(d):
     system = build(small("as-introvae", latent_dim=d, anneal_steps=10), (2,))
-    mu, logvar = torch.zeros(8, d), torch.full((8, d), -introvae.LOGVAR)
+    mu, logvar = torch.zeros(8, d), torch.full((8, d), -introspective.LOGVAR)
     mu[4:] = 10
-    q = introvae.Posterior(mu, logvar, mu, torch.zeros(8))
-    shared = introvae.Encoded(mu, q, mu, torch.zeros(()), torch.tensor(True))
-    most = math.log(2) + min(introvae.DISTANCE, d / 2 * (introvae.LOGVAR - math.log(4 * math.pi)))
+    q = introspective.Posterior(mu, logvar, mu, torch.zeros(8))
+    shared = introspective.Encoded(mu, q, mu, torch.zeros(()), torch.tensor(True))
+    most = math.log(2) + min(introvae.DISTANCE, d / 2 * (introspective.LOGVAR - math.log(4 * math.pi)))
     assert float(system.energies(shared, q)[0].log()) == pytest.approx(most, rel=1e-4)
 
 
@@ -370,7 +370,7 @@ def test_table_1_and_its_figure(tmp_path):
 def test_table_1s_vae_starts_from_the_weights_of_the_others():
     vae, other = (s5.train(name, s5.settings(name, 3, steps=1, width=8, learning_rates={"default": 1e-30}))
                   for name in ("vae", "as-introvae"))  # fmt: skip
-    assert isinstance(vae, introvae.Vae)
+    assert isinstance(vae, introspective.Vae)
     for a, b in zip(vae.modules["encoder"].parameters(), other.modules["encoder"].parameters(), strict=True):
         assert torch.equal(a, b)
 

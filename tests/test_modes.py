@@ -3,6 +3,7 @@ arguments are written."""
 
 import contextlib
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ivfast
 from ivfast import testing
+from ivfast._torch import carried, carry
 
 
 def cast():
@@ -150,6 +152,21 @@ def test_threads_force_their_own_implementation():
     assert not failures
     ivfast.mmd(x, x + 1)
     assert ivfast._registry._forced is None
+
+
+def test_what_a_thread_carries_is_held_and_released():
+    class Value:
+        pass
+
+    value = Value()
+    there = weakref.ref(value)
+    for _ in range(3):
+        carry("ivfast.test", value)
+    del value
+    assert there() is not None
+    assert carried("ivfast.test") is there()
+    carry("ivfast.test", None)
+    assert there() is None
 
 
 def test_threads_of_autograd_see_the_choice():

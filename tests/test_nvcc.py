@@ -1,7 +1,8 @@
 """CUDA C++ compiled by nvcc, without a GPU: `ivfast._cuda` as `IVFAST_CUDA=1 pip install .` builds it, without spills.
 
 Most of the time of each source goes into the same headers, so they are merged into two sources and built for one
-randomly chosen architecture. With IVFAST_TARGETS=all, as in .ci/versions, each is built by itself, as pip does, for all architectures.
+randomly chosen architecture. With IVFAST_TARGETS=all, as in .ci/versions, each is built by itself, as pip does, for all
+architectures.
 """
 
 import os
@@ -60,11 +61,30 @@ def toolkit() -> Path | None:
     return next((h for h in map(Path, filter(None, homes)) if all((h / file).is_file() for file in needed)), None)
 
 
+def said(*arguments: str) -> str:
+    return subprocess.run([toolkit() / "bin/nvcc", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def unfit() -> str | None:
+    """Why nothing is built here."""
+    if toolkit() is None:
+        return "no CUDA toolkit with nvcc, cuda_runtime.h and libcudart_static.a"
+    if torch.version.cuda is None:
+        return "PyTorch is a CPU build, whose headers have no CUDA"
+    release = re.search(r"release (\d+)\.", said("--version")).group(1)
+    if release != torch.version.cuda.split(".")[0]:
+        return f"PyTorch for CUDA {torch.version.cuda} refuses the toolkit's {release}"
+    return None if known() else f"this nvcc knows none of {TARGETS}"
+
+
+def known() -> list[int]:
+    architectures = said("--list-gpu-arch").split()
+    return [cc for cc in TARGETS if f"compute_{cc}" in architectures]
+
+
 def architectures() -> list[int]:
     """Of the TARGETS that this nvcc knows, one, which the commit determines in CI, or all."""
-    known = subprocess.run([toolkit() / "bin/nvcc", "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    targets = [cc for cc in TARGETS if f"compute_{cc}" in known.stdout.split()]
-    return targets if ALL else [random.Random(os.environ.get("IVFAST_INPUTS")).choice(targets)]
+    return known() if ALL else [random.Random(os.environ.get("IVFAST_INPUTS")).choice(known())]
 
 
 def fuse(folder: Path) -> None:
@@ -97,8 +117,7 @@ def built(tmp_path_factory):
     return folder / "lib/ivfast/_cuda.abi3.so", targets, result.stdout + result.stderr
 
 
-@pytest.mark.skipif(toolkit() is None, reason="no CUDA toolkit with nvcc, cuda_runtime.h and libcudart_static.a")
-@pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is a CPU build, whose headers have no CUDA")
+@pytest.mark.skipif(unfit() is not None, reason=str(unfit()))
 class TestBuiltAsByPip:
     def test_no_kernel_spills(self, built):
         _, targets, report = built

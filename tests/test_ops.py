@@ -17,18 +17,18 @@ def first_case(op):
     return next(case for case in CASES if case.op == op)
 
 
-def calls_of(case, monkeypatch):
-    """(op, arguments) of every operator that `case` calls, forward and backward."""
+def calls_of(case, monkeypatch, dtype=torch.float64):
+    """(op, arguments) of every operator that `case` calls, forward and backward; arguments without gradients."""
     calls = []
     dispatch = Op.__call__
 
     def record(self, *args):
-        calls.append((self, args))
+        calls.append((self, tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)))
         return dispatch(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(Op, "__call__", record)
-        testing.value_and_gradients(case, testing.inputs(case, torch.float64))
+        testing.value_and_gradients(case, testing.inputs(case, dtype))
     return calls
 
 
@@ -80,8 +80,25 @@ def test_gradcheck_covers_every_op():
 def test_opcheck(op, monkeypatch):
     """Schema (no mutation, no aliasing), fake shapes and strides, and AOT dispatch, forward and backward."""
     for handle, args in calls_of(first_case(op), monkeypatch):
-        detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
-        torch.library.opcheck(handle.default, detached)
+        torch.library.opcheck(handle.default, args)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "cuda"])
+@pytest.mark.parametrize("op", NAMES)
+def test_results_of_forced_implementations_are_as_fake_tensors_say(op, implementation, monkeypatch, request):
+    """The overloads that graphs compiled inside `use` call."""
+    if implementation == "cuda":
+        request.getfixturevalue("simt")
+    device = "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
+    case = min((c for c in CASES if c.op == op), key=lambda c: sum(x.numel() for x in testing.inputs(c, torch.float32)))
+    for handle, args in calls_of(case, monkeypatch, torch.float32):
+        if not handle.missing(implementation, device):
+            call = handle.implementation(implementation)
+            real, fake = (
+                call(*(a.to(where) if isinstance(a, torch.Tensor) else a for a in args)) for where in (device, "meta")
+            )
+            for r, f in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (real, fake)), strict=True):
+                assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride()), handle.name
 
 
 def test_every_operator_is_reached_by_a_case(monkeypatch):

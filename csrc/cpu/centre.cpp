@@ -7,7 +7,8 @@
 
 namespace ivfast {
 
-void median_of_columns(double* centre, const double* x, int64_t n, const double* y, int64_t m, int64_t d) {
+void median_of_columns(
+    double* centre, int64_t width, const double* x, int64_t n, const double* y, int64_t m, int64_t d) {
   constexpr int64_t together = 8;  // columns, which share a cache line
   const int64_t rows = n + m;
   std::vector<double> columns(together * rows);
@@ -24,6 +25,7 @@ void median_of_columns(double* centre, const double* x, int64_t n, const double*
       centre[first + k] = finite ? *middle : std::numeric_limits<double>::quiet_NaN();
     }
   }
+  std::fill(centre + d, centre + width, 0.0);
 }
 
 }  // namespace ivfast

@@ -30,12 +30,9 @@ IVFAST_INLINE Vec<T> load_row(const S* from, int64_t count, int64_t available) {
 // The middle of rows [n, d]: in float32 their mean, in float64 their median, which a few far rows do not move. Distances
 // do not depend on the centre, only their rounding does, so any centre works.
 template <class S, class T>
-IVFAST_INLINE void centre(T* mean, const S* x, int64_t n, int64_t d) {
+IVFAST_INLINE void centre(T* out, const S* x, int64_t n, int64_t d) {
   constexpr int L = lanes<T>, chains = 4;
-  if constexpr (std::is_same_v<S, double>) {
-    for (int64_t k = d; k < round_up(d, L); ++k) mean[k] = 0;
-    return median_of_columns(mean, x, n, x, 0, d);
-  }
+  if constexpr (std::is_same_v<S, double>) return median_of_columns(out, round_up(d, L), x, n, x, 0, d);
   for (int64_t k = 0; k < d; k += L) {
     const int64_t count = d - k < L ? d - k : L;
     const auto row = [&](int64_t i) { return load_row<T>(x + i * d + k, count, (n - i) * d - k); };
@@ -45,7 +42,7 @@ IVFAST_INLINE void centre(T* mean, const S* x, int64_t n, int64_t d) {
 #pragma GCC unroll 4
       for (int c = 0; c < chains; ++c) total[c] += row(i + c);
     for (; i < n; ++i) total[0] += row(i);
-    at(mean + k) = ((total[0] + total[1]) + (total[2] + total[3])) / T(n);
+    at(out + k) = ((total[0] + total[1]) + (total[2] + total[3])) / T(n);
   }
 }
 

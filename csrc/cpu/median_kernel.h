@@ -12,7 +12,7 @@ namespace {
 template <class T>
 struct Panels {
   int64_t n, d, padded;
-  T *mean, *half_norms, *x;
+  T *centre, *half_norms, *x;
   T *values, *scratch;  // all u_ij, if they are kept
   int64_t bytes;
 
@@ -23,7 +23,7 @@ struct Panels {
       pointer = reinterpret_cast<T*>(next);
       next += round_up(count * int64_t(sizeof(T)), 64);
     };
-    take(round_up(d, lanes<T>), mean), take(padded, half_norms), take(padded * d, x);
+    take(round_up(d, lanes<T>), centre), take(padded, half_norms), take(padded * d, x);
     take(kept + 64, values), take(kept / 2 + 64, scratch);
     bytes = next - base;
   }
@@ -68,7 +68,7 @@ bool pack(const MedianSet& set, bool scattered) {
   const Panels<T> w(set);
   const S* const x = static_cast<const S*>(set.x);
   const Scatter place(w.n);
-  centre(w.mean, x, w.n, w.d);
+  centre(w.centre, x, w.n, w.d);
   for (int64_t i = 0; i < w.padded; i += L) {
     int64_t source[L];
     for (int r = 0; r < L; ++r) source[r] = i + r < w.n ? (scattered ? place(i + r) : i + r) : w.n;
@@ -78,13 +78,13 @@ bool pack(const MedianSet& set, bool scattered) {
       Vec<T> rows[L];
       for (int r = 0; r < L; ++r) {
         const int64_t from = source[r] * w.d + k;
-        rows[r] = source[r] < w.n ? load_row<T>(x + from, count, w.n * w.d - from) - at(w.mean + k) : Vec<T>{};
+        rows[r] = source[r] < w.n ? load_row<T>(x + from, count, w.n * w.d - from) - at(w.centre + k) : Vec<T>{};
       }
       store_panel<T>(panel, rows, k, count);
     }
     at(w.half_norms + i) = half_norms(panel, w.d);
   }
-  return nan_of(w.mean, w.d) == 0;
+  return nan_of(w.centre, w.d) == 0;
 }
 
 IVFAST_INLINE int64_t extent(int64_t i, int64_t n) { return n - i < tile ? n - i : tile; }

@@ -31,7 +31,7 @@ struct Limits<double> {
 template <class T>
 struct Pool {
   int64_t d, width, ld, edge, first[2];  // y's rows start at first[1]
-  T *mean, *half_norms, *panels;
+  T *centre, *half_norms, *panels;
   T *x, *g, *gx;     // if gradients are requested: X, G1 and GX
   T *c, *per_c;      // per scale: c; 1/c
   double* totals;    // per block: its part of MMD²
@@ -48,7 +48,7 @@ struct Pool {
       pointer = reinterpret_cast<decltype(+pointer)>(next);
       next += round_up(count * int64_t(sizeof(*pointer)), 64);
     };
-    take(width, mean), take(padded, half_norms), take(padded * d, panels);
+    take(width, centre), take(padded, half_norms), take(padded * d, panels);
     take(rows * ld, x), take(sums, g), take(sums * ld, gx);
     take(s.count, c), take(s.count, per_c), take(s.blocks(), totals);
     bytes = next - base;
@@ -80,15 +80,14 @@ void prepare(const TwoSamples& s) {
   const Pool<T> w(s);
   const S *const x = static_cast<const S*>(s.x[0]), *const y = static_cast<const S*>(s.x[1]);
   if constexpr (std::is_same_v<S, double>) {
-    for (int64_t k = s.d; k < w.width; ++k) w.mean[k] = 0;
-    median_of_columns(w.mean, x, s.n[0], y, s.n[1], s.d);
+    median_of_columns(w.centre, w.width, x, s.n[0], y, s.n[1], s.d);
   } else {
     const T n = T(s.n[0]), m = T(s.n[1]);
     T* const other = w.panels;  // not yet packed; round_up(d) <= padded d
-    centre(w.mean, x, s.n[0], s.d);
+    centre(w.centre, x, s.n[0], s.d);
     centre(other, y, s.n[1], s.d);
     for (int64_t k = 0; k < w.width; k += lanes<T>)
-      at(w.mean + k) = at(w.mean + k) * (n / (n + m)) + at(other + k) * (m / (n + m));
+      at(w.centre + k) = at(w.centre + k) * (n / (n + m)) + at(other + k) * (m / (n + m));
   }
   for (int64_t i = 0; i < s.count; ++i) {
     const double c = 0.5 * s.scales[i] * s.bandwidth, most = Limits<T>::scale, least = 1 / most;
@@ -112,7 +111,7 @@ IVFAST_INLINE void pack(const TwoSamples& s, const Pool<T>& w, const Block& bloc
       for (int r = 0; r < L; ++r) {
         const int64_t at_row = (i + r) * w.d + k;
         rows[r] = Vec<T>{};
-        if (i + r < n) rows[r] = load_row<T>(from + at_row, count, n * w.d - at_row) - at(w.mean + k);
+        if (i + r < n) rows[r] = load_row<T>(from + at_row, count, n * w.d - at_row) - at(w.centre + k);
         if (s.dx[0] || s.dx[1]) at(w.x + (to + r) * w.ld + k) = rows[r];
         if (s.dx[block.k]) at(w.gx + (to + r) * w.ld + k) = Vec<T>{};
       }

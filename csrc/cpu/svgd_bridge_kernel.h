@@ -49,7 +49,7 @@ double bandwidth(const Small<T>& w, const T* x, double scale) {
     med2 = (low + high) / 2 * ((low + high) / 2);
   }
   if (!(med2 > 0)) med2 = spread(x, w.n, w.d);
-  med2 += nan_of(w.mean, w.d);
+  med2 += nan_of(w.centre, w.d);
   return scale * (med2 != 0 ? med2 / std::log(w.n == 1 ? 2. : double(w.n)) : 1);
 }
 
@@ -71,7 +71,7 @@ double direction(const BridgeStep& s) {
   for (int64_t i = 0; i < w.n; ++i) static_cast<T*>(s.row_sum)[i] = 1 + w.r[i];
   store_rows(static_cast<T*>(s.phi), w.n, w.d, [&](int64_t i, int64_t k) __attribute__((always_inline)) {
     const Vec<T> X = at(w.x_panels + i * w.d + k * L), KX = at(w.kx + i * w.width + k * L), r = at(w.r + i);
-    const T m = w.mean[k];
+    const T m = w.centre[k];
     return per_n * (r * (f.gamma * f.beta) * X - (X + m) - c * KX - r * m);
   });
   return h;
@@ -88,7 +88,7 @@ void pull(const BridgeStep& s, double h) {
     Vec<T> gx = {}, gm = {};
     for (int64_t k = 0; k < w.d; ++k) {
       const Vec<T> g = at(w.g_panels + i * w.d + k * L);
-      gx += g * at(w.x_panels + i * w.d + k * L), gm += g * w.mean[k];
+      gx += g * at(w.x_panels + i * w.d + k * L), gm += g * w.centre[k];
     }
     at(w.q + i) = f.beta * gx - f.alpha * gm, at(w.b + i) = Vec<T>{};
   }

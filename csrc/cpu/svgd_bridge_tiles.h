@@ -14,7 +14,7 @@ namespace {
 template <class T>
 struct Small {
   int64_t n, d, width, padded, pairs;
-  T *mean, *half_norms, *r, *b, *q;
+  T *centre, *half_norms, *r, *b, *q;
   T *x_panels, *g_panels, *x, *g;
   T *kx, *bx;                 // panels of K'X forward; of K'G and BX backward
   T *u, *values, *scratch;    // forward: all tiles, then all pairs
@@ -28,7 +28,7 @@ struct Small {
       next += round_up(count * int64_t(sizeof(T)), 64);
     };
     const int64_t rows = padded * width, edge = (n + tile - 1) / tile;
-    take(width, mean), take(padded, half_norms), take(padded, r);
+    take(width, centre), take(padded, half_norms), take(padded, r);
     take(padded * d, x_panels), take(rows, x), take(rows, kx);
     if (backward)
       take(padded, b), take(padded, q), take(padded * d, g_panels), take(rows, g), take(rows, bx);
@@ -45,9 +45,9 @@ int64_t bytes(int64_t n, int64_t d, bool backward) {
   return Small<T>(s, backward).bytes;
 }
 
-// Rows [n, d], minus `mean`, into padded rows and panels.
+// Rows [n, d], minus `centre`, into padded rows and panels.
 template <class T>
-IVFAST_INLINE void pack(T* rows, T* panels, const T* from, const T* mean, int64_t n, int64_t d, int64_t width) {
+IVFAST_INLINE void pack(T* rows, T* panels, const T* from, const T* centre, int64_t n, int64_t d, int64_t width) {
   constexpr int L = lanes<T>;
   for (int64_t i = 0; i < n; i += L)
     for (int64_t k = 0; k < d; k += L) {
@@ -56,7 +56,7 @@ IVFAST_INLINE void pack(T* rows, T* panels, const T* from, const T* mean, int64_
       for (int r = 0; r < L; ++r) {
         const int64_t at_row = (i + r) * d + k;
         block[r] = i + r < n ? load_row<T>(from + at_row, count, n * d - at_row) : Vec<T>{};
-        if (mean && i + r < n) block[r] -= at(mean + k);
+        if (centre && i + r < n) block[r] -= at(centre + k);
         at(rows + (i + r) * width + k) = block[r];
       }
       store_panel<T>(panels + i * d, block, k, count);
@@ -65,8 +65,8 @@ IVFAST_INLINE void pack(T* rows, T* panels, const T* from, const T* mean, int64_
 
 template <class T>
 IVFAST_INLINE void pack_particles(const Small<T>& w, const T* x) {
-  centre(w.mean, x, w.n, w.d);
-  pack(w.x, w.x_panels, x, w.mean, w.n, w.d, w.width);
+  centre(w.centre, x, w.n, w.d);
+  pack(w.x, w.x_panels, x, w.centre, w.n, w.d, w.width);
   for (int64_t i = 0; i < w.padded; i += lanes<T>)
     at(w.half_norms + i) = half_norms(w.x_panels + i * w.d, w.d), at(w.r + i) = Vec<T>{};
   for (int64_t e = 0; e < w.padded * w.width; e += lanes<T>) at(w.kx + e) = Vec<T>{};

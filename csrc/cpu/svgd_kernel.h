@@ -22,7 +22,7 @@ template <class T>
 struct View {
   int64_t n, d, width, ld, padded, edge;
   T alpha, beta, gamma, two_over_h, exponent;
-  T *mean, *half_norms, *r, *b, *p;            // r = r', b = B1, p_i = β g_i·x_i
+  T *centre, *half_norms, *r, *b, *p;            // r = r', b = B1, p_i = β g_i·x_i
   T *x_panels, *v_panels, *g_panels;
   T *v, *kv;                                   // forward: V and K'V
   T *x, *g, *bx, *kg;                          // backward: X, G, BX and K'G
@@ -44,7 +44,7 @@ struct View {
       pointer = reinterpret_cast<decltype(+pointer)>(next);
       next += round_up(count * sizeof(*pointer), 64);
     };
-    take(width, mean), take(padded, half_norms), take(padded, r), take(padded * d, x_panels);
+    take(width, centre), take(padded, half_norms), take(padded, r), take(padded * d, x_panels);
     if (backward) {
       take(padded, b), take(padded, p), take(padded * d, v_panels), take(padded * d, g_panels);
       take(padded * ld, x), take(padded * ld, g), take(padded * ld, bx), take(padded * ld, kg);
@@ -66,7 +66,7 @@ int64_t workspace_bytes(int64_t n, int64_t d) {
 template <class S, class T, bool backward>
 void set_centre(const SvgdSet& set) {
   const View<T> w(set, backward);
-  centre(w.mean, static_cast<const S*>(set.x), w.n, w.d);
+  centre(w.centre, static_cast<const S*>(set.x), w.n, w.d);
 }
 
 // Converts, centres and pads the rows [first, last), both multiples of lanes.
@@ -84,7 +84,7 @@ void pack(const SvgdSet& set, const View<T>& w, int64_t first, int64_t last, boo
         Vec<T> xr = {}, vr = {}, gr = {};
         if (row < w.n) {
           const Vec<T> raw = load_lanes<T>(x + from, count, available);
-          xr = raw - at(w.mean + k);
+          xr = raw - at(w.centre + k);
           vr = w.alpha * (score ? load_lanes<T>(score + from, count, available) : -raw) - w.beta * xr;
           if (backward) gr = load_lanes<T>(grad + from, count, available);
         }
@@ -115,7 +115,8 @@ void pack(const SvgdSet& set, const View<T>& w, int64_t first, int64_t last, boo
   }
 }
 
-// K and, unless `kept` is null, u in `kept`; padding rows have infinite norms, so that their k is 0. A tile on the diagonal gets k_ii = 0.
+// K and, unless `kept` is null, u in `kept`. Padding rows have infinite norms, so that their k is 0. A tile on the
+// diagonal gets k_ii = 0.
 template <class T>
 IVFAST_INLINE void kernel_tile(T* K, T* kept, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
   half_squares(K, x, half_norms, t, d, [&](Vec<T> u, int64_t i, int64_t j) __attribute__((always_inline)) {
@@ -195,7 +196,7 @@ void pair(const SvgdSet& set, int64_t first, int64_t last, int64_t other_first, 
 template <class S, class T>
 void finish_forward(const SvgdSet& set, int64_t first, int64_t last) {
   const View<T> w(set, false);
-  const T nan = nan_of(w.mean, w.d), per_n = T(1) / T(w.n) + nan;  // k has lost it
+  const T nan = nan_of(w.centre, w.d), per_n = T(1) / T(w.n) + nan;  // k has lost it
   for (int64_t i = first; i < last; ++i) {
     const S *x = static_cast<const S*>(set.x) + i * w.d, *score = static_cast<const S*>(set.score);
     S* phi = static_cast<S*>(set.phi) + i * w.d;
@@ -203,7 +204,7 @@ void finish_forward(const SvgdSet& set, int64_t first, int64_t last) {
     static_cast<T*>(set.row_sum)[i] = 1 + w.r[i] + nan;
     for (int64_t k = 0; k < w.d; ++k) {
       const T raw = load(x[k]), s = score ? load(score[i * w.d + k]) : -raw;
-      store(phi + k, per_n * (s + w.gamma * (kv[k] + r_beta * (raw - w.mean[k]))));
+      store(phi + k, per_n * (s + w.gamma * (kv[k] + r_beta * (raw - w.centre[k]))));
     }
   }
 }
@@ -211,7 +212,7 @@ void finish_forward(const SvgdSet& set, int64_t first, int64_t last) {
 template <class S, class T>
 void finish_backward(const SvgdSet& set, int64_t first, int64_t last) {
   const View<T> w(set, true);
-  const T per_n = T(1) / T(w.n) + nan_of(w.mean, w.d);
+  const T per_n = T(1) / T(w.n) + nan_of(w.centre, w.d);
   S* const dscore = static_cast<S*>(set.dscore);
   for (int64_t i = first; i < last; ++i) {
     S* dx = static_cast<S*>(set.dx) + i * w.d;

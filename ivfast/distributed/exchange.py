@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import _check
 from ..ops import _collectives
-from ..ops._pairwise import arithmetic
+from ..ops._pairwise import arithmetic, direct_distances
 
 EXCHANGES = ("auto", "gather", "ring")
 GATHER = 16384  # total rows up to which every rank gathers them all: n² is then a few milliseconds of one kernel
@@ -262,7 +262,7 @@ def distances(a: Tensor, b: Tensor, i: slice, j: slice, own: bool, apart: bool) 
     itself."""
     a, b = a[..., i, :], b[..., j, :]
     if apart:
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        return direct_distances(a, b)
     norms = a.square().sum(-1).unsqueeze(-1) + b.square().sum(-1).unsqueeze(-2)
     d2 = norms.sub_(a @ b.mT, alpha=2).clamp_min_(0)
     if own:

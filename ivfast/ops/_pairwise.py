@@ -27,12 +27,16 @@ def column_medians(x: Tensor) -> Tensor:
     return x.sort(-2).values.index_select(-2, place) + (0 * x).sum(-2, keepdim=True)
 
 
-def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """‖x_i − y_j‖² `[..., n, m]`, from differences: exactly 0 for equal rows, and right however far others are.
+def direct_distances(x: Tensor, y: Tensor) -> Tensor:
+    """‖x_i − y_j‖² `[..., n, m]` from differences: exactly 0 for equal rows, and right however far others are. No
+    gradient."""
+    return torch.cdist(x.detach(), y.detach(), compute_mode="donot_use_mm_for_euclid_dist").square_()
 
-    Derivatives are taken of ‖x_i‖² + ‖y_j‖² − 2 x_i·y_j. They are differences of rows, and lose eps ‖x‖, not eps ‖x‖².
-    """
-    d2 = torch.cdist(x.detach(), y.detach(), compute_mode="donot_use_mm_for_euclid_dist").square()
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """`direct_distances` with derivatives, those of ‖x_i‖² + ‖y_j‖² − 2 x_i·y_j. They are differences of rows, and lose
+    eps ‖x‖, not eps ‖x‖²."""
+    d2 = direct_distances(x, y)
     if constant(x) and constant(y):
         return d2
     products = x.square().sum(-1).unsqueeze(-1) + y.square().sum(-1).unsqueeze(-2) - 2 * (x @ y.mT)

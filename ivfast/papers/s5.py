@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import metrics
 from ..data import points
 from ..models import build, preset
-from ..models.introvae import Vae
+from ..models.introspective import Vae
 from ..train.loop import fit
 from ..train.phase import System
 from ..train.settings import Settings
