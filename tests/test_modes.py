@@ -292,7 +292,7 @@ def test_defaults_of_the_caller_change_nothing(case, implementation):
             torch.set_default_device("meta")  # a tensor that is made there has no values
             actual = value_and_slopes(case.function, tensors)
         finally:
-            torch.set_default_device("cpu")
+            torch.set_default_device(None)
             torch.set_default_dtype(torch.float32)
     assert_equal(actual, expected)
 
@@ -310,7 +310,7 @@ def test_defaults_of_the_caller_reach_neither_draws_nor_statistics(tmp_path):
         loaded.load_state_dict(statistics.state_dict())
         particles = ivfast.svgd(x, 2).particles
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert all(z.dtype == torch.float32 and z.device.type == "cpu" for z in (*draws, particles))
     assert loaded.count == 6

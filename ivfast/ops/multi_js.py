@@ -101,7 +101,7 @@ def check_weights(weights: Tensor, classes: int, like: Tensor) -> Tensor:
 
 def _blocks(logits: Tensor) -> Tensor:
     """logits as `[..., C, n, C]`."""
-    return logits if logits.dim() > 2 else logits.unflatten(0, (logits.shape[-1], -1))
+    return logits if logits.dim() > 2 else logits.reshape(logits.shape[-1], -1, logits.shape[-1])
 
 
 def _own(x: Tensor) -> Tensor:
