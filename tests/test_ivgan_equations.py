@@ -153,7 +153,7 @@ def test_the_gradient_penalty_is_that_of_each_sample(packing, rounding):
         point = sample[None].requires_grad_()
         norms.append(torch.autograd.grad(D(point).squeeze(), point, create_graph=True)[0].square().sum().sqrt())
     theirs = (torch.stack(norms) - 1).square().mean()
-    assert error(ours, theirs, rounding.unit) < rounding.loss
+    assert error(ours, theirs, rounding.unit) < rounding.gradient  # its value is one
     parameters, reference = list(system.modules["discriminator"].parameters()), list(D.parameters())
     a = torch.autograd.grad(ours, parameters, allow_unused=True, materialize_grads=True)
     b = torch.autograd.grad(theirs, reference, allow_unused=True, materialize_grads=True)
