@@ -10,18 +10,20 @@ MAX_JOBS                  compilers at a time; default: one per core
 
 import ctypes
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 # pip asks for the metadata twice before it builds; without torch, whose import takes seconds, that is quick.
-BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop", "sdist"}
-BUILDS = {"egg_info", "dist_info"}.isdisjoint(sys.argv) or not BUILDING.isdisjoint(sys.argv)
-if BUILDS:
-    import torch
+BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
+BUILDS = not BUILDING.isdisjoint(sys.argv)
 
 
 def cuda_toolkit() -> Path | None:
@@ -69,7 +71,7 @@ def switch(name: str) -> bool | None:
 TOOLKIT = cuda_toolkit()
 ASKED = switch("IVFAST_CUDA")
 REQUIRED = bool(switch("IVFAST_REQUIRE_KERNELS"))
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(gpus() if BUILDS and ASKED is not False else [])
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(gpus() if ASKED is not False else [])
 LEFT_OUT: dict[str, str] = {}  # module: why
 
 
@@ -79,9 +81,7 @@ def without_cuda() -> str | None:
         return "IVFAST_CUDA=0"
     if not ASKED and not ARCHITECTURES:
         return "no GPU was found when ivfast was installed"
-    if not TOOLKIT:
-        return "no CUDA toolkit was found (CUDA_HOME, /usr/local/cuda, nvcc)"
-    return "torch is a CPU build" if torch.version.cuda is None else None
+    return None if TOOLKIT else "no CUDA toolkit was found (CUDA_HOME, /usr/local/cuda, nvcc)"
 
 
 if TOOLKIT:
@@ -91,23 +91,92 @@ else:
 # 8.0 A100, 9.0 H100/H200, 10.0 B200; PTX for what comes after
 os.environ["TORCH_CUDA_ARCH_LIST"] = ARCHITECTURES or "8.0;9.0;10.0+PTX"
 
-if BUILDS:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # reads CUDA_HOME
+# The CUDA kernels compile against PyTorch's headers. The CPU's declare what they use of PyTorch (csrc/cpu/shim.h), so
+# that pip need not install PyTorch a second time, into the environment in which it builds.
+WITH_CUDA = without_cuda() is None
+CUDA_NEEDS = ["torch>=2.10", "numpy>=1.26"]
+if WITH_CUDA and BUILDS:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension  # reads CUDA_HOME
 else:
-    from setuptools.command.build_ext import build_ext as BuildExtension
+    BuildExtension = build_ext
 
 # 2.10, the oldest torch the binary loads in; it also bans every header outside the stable ABI. The same for Python is
 # `py_limited_api`, which defines Py_LIMITED_API.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
-# As fast as -O3, which compiles for a third longer: loops that test the same thing every time are split, and scalar
-# loops get vectors. Python's own flags stand before these and would add debug information six times the code's size.
-OPTIMIZE = ["-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-funswitch-loops", "-g0"]
-QUIET = ["-Wno-maybe-uninitialized"]
 STRIP = ["-Wl,-s"] if sys.platform == "linux" else []
 
 
 def sources(folder: str) -> list[str]:
     return sorted(str(path) for path in Path("csrc", folder).iterdir() if path.suffix in {".cpp", ".cu"})
+
+
+class CpuBuild:
+    """ivfast._C, compiled and linked by ninja, or without it by a few threads.
+
+    -O2 and what follows is as fast as -O3, which compiles for a third longer: loops that test the same thing every time
+    are split, and scalar loops get vectors.
+    """
+
+    FLAGS = (
+        *("-std=c++17", "-O2", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-funswitch-loops", "-fwrapv"),
+        *("-fPIC", "-fvisibility=hidden", "-g0", "-DNDEBUG", "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi"),
+        *("-DPy_LIMITED_API=0x030a0000", "-DTORCH_EXTENSION_NAME=_C"),
+    )
+
+    def __init__(self, sources: list[str], folder: Path, library: Path):
+        self.folder, self.library = folder.resolve(), library.resolve()
+        self.compiler = shlex.split(os.environ.get("CXX", "c++"))
+        given = [shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS")]
+        include = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
+        self.flags = [*self.FLAGS, *(f"-I{path}" for path in include), *sum(given, [])]
+        self.objects = {Path(source).resolve(): self.folder / Path(source).with_suffix(".o") for source in sources}
+
+    def compilation(self, source: Path, to: Path) -> list[str]:
+        return [*self.compiler, *self.flags, "-MMD", "-MF", f"{to}.d", "-c", str(source), "-o", str(to)]
+
+    def link(self) -> list[str]:
+        given = shlex.split(os.environ.get("LDFLAGS", ""))
+        if sys.platform == "darwin":
+            given += ["-bundle", "-undefined", "dynamic_lookup"]
+        else:  # an empty library in PyTorch's place: ivfast._C says that it needs libtorch_cpu.so, which ivfast imports
+            given += ["-shared", "-Wl,--no-as-needed", f"-L{self.folder}", "-ltorch_cpu", *STRIP]
+        return [*self.compiler, *map(str, self.objects.values()), "-o", str(self.library), *given]
+
+    def stand_in(self) -> list[str]:
+        to = self.folder / "libtorch_cpu.so"
+        return [*self.compiler, "-shared", "-xc++", "/dev/null", "-o", str(to), f"-Wl,-soname,{to.name}"]
+
+    def run(self) -> None:
+        for path in (self.library, *self.objects.values()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if sys.platform != "darwin":
+            subprocess.run(self.stand_in(), check=True)
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        if ninja := shutil.which("ninja"):
+            self.write_ninja()
+            subprocess.run([ninja, "-C", str(self.folder), "-j", str(jobs)], check=True)
+            return
+        print("ivfast: without ninja, every file is compiled again", file=sys.stderr)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(lambda pair: subprocess.run(self.compilation(*pair), check=True), self.objects.items()))
+        subprocess.run(self.link(), check=True)
+
+    def write_ninja(self) -> None:
+        def command(words: list[str]) -> str:
+            return shlex.join(words).replace("$", "$$")
+
+        def path(name: Path) -> str:
+            return str(name).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        lines = []
+        for at, (source, to) in enumerate(self.objects.items()):
+            lines += [f"rule compile{at}", f"  command = {command(self.compilation(source, to))}"]
+            lines += [f"  description = {command([source.name])}", f"  depfile = {path(to)}.d", "  deps = gcc"]
+            lines += [f"build {path(to)}: compile{at} {path(source)}"]
+        lines += ["rule link", f"  command = {command(self.link())}"]
+        lines += [f"build {path(self.library)}: link {' '.join(map(path, self.objects.values()))}", ""]
+        (self.folder / "build.ninja").write_text("\n".join(lines))
 
 
 class OptionalBuild(BuildExtension):
@@ -116,16 +185,19 @@ class OptionalBuild(BuildExtension):
     def build_extensions(self):
         wanted, self.extensions, built = self.extensions, [], []
         for extension in wanted:
-            self.fuse(extension)
-            self.extensions = [extension]
+            name = extension.name.rpartition(".")[2]
+            library = Path(self.get_ext_fullpath(extension.name))
             try:
-                super().build_extensions()
+                if name == "_C":
+                    CpuBuild(extension.sources, Path(self.build_temp), library).run()
+                else:
+                    self.extensions = [extension]
+                    super().build_extensions()
                 built.append(extension)
             except (Exception, SystemExit) as error:
-                name = extension.name.rpartition(".")[2]
                 LEFT_OUT[name] = f"it did not compile: {(str(error) or type(error).__name__).splitlines()[0]}"
                 print(f"\nivfast: {extension.name} was left out: {error}\n", file=sys.stderr)
-                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)  # one of an earlier build
+                library.unlink(missing_ok=True)  # one of an earlier build
         self.extensions = built
         if "_cuda" in LEFT_OUT:
             Path(self.get_ext_fullpath("ivfast._cuda")).unlink(missing_ok=True)
@@ -134,19 +206,6 @@ class OptionalBuild(BuildExtension):
             sys.exit(f"ivfast: IVFAST_REQUIRE_KERNELS=1, but {reasons}")
         self.write_record(built)
 
-    def fuse(self, extension) -> None:
-        """The operators of csrc/cpu as one source: most of the time of each goes into the same headers."""
-        kernels = ("_generic.cpp", "_avx2.cpp", "_avx512.cpp")
-        operators = [s for s in extension.sources if s.endswith(".cpp") and not s.endswith(kernels)]
-        if len(operators) < 2:
-            return
-        text = "".join(f'#include "{Path(source).resolve()}"\n' for source in operators)
-        fused = Path(self.build_temp, f"{extension.name.rpartition('.')[2]}_operators.cpp")
-        fused.parent.mkdir(parents=True, exist_ok=True)
-        if not fused.is_file() or fused.read_text() != text:
-            fused.write_text(text)
-        extension.sources = [str(fused), *(s for s in extension.sources if s not in operators)]
-
     def write_record(self, built) -> None:
         names = [extension.name.rpartition(".")[2] for extension in built]
         made = {name: os.environ["TORCH_CUDA_ARCH_LIST"] if name == "_cuda" else None for name in names}
@@ -154,7 +213,7 @@ class OptionalBuild(BuildExtension):
         self.record.parent.mkdir(parents=True, exist_ok=True)
         self.record.write_text(
             '"""Written by setup.py: the kernels that were built, for which GPUs, and why others were not."""\n\n'
-            f"TORCH = {str(torch.__version__)!r}\nBUILT = {made!r}\nLEFT_OUT = {LEFT_OUT!r}\n"
+            f"BUILT = {made!r}\nLEFT_OUT = {LEFT_OUT!r}\n"
         )
 
     def copy_extensions_to_source(self) -> None:
@@ -168,14 +227,9 @@ class OptionalBuild(BuildExtension):
 
 
 def extensions() -> list:
-    cpu = CppExtension(
-        "ivfast._C",
-        ["csrc/library.cpp", *sources("cpu")],
-        extra_compile_args={"cxx": [*OPTIMIZE, *QUIET, *STABLE]},
-        extra_link_args=STRIP,
-        py_limited_api=True,
-    )
-    if why := without_cuda():
+    cpu = Extension("ivfast._C", ["csrc/library.cpp", *sources("cpu")], py_limited_api=True)
+    why = without_cuda() or ("torch is a CPU build" if torch.version.cuda is None else None)
+    if why:
         LEFT_OUT["_cuda"] = why
         print(f"ivfast: building for the CPU only: {why}", file=sys.stderr)
         return [cpu]
@@ -200,6 +254,7 @@ setup(
     packages=sorted(packages),
     package_dir={"ivfast": "ivfast", **FOLDERS},
     ext_modules=extensions() if BUILDS else [],
+    setup_requires=CUDA_NEEDS if WITH_CUDA else [],
     cmdclass={"build_ext": OptionalBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

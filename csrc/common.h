@@ -1,23 +1,15 @@
 // Shared by the operators of csrc/: allocation and contiguous views on PyTorch's stable ABI.
+//
+// cpu/operator.h and cuda/launch.h include this file after what it needs in the namespace ivfast: Tensor, ScalarType,
+// dtype_code and contiguous.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <vector>
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // PyTorch 2.10 has it under this name
-#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
-#endif
-
 namespace ivfast {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 // `x` itself if it is contiguous, because a dispatcher call costs more than a small kernel.
-inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
+inline Tensor as_contiguous(const Tensor& x) { return x.is_contiguous() ? x : contiguous(x); }
 
 // Uninitialised, contiguous, on the device of `like`.
 inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
@@ -27,10 +19,9 @@ inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, Scala
   int32_t device_type = 0, device_index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
-  const auto dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(), dtype_code, device_type, device_index, &handle));
+      int64_t(sizes.size()), sizes.data(), strides.data(), dtype_code(dtype), device_type, device_index, &handle));
   return Tensor(handle);
 }
 

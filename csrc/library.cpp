@@ -6,7 +6,7 @@
 #define IVFAST_TEXT_OF(name) #name
 #define IVFAST_TEXT(name) IVFAST_TEXT_OF(name)
 
-extern "C" PyObject* IVFAST_INIT(TORCH_EXTENSION_NAME)() {
+extern "C" __attribute__((visibility("default"))) PyObject* IVFAST_INIT(TORCH_EXTENSION_NAME)() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, IVFAST_TEXT(TORCH_EXTENSION_NAME), nullptr, -1, nullptr};
   return PyModule_Create(&module);
 }

@@ -16,7 +16,7 @@ void each_part(int64_t parts, bool threaded, const F& f) {
     for (int64_t part = first; part < last; ++part) f(part);
   };
   if (threaded)
-    torch::stable::parallel_for(0, parts, 1, range);
+    parallel_for(0, parts, 1, range);
   else
     range(0, parts);
 }

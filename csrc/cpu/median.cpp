@@ -181,7 +181,6 @@ Tensor median_bandwidth_backward(const Tensor& grad_, const Tensor& x_, const Te
   Tensor dx = empty(x, shape.full, dtype);
   const int64_t size = shape.n * shape.d;
   const Data grads(grad, 1, wide), xs(x, size, dtype), all_middles(middles, 1, wide), dxs(dx, size, dtype);
-  const MedianStages stages = stages_of(dtype);
   each_set(shape.sets, shape.n * shape.n * (shape.d + 8), [&](int64_t set, bool threaded) {
     const double two[2] = {value(all_middles, 2 * set), value(all_middles, 2 * set + 1)};
     const auto found = [&](const void* from, ScalarType in, double rounded, void* to) {

@@ -19,16 +19,8 @@ namespace {
 std::atomic<int64_t> histograms{0};
 std::atomic<double> bracket_reach{2};
 
-// f(worker) on each thread; f takes strips of rows from a shared counter until none is left
-template <class Work>
-void each_thread(bool threaded, const Work& work) {
-  if (threaded)
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) { work(); });
-  else
-    work();
-}
-
-// f(i, j) for the tiles of the upper triangle or of the whole matrix, one strip of rows at a time
+// f(i, j) for the tiles of the upper triangle or of the whole matrix, one strip of rows at a time, which the threads take
+// from a shared counter
 template <class F>
 void take_tiles(std::atomic<int64_t>& next, int64_t n, bool whole, const F& f) {
   for (int64_t i; (i = next.fetch_add(median_tile, std::memory_order_relaxed)) < n;)

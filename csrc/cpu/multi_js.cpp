@@ -52,7 +52,7 @@ std::vector<double> each_piece(int64_t sets, int64_t rows, int64_t classes, cons
   if (sets * pieces * cost <= worth_a_thread)
     range(0, sets * pieces);
   else
-    torch::stable::parallel_for(0, sets * pieces, worth_a_thread / cost / 4 + 1, range);
+    parallel_for(0, sets * pieces, worth_a_thread / cost / 4 + 1, range);
   for (int64_t i = 0; i < sets * pieces; ++i) sums[i / pieces] += parts[i];
   return sums;
 }

@@ -1,12 +1,11 @@
 // Shared by the CPU operators: views of particle sets, scratch memory, and how much work is worth a thread.
-//
-// setup.py compiles the operators, every file here that is not of one instruction set, as one source. So what an
-// operator keeps to itself still needs a name that no other operator uses.
 #pragma once
 
 #include <cmath>
 #include <cstdlib>
 #include <new>
+
+#include "stable.h"
 
 #include "../common.h"
 #include "../math.h"
@@ -81,7 +80,7 @@ struct Data {
 template <class F>
 void each_set(int64_t sets, int64_t cost, const F& f) {
   const bool large = cost > worth_a_thread;
-  if (sets == 1 || (large && sets < int64_t(torch::stable::get_num_threads()))) {
+  if (sets == 1 || (large && sets < get_num_threads())) {
     for (int64_t set = 0; set < sets; ++set) f(set, large);
     return;
   }
@@ -92,7 +91,7 @@ void each_set(int64_t sets, int64_t cost, const F& f) {
   if (sets <= grain)
     range(0, sets);
   else
-    torch::stable::parallel_for(0, sets, grain, range);
+    parallel_for(0, sets, grain, range);
 }
 
 inline double value(const Data& scalars, int64_t set) {

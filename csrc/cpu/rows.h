@@ -69,7 +69,7 @@ void each_range(int64_t rows, int64_t cost, const F& f) {
   if (rows * cost <= worth_a_thread)
     f(0, rows);
   else
-    torch::stable::parallel_for(0, rows, worth_a_thread / (4 * cost + 1) + 1, f);
+    parallel_for(0, rows, worth_a_thread / (4 * cost + 1) + 1, f);
 }
 
 }  // namespace ivfast

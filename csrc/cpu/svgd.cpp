@@ -73,7 +73,7 @@ void run_batch(int64_t batch, ScalarType dtype, const SetOf& set_of, const Done&
   const SvgdSet set = set_of(0);
   const int64_t cost = set.n * set.n * (set.d + 8) * (set.grad ? 7 : 3);  // approximate flop
   const bool large = cost > worth_a_thread;
-  if (batch == 1 || (large && batch < int64_t(torch::stable::get_num_threads()))) {
+  if (batch == 1 || (large && batch < get_num_threads())) {
     for (int64_t i = 0; i < batch; ++i) done(i, svgd_run(set_of(i), dtype, large));
     return;
   }
@@ -84,7 +84,7 @@ void run_batch(int64_t batch, ScalarType dtype, const SetOf& set_of, const Done&
   if (batch <= grain)
     range(0, batch);
   else
-    torch::stable::parallel_for(0, batch, grain, range);
+    parallel_for(0, batch, grain, range);
 }
 
 std::tuple<Tensor, Tensor> svgd_direction(const Tensor& x_, const std::optional<Tensor>& score_, const Tensor& h_) {

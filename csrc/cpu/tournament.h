@@ -1,12 +1,12 @@
 // A symmetric problem split into pairs of blocks of rows, for any number of threads, always with the same rounding.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <atomic>
 #include <memory>
 #include <thread>
+
+#include "stable.h"
 
 namespace ivfast {
 
@@ -34,10 +34,7 @@ class Tournament {
   }
 
   void run(bool threaded) {
-    if (threaded)
-      torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) { work(); });
-    else
-      work();
+    each_thread(threaded, [&] { work(); });
   }
 
  private:

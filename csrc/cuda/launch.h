@@ -17,6 +17,24 @@
 #include <torch/headeronly/util/Exception.h>
 #include <torch/headeronly/util/Half.h>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // PyTorch 2.10 has it under this name
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
+namespace ivfast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::contiguous;
+using torch::stable::Tensor;
+
+inline int32_t dtype_code(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+}  // namespace ivfast
+
+#include "../common.h"
+
 #ifdef IVFAST_SIMT
 #define IVFAST_CUDA_KEY CPU
 #else

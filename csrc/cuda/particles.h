@@ -7,7 +7,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "../common.h"
 #include "launch.h"
 
 namespace ivfast {

@@ -1,7 +1,6 @@
 // Neighbours in memory by 16-byte accesses, if they start on a 16-byte boundary and all of them exist.
 #pragma once
 
-#include "../common.h"
 #include "launch.h"
 
 #include <cstring>
