@@ -9,6 +9,7 @@ MAX_JOBS                  compilers at a time; default: one per core
 """
 
 import ctypes
+import itertools
 import os
 import shlex
 import shutil
@@ -129,7 +130,7 @@ class CpuBuild:
         self.compiler = shlex.split(os.environ.get("CXX", "c++"))
         given = [shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS")]
         include = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
-        self.flags = [*self.FLAGS, *(f"-I{path}" for path in include), *sum(given, [])]
+        self.flags = [*self.FLAGS, *(f"-I{path}" for path in include), *itertools.chain(*given)]
         self.objects = {Path(source).resolve(): self.folder / Path(source).with_suffix(".o") for source in sources}
 
     def compilation(self, source: Path, to: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import datetime
+import functools
 import os
 import pathlib
 import signal
@@ -170,6 +171,27 @@ def by_cuda(case: testing.Case):
         return [*value, *gradients]
 
     return call
+
+
+@functools.cache
+def smallest_cases() -> dict[str, testing.Case]:
+    """The case of each op that has the fewest numbers."""
+    sizes = {case: sum(x.numel() for x in testing.inputs(case, torch.float32, seed=0)) for case in testing.CASES}
+    return {case.op: case for case in sorted(sizes, key=sizes.get, reverse=True)}
+
+
+@contextlib.contextmanager
+def set_by_caller(dtype, device):
+    """The caller's defaults, which nothing inside may change."""
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+        assert torch.get_default_device() == torch.device(device)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 def cases(*ops: str):

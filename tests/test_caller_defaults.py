@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from helpers import settings_with
+from helpers import set_by_caller, settings_with
 from PIL import Image
 
 import ivfast
@@ -33,19 +33,6 @@ SMALL = {
     "ema": 0.9,
 }
 SMALLEST = {case.op: case for case in reversed(testing.CASES)}
-
-
-@contextlib.contextmanager
-def set_by_caller(dtype, device):
-    torch.set_default_dtype(dtype)
-    torch.set_default_device(device)
-    try:
-        yield
-        assert torch.get_default_dtype() == dtype
-        assert torch.get_default_device() == torch.device(device)
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
 
 
 def flat(result):

@@ -137,10 +137,19 @@ def test_veegan_is_its_algorithm_1(rounding):
     assert_phase(system, "generator", shared, expected, [G, E], rounding)
 
 
+def smooth(network):
+    """No unit that rounding switches on or off: a penalty is a gradient, which would jump."""
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.LeakyReLU):
+                setattr(module, name, nn.Tanh())
+
+
 @pytest.mark.parametrize("packing", [1, 2])
 def test_the_gradient_penalty_is_that_of_each_sample(packing, rounding):
     """Against float64, sample by sample; and by hand for a linear D: (‖w‖ − 1)², 2 (1 − 1/‖w‖) w."""
     system = build(small("wgan-gp", packing=packing), SHAPE)
+    smooth(system.modules["discriminator"])
     x, fake = (system.pack(torch.rand(8, *SHAPE) * 2 - 1) for _ in range(2))
     D = copy.deepcopy(system.modules["discriminator"]).double()
     state = torch.get_rng_state()
@@ -153,11 +162,11 @@ def test_the_gradient_penalty_is_that_of_each_sample(packing, rounding):
         point = sample[None].requires_grad_()
         norms.append(torch.autograd.grad(D(point).squeeze(), point, create_graph=True)[0].square().sum().sqrt())
     theirs = (torch.stack(norms) - 1).square().mean()
-    assert error(ours, theirs, rounding.unit) < rounding.gradient  # its value is one
+    assert error(ours, theirs) < rounding.loss
     parameters, reference = list(system.modules["discriminator"].parameters()), list(D.parameters())
     a = torch.autograd.grad(ours, parameters, allow_unused=True, materialize_grads=True)
     b = torch.autograd.grad(theirs, reference, allow_unused=True, materialize_grads=True)
-    assert all(error(one, other, rounding.unit) < rounding.gradient for one, other in zip(a, b, strict=True))
+    assert all(error(one, other) < rounding.loss for one, other in zip(a, b, strict=True))
 
     linear = nn.Sequential(nn.Flatten(), nn.Linear(packing * 64, 1))
     system.modules["discriminator"] = linear

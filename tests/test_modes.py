@@ -8,6 +8,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import set_by_caller, smallest_cases
 from torch.utils.checkpoint import checkpoint
 
 import ivfast
@@ -19,14 +20,11 @@ def cast():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-def small():
-    sizes = [(sum(x.numel() for x in testing.inputs(c, torch.float32, seed=0)), c) for c in testing.CASES]
-    least = {c.op: size for size, c in sorted(sizes, key=lambda each: -each[0])}
-    return [c for size, c in sizes if size == least[c.op]]
+SMALL = list(smallest_cases().values())
 
 
 @pytest.mark.parametrize("implementation", ["reference", None])
-@pytest.mark.parametrize("case", small(), ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
 def test_autocast_does_not_reach_inside(case, implementation):
     tensors = testing.inputs(case, torch.float32)
     if case.op == "sqrtm_spd":  # its case multiplies matrices itself
@@ -47,7 +45,7 @@ def layer(*p):
 one_chunk = testing.Case("linear_multi_js_loss", "one-chunk", layer, lambda generator: ())  # by other products
 
 
-@pytest.mark.parametrize("case", [*small(), one_chunk], ids=str)
+@pytest.mark.parametrize("case", [*SMALL, one_chunk], ids=str)
 def test_autocast_reaches_no_order_of_derivatives(case):
     tensors = testing.inputs(case, torch.float32)
     if case.op == "sqrtm_spd":
@@ -282,26 +280,19 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("implementation", ["reference", None])
-@pytest.mark.parametrize("case", small(), ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
 def test_defaults_of_the_caller_change_nothing(case, implementation):
     tensors = testing.inputs(case, torch.float32)
     with ivfast.use(implementation) if implementation else contextlib.nullcontext():
         expected = value_and_slopes(case.function, tensors)
-        try:
-            torch.set_default_dtype(torch.float64)
-            torch.set_default_device("meta")  # a tensor that is made there has no values
+        with set_by_caller(torch.float64, "meta"):  # a tensor that is made there has no values
             actual = value_and_slopes(case.function, tensors)
-        finally:
-            torch.set_default_device(None)
-            torch.set_default_dtype(torch.float32)
     assert_equal(actual, expected)
 
 
 def test_defaults_of_the_caller_reach_neither_draws_nor_statistics(tmp_path):
     x = torch.randn(6, 4)
-    try:
-        torch.set_default_dtype(torch.float64)
-        torch.set_default_device("meta")
+    with set_by_caller(torch.float64, "meta"):
         draws = [ivfast.radial_bridge(x, 2), ivfast.svgd_bridge(x, 2), ivfast.reparameterize(x, x).z]
         draws.append(ivfast.radial_bridge(x, 2, generator=torch.Generator()))
         statistics = ivfast.GaussianStatistics(4).update(x)
@@ -309,15 +300,12 @@ def test_defaults_of_the_caller_reach_neither_draws_nor_statistics(tmp_path):
         loaded = ivfast.GaussianStatistics.load(tmp_path / "x.npz")
         loaded.load_state_dict(statistics.state_dict())
         particles = ivfast.svgd(x, 2).particles
-    finally:
-        torch.set_default_device(None)
-        torch.set_default_dtype(torch.float32)
     assert all(z.dtype == torch.float32 and z.device.type == "cpu" for z in (*draws, particles))
     assert loaded.count == 6
     assert torch.equal(loaded.covariance, statistics.covariance)
 
 
-@pytest.mark.parametrize("case", small(), ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=str)
 def test_modes_of_autograd_change_nothing(case):
     """Inference, no gradient, checkpoints, and hooks that keep saved tensors elsewhere."""
     tensors = testing.inputs(case, torch.float32)

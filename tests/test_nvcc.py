@@ -8,11 +8,12 @@ architectures.
 import os
 import random
 import re
-import shutil
+import runpy
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -54,20 +55,21 @@ LOAD = """
 
 
 def toolkit() -> Path | None:
-    """As in setup.py, a toolkit that compiles and links."""
-    nvcc = shutil.which("nvcc")
-    homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda", Path(nvcc).resolve().parents[1] if nvcc else None]
-    needed = ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a")
-    return next((h for h in map(Path, filter(None, homes)) if all((h / file).is_file() for file in needed)), None)
+    """The one that setup.py finds."""
+    with mock.patch.dict(os.environ), mock.patch("setuptools.setup"):
+        return runpy.run_path(str(REPOSITORY / "setup.py"))["TOOLKIT"]
+
+
+TOOLKIT = toolkit()
 
 
 def said(*arguments: str) -> str:
-    return subprocess.run([toolkit() / "bin/nvcc", *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([TOOLKIT / "bin/nvcc", *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def unfit() -> str | None:
     """Why nothing is built here."""
-    if toolkit() is None:
+    if TOOLKIT is None:
         return "no CUDA toolkit with nvcc, cuda_runtime.h and libcudart_static.a"
     if torch.version.cuda is None:
         return "PyTorch is a CPU build, whose headers have no CUDA"
@@ -80,6 +82,9 @@ def unfit() -> str | None:
 def known() -> list[int]:
     architectures = said("--list-gpu-arch").split()
     return [cc for cc in TARGETS if f"compute_{cc}" in architectures]
+
+
+UNFIT = unfit()
 
 
 def architectures() -> list[int]:
@@ -105,7 +110,7 @@ def built(tmp_path_factory):
         "FUSED": str(folder),
         "IVFAST_CUDA": "1",
         "IVFAST_REQUIRE_KERNELS": "1",
-        "CUDA_HOME": str(toolkit()),
+        "CUDA_HOME": str(TOOLKIT),
         "TORCH_CUDA_ARCH_LIST": ";".join(f"{cc / 10:.1f}" for cc in targets),
         "NVCC_APPEND_FLAGS": "-Xptxas -v",
         "MAX_JOBS": str(max(1, cores_per_worker)),
@@ -117,7 +122,7 @@ def built(tmp_path_factory):
     return folder / "lib/ivfast/_cuda.abi3.so", targets, result.stdout + result.stderr
 
 
-@pytest.mark.skipif(unfit() is not None, reason=str(unfit()))
+@pytest.mark.skipif(UNFIT is not None, reason=str(UNFIT))
 class TestBuiltAsByPip:
     def test_no_kernel_spills(self, built):
         _, targets, report = built

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import smallest_cases
 
 import ivfast
 from ivfast import testing
@@ -90,8 +91,7 @@ def test_results_of_forced_implementations_are_as_fake_tensors_say(op, implement
     if implementation == "cuda":
         request.getfixturevalue("simt")
     device = "cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu"
-    case = min((c for c in CASES if c.op == op), key=lambda c: sum(x.numel() for x in testing.inputs(c, torch.float32)))
-    for handle, args in calls_of(case, monkeypatch, torch.float32):
+    for handle, args in calls_of(smallest_cases()[op], monkeypatch, torch.float32):
         if not handle.missing(implementation, device):
             call = handle.implementation(implementation)
             real, fake = (

@@ -34,7 +34,10 @@ class TestDeclarations:
         ("ours", "wrong"),
         [
             ("int64_t* numel", "int32_t* numel"),
-            ("uint64_t version);\n\nAOTITorchError torch_parallel", "uint32_t version);\n\nAOTITorchError torch_parallel"),
+            (
+                "uint64_t version);\n\nAOTITorchError torch_parallel",
+                "uint32_t version);\n\nAOTITorchError torch_parallel",
+            ),
             ("using StableIValue = uint64_t", "using StableIValue = uint32_t"),
             ("using AOTITorchError = int32_t", "using AOTITorchError = int64_t"),
         ],
