@@ -7,6 +7,7 @@ what rounding does to this very set, cancellation and amplification included.
 """
 
 import contextlib
+import functools
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 import formulas
 import torch
 from fuzz_draw import Draw
-from fuzz_modes import FIRST, MODES, OF_FORMULA, SECOND, VALUES, Results, mapped, parts
+from fuzz_modes import FIRST, MODES, OF_FORMULA, SECOND, VALUES, Results, mapped, mixed, parts, slope
 from fuzz_sets import DRAWS, Set
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -223,9 +224,9 @@ def not_a_number(op, formula, x, count, rng) -> list[float]:
 
 
 def modes_of(case: Set) -> list[str]:
-    modes = [*VALUES, "reference", "autocast", "nan"] + ["vmap"] * case.maps
+    modes = [*VALUES, "reference", "autocast", "mixed", "nan"] + ["vmap"] * case.maps
     if case.smooth:
-        modes += [*FIRST, *FIRST] + ["vmap gradient"] * case.maps
+        modes += [*FIRST, *FIRST] + ["vmap gradient", "vmap of grad"] * case.maps
         modes += SECOND if case.twice else ()
     return modes
 
@@ -247,14 +248,22 @@ def examine(name: str, seed: int) -> float:
     if mode == "autocast":
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = errors(name, case, plain, op, formula, x, seed)
+    elif mode == "mixed":
+        y = mixed(list(case.tensors.values()), rng)
+        dtypes = [a.dtype for name, a in zip(case.tensors, y, strict=True) if name != "bandwidth"]  # which is converted
+        case = case._replace(dtype=functools.reduce(torch.promote_types, dtypes))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = errors(name, case, plain, op, formula, [*y, *case.constants.values()], seed)
     elif mode == "nan":
         found = not_a_number(op, formula, x, len(case.tensors), rng)
     elif mode == "reference":
         with ivfast.use("reference"):
             found = errors(name, case, plain, op, formula, x, seed)
     elif mode.startswith("vmap"):
+        if mode == "vmap of grad":
+            op, formula = (slope(function, len(case.tensors), seed) for function in (op, formula))
         batched = mapped(op, formula, x, rng)
-        plain = "gradient" if "gradient" in mode else "value"
+        plain = "gradient" if mode == "vmap gradient" else "value"
         found = errors(name, case, plain, batched.op, batched.formula, batched.x, seed, batched.dims)
     else:
         found = errors(name, case, mode, op, formula, x, seed)

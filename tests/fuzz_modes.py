@@ -86,6 +86,16 @@ def function_gradient(function, x, seed):
     return list(torch.func.grad(weighted(function, seed), tuple(range(len(x))))(*x))
 
 
+def slope(function, count, seed):
+    """The gradients in the first `count` arguments, as a function, which maps over sets: those of each sample."""
+
+    def gradients(*x):
+        total = weighted(lambda *tensors: function(*tensors, *x[count:]), seed)
+        return torch.func.grad(total, tuple(range(count)))(*x[:count])
+
+    return gradients
+
+
 def without_gradient(function, x, seed):
     with torch.no_grad():
         return list(function(*(a.detach().requires_grad_() for a in x)))
@@ -109,6 +119,14 @@ MODES = VALUES | FIRST | SECOND
 OF_FORMULA = {"jvp": transposed_twice, "jvp of grad": reverse_over_reverse}
 
 
+def mixed(x: Results, rng) -> Results:
+    """One of the tensors in a wider dtype: in a narrower one, distances that differ might not."""
+    place = rng.randrange(len(x))
+    half = x[place].dtype in (torch.bfloat16, torch.float16)
+    wider = rng.choice((torch.float32, torch.float64)) if half else torch.float64
+    return [a.to(wider) if i == place else a for i, a in enumerate(x)]
+
+
 def halves(x: Tensor) -> list[Tensor]:
     """Two tensors to map over: x, and half of it, which every op takes."""
     return [x, x * 0.5 if x.is_floating_point() else x.flip(0)]
@@ -128,7 +146,7 @@ def mapped(op, formula, x, rng) -> Mapped:
     dims = [rng.choice((*range(a.dim() + 1), None)) for a in x]
     dims[0] = dims[0] or 0
     x = [a if d is None else torch.stack(halves(a), d) for a, d in zip(x, dims, strict=True)]
-    return Mapped(torch.func.vmap(op, tuple(dims)), one_by_one(formula, dims), x, dims)
+    return Mapped(torch.func.vmap(op, tuple(dims), randomness="same"), one_by_one(formula, dims), x, dims)
 
 
 def one_by_one(formula, dims):
