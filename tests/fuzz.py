@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 
-import formulas
+import rounded
 import torch
 from fuzz_draw import Draw
 from fuzz_modes import FIRST, MODES, OF_FORMULA, SECOND, VALUES, Results, mapped, mixed, parts, slope
@@ -138,11 +138,11 @@ def pairs_of_rows(stretch: float, eps: float, noise: Noise) -> Iterator[None]:
         size = eps * torch.minimum(radius, served) + EPS64 * radius
         return stretch * size[..., None, None, None] * noise.noise(x)
 
-    formulas.gram, formulas.lever = lambda x: stretch * EPS64 * noise.noise(x), lever
+    rounded.gram, rounded.lever = lambda x: stretch * EPS64 * noise.noise(x), lever
     try:
         yield
     finally:
-        formulas.gram = formulas.lever = None
+        rounded.gram = rounded.lever = None
 
 
 def variation(name, run, x, clean: Results, seeds: range, eps: float) -> list[float]:

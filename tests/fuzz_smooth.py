@@ -1,6 +1,7 @@
 """Where an op can be differentiated, once and twice, so that every right way to compute it agrees."""
 
 import formulas
+import rounded
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ def one_pair(x: Tensor, convention: str) -> bool:
     """
     for rows in x.double().reshape(-1, *x.shape[-2:]):
         values = formulas.pair_distances(rows, convention).sort().values
-        d2 = formulas.squares(rows, rows)
+        d2 = rounded.squares(rows, rows)
         for m in (values[(len(values) - 1) // 2], values[len(values) // 2]):
             i, j = ((d2 - m).abs() <= 1e-4 * m).nonzero(as_tuple=True)
             first, last = rows[i[0]], rows[j[0]]
