@@ -190,7 +190,9 @@ class OptionalBuild(BuildExtension):
             library = Path(self.get_ext_fullpath(extension.name))
             try:
                 if name == "_C":
-                    CpuBuild(extension.sources, Path(self.build_temp), library).run()
+                    # an editable installation keeps its objects: the next one compiles what has changed
+                    folder = Path("build/editable") if self.editable_mode else Path(self.build_temp)
+                    CpuBuild(extension.sources, folder, library).run()
                 else:
                     self.extensions = [extension]
                     super().build_extensions()
