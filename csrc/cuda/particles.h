@@ -41,14 +41,13 @@ __device__ __forceinline__ float positive_or_nan(float h) {
 // A value that is not negative, without overflow: 0 · ∞ is NaN.
 __device__ __forceinline__ float bounded(float value) { return value > kLargest ? kLargest : value; }
 
-// What k(x, y) = exp(−‖x − y‖²/h) on n particles needs; all NaN for an h that is no bandwidth
+// What k(x, y) = exp(−‖x − y‖²/h) needs; all NaN for an h that is no bandwidth
 struct Bandwidth {
-  float h, one, per_n, two_over_h, to_exponent;  // k = 2^(to_exponent d²)
+  float h, two_over_h;
 
-  __device__ Bandwidth(float value, int n) : h(positive_or_nan(value)) {
-    one = h > 0.f ? 1.f : h, per_n = one / n;
-    two_over_h = bounded(2.f / h), to_exponent = -0.5f * 1.44269504f * two_over_h;
-  }
+  __device__ explicit Bandwidth(float value) : h(positive_or_nan(value)), two_over_h(bounded(2.f / h)) {}
+  __device__ float one() const { return 1.f + 0.f * two_over_h; }
+  __device__ float to_exponent() const { return -0.5f * 1.44269504f * two_over_h; }  // k = 2^(to_exponent d²)
   // Sums of a_ij (x_i − x_j) are computed about a common origin of some rows i, and lose eps times the distance from it,
   // which is small beside √h up to here. Of rows farther away, such sums need differences.
   __device__ bool reaches(float squared_distance) const { return squared_distance <= 256.f * h; }

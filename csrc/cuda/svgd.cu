@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
   // this block: rows first_i .. first_i + 31 of one set
   const int64_t set = blockIdx.x;
   const int first_i = blockIdx.y * kTile, rows_i = min(kTile, n - first_i);
-  const Bandwidth b(bandwidth[set], n);
+  const Bandwidth b(bandwidth[set]);
   x += set * n * d;
   score += score ? set * n * d : 0;
 
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
     for (int pair = 0; pair < 4; ++pair) {
       const int i_here = i + pair / 2 * 16, j_here = j + pair % 2 * 16;
       const bool other = j_here < rows_j && first_i + i_here != first_j + j_here;
-      const float k = other ? exp2f(b.to_exponent * d2[pair / 2][pair % 2]) : 0.f;
+      const float k = other ? exp2f(b.to_exponent() * d2[pair / 2][pair % 2]) : 0.f;
       r[pair / 2] += k;
       K_ji[j_here * kPairs + i_here] = k;
     }
@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
   }
   __syncthreads();
   const int thread = threadIdx.x;
-  if (thread < rows_i) row_sum[set * n + first_i + thread] = b.one + r_i[thread];
+  const float per_n = b.one() / n;
+  if (thread < rows_i) row_sum[set * n + first_i + thread] = b.one() + r_i[thread];
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
 #pragma unroll
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
       const int at = out_row + row, column = out_column + c, in_set = (first_i + at) * d + column;
       if (at < rows_i && column < d) {
         const float rX = far ? 0.f : b.two_over_h * (r_i[at] * X_i[at * kStride<D> + column]);
-        phi[set * n * d + in_set] = static_cast<T>(b.per_n * (s(in_set) + (KV[row][c] + rX)));
+        phi[set * n * d + in_set] = static_cast<T>(per_n * (s(in_set) + (KV[row][c] + rX)));
       }
     }
   }

@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads, 2) svgd_backward_kernel(
     int n, int d) {
   // this block: tiles blockIdx.y, blockIdx.y + gridDim.y, … of one set
   const int64_t set = blockIdx.x;
-  const Bandwidth bw(bandwidth[set], n);
+  const Bandwidth bw(bandwidth[set]);
+  const float per_n = bw.one() / n;
   x += set * n * d;
   grad += set * n * d;
   score += score ? set * n * d : 0;
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, 2) svgd_backward_kernel(
       for (int pair = 0; pair < 4; ++pair) {
         const int p = pair / 2, q = pair % 2, i_here = i + 16 * p, j_here = j + 16 * q;
         const bool others = i_here < rows_i && j_here < rows_j && first_i + i_here != first_j + j_here;
-        const float k = others ? exp2f(bw.to_exponent * d2[p][q]) * bw.per_n : 0.f;
+        const float k = others ? exp2f(bw.to_exponent() * d2[p][q]) * per_n : 0.f;
         const bool meet = k != 0.f;  // else products with k may be 0 · ∞
         const float B = meet ? k * (gs[p][q] + bw.two_over_h * e[p][q]) : 0.f;
         r[p] += k;
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, 2) svgd_backward_kernel(
       for (int c = 0; c < 4; ++c) {
         const int column = out_column + c, in_tile = at * kStride<D> + column;
         if (column >= d) continue;
-        const float dS = bw.per_n * G_i[in_tile] + KG[row][c];
+        const float dS = per_n * G_i[in_tile] + KG[row][c];
         const float D_i = b_i[at] * X_i[in_tile] - BX[row][c], E_i = r_i[at] * G_i[in_tile] - KG[row][c];
         const float dX = bw.two_over_h * (E_i - D_i);
         const int64_t out = (set * n + first_i + at) * d + column;

@@ -91,7 +91,8 @@ __global__ void __launch_bounds__(kThreads, Tiles == 1 ? 2 : 1) svgd_bridge_kern
     const float h =
         scale * bandwidth_of(middles, heuristic, n, d, [&](int row, int column) { return x[row * d + column]; });
     if (threadIdx.x == 0) bandwidths[step * sets + set] = h;
-    const Bandwidth b(h, n);
+    const Bandwidth b(h);
+    const float per_n = b.one() / n;
 
     float* const next_state = step + 1 < plan.steps ? states + (step + 1) * all : nullptr;
     T* const bridge = (step + 1) % plan.iterations ? nullptr : bridges + (step + 1) / plan.iterations * all;
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 1 ? 2 : 1) svgd_bridge_kern
     for (int first_i = 0; first_i < n; first_i += chunk) {
       const int rows = min(chunk, n - first_i);
       if (first_i) __syncthreads();  // the last chunk is read
-      write_kernel<Tiles>(K, d2, b.to_exponent, n, first_i, chunk);
+      write_kernel<Tiles>(K, d2, b.to_exponent(), n, first_i, chunk);
 
       for (int first = 0; first < d; first += 4 * quads) {
         if (plan.one_panel()) {
@@ -161,11 +162,11 @@ __global__ void __launch_bounds__(kThreads, Tiles == 1 ? 2 : 1) svgd_bridge_kern
           for (int c = 0; c < 4; ++c) {
             const float o_c = far ? part(x_i, c) : part(o, c);
             const float repulsion = b.two_over_h * (r * (part(x_i, c) - o_c) - KX[0][c]);
-            const float phi = b.per_n * (repulsion - (part(x_i, c) + (KX[0][c] + r * o_c)));
+            const float phi = per_n * (repulsion - (part(x_i, c) + (KX[0][c] + r * o_c)));
             moved[c] = column + c < d ? part(x_i, c) + step_size * phi + noise * part(draw, c) : 0.f;
           }
           next = make_float4(moved[0], moved[1], moved[2], moved[3]);
-          if (column == 0) row_sums[(step * sets + set) * n + i] = b.one + r;
+          if (column == 0) row_sums[(step * sets + set) * n + i] = b.one() + r;
           if (next_state) store_four(next_state + at, next, d - column);
           if (bridge) store_four(bridge + at, next, d - column);
         }

@@ -82,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
               : fill(G, g, n, d, first, quads);
       __syncthreads();
     };
-    const Bandwidth bw(bandwidths[step * sets + set], n);
+    const Bandwidth bw(bandwidths[step * sets + set]);
+    const float per_n = bw.one() / n;
     const float* row_sum = row_sums + (step * sets + set) * n;
     const bool joins = step % plan.iterations == 0;  // these particles are a bridge, so its gradient is added
     const T* joining = grad + step / plan.iterations * all;
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
 #pragma unroll
           for (int row = 0; row < 4; ++row) {
             const bool others = tile.i + row < rows && tile.j + q < n && first_i + tile.i + row != tile.j + q;
-            k[row] = others ? bw.per_n * exp2f(bw.to_exponent * d2[t][4 * row + q]) : 0.f;
+            k[row] = others ? per_n * exp2f(bw.to_exponent() * d2[t][4 * row + q]) : 0.f;
             b[row] = k[row] * ((1.f + bw.two_over_h) * e[t][4 * row + q] - (part(p_i, row) + part(p_j, q)));
             b[row] = k[row] == 0.f ? 0.f : b[row];
           }
@@ -189,13 +190,13 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
 
           const int at_i = row_at(i, quads) + patch.column;
           const float4 x_i = vec4(X + at_i), g_i = vec4(G + at_i);
-          const float r_i = bw.per_n * r;
+          const float r_i = per_n * r;
           float moved[4];
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
             const float g_ic = part(g_i, c), o = far ? g_ic : part(o_g, c), kg = sums[0][c];
             const float pull = sums[0][4 + c] - sums[0][8] * (part(x_i, c) - part(o_x, c));
-            const float dx = bw.two_over_h * (pull + r_i * (g_ic - o) - kg) - (bw.per_n * g_ic + (kg + r_i * o));
+            const float dx = bw.two_over_h * (pull + r_i * (g_ic - o) - kg) - (per_n * g_ic + (kg + r_i * o));
             moved[c] = column + c < d ? g_ic + step_size * dx + part(joined, c) : 0.f;
           }
           next_g = make_float4(moved[0], moved[1], moved[2], moved[3]);
