@@ -64,8 +64,8 @@ __device__ __forceinline__ int equal_pairs(int n, int d, F value) {
   return equal;
 }
 
-// If med² is 0, the mean squared distance from the first particle replaces it; if that is 0 too, h = 1. An h that float32
-// does not hold is 0 or infinite.
+// If med² is 0, the mean squared distance from the first particle replaces it; if that is 0 too, h = 1. An h that
+// float32 does not hold is 0 or infinite.
 template <class F>
 __device__ __forceinline__ float bandwidth_of(float2 middles, const Heuristic& heuristic, int n, int d, F value) {
   const float med2 = heuristic.combine(middles);

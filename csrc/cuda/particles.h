@@ -32,8 +32,8 @@ __host__ __device__ constexpr int panel_floats(int n, int quads) { return row_at
 
 constexpr float kLargest = 3.4028234e38f;
 
-// h, or NaN if it is not positive and finite: with a median that float32 does not hold, 0 or infinity, all kernel values
-// would be 0 or 1.
+// h, or NaN if it is not positive and finite: with a median that float32 does not hold, 0 or infinity, all kernel
+// values would be 0 or 1.
 __device__ __forceinline__ float positive_or_nan(float h) {
   return h > 0.f && h <= kLargest ? h : __uint_as_float(0x7FC00000u);
 }
@@ -48,8 +48,8 @@ struct Bandwidth {
   __device__ explicit Bandwidth(float value) : h(positive_or_nan(value)), two_over_h(bounded(2.f / h)) {}
   __device__ float one() const { return 1.f + 0.f * two_over_h; }
   __device__ float to_exponent() const { return -0.5f * 1.44269504f * two_over_h; }  // k = 2^(to_exponent d²)
-  // Sums of a_ij (x_i − x_j) are computed about a common origin of some rows i, and lose eps times the distance from it,
-  // which is small beside √h up to here. Of rows farther away, such sums need differences.
+  // Sums of a_ij (x_i − x_j) are computed about a common origin of some rows i, and lose eps times the distance from
+  // it, which is small beside √h up to here. For rows farther away, such sums need differences.
   __device__ bool reaches(float squared_distance) const { return squared_distance <= 256.f * h; }
 };
 

@@ -1,7 +1,7 @@
 // SVGD direction in one launch. A block holds a tile of 32 rows i and loops over the tiles of rows j.
 //
-// With K' = K − I, r' = K'1 and V = S − (2/h) X: φ = (1/n) [S + K'V + (2/h) r'∘X], in which a particle's own term is exact.
-// A block with far rows computes φ_i = (1/n) [s_i + Σ_j k'_ij (s_j + (2/h)(x_i − x_j))].
+// With K' = K − I, r' = K'1 and V = S − (2/h) X: φ = (1/n) [S + K'V + (2/h) r'∘X], in which a particle's own term is
+// exact. A block with far rows computes φ_i = (1/n) [s_i + Σ_j k'_ij (s_j + (2/h)(x_i − x_j))].
 #include "svgd.h"
 
 #include <tuple>

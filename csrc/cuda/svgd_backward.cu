@@ -9,8 +9,8 @@ namespace ivfast {
 // the device, and ∂h takes a second launch. Not measured yet.
 constexpr int64_t kOneBlock = 64 * 64 * 32;
 
-// With K' = K − I, r' = K'1, e_ij = (x_i − x_j)·(g_i − g_j) and B_ij = (k'_ij/n) [g_i·s_j + g_j·s_i + (2/h) e_ij], which
-// contains only differences of x:
+// With K' = K − I, r' = K'1, e_ij = (x_i − x_j)·(g_i − g_j) and B_ij = (k'_ij/n) [g_i·s_j + g_j·s_i + (2/h) e_ij],
+// which contains only differences of x:
 // ∂S = (1/n) (G + K'G),  ∂X = (2/h) [B X − (B1)∘X + (1/n) (r'∘G − K'G)],  ∂h = Σ_ij [½ B_ij d²_ij − k'_ij e_ij/n]/h².
 // r' is recomputed, because 1 + r' has lost a small r'. A block with far rows sums B_ij (x_j − x_i).
 template <int D, class T>
