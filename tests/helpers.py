@@ -4,6 +4,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import math
 import os
 import pathlib
 import signal
@@ -290,6 +291,24 @@ def assert_as_reference(function, *tensors, rtol=1e-5):
 def assert_right_on_cpu(op, function, draw, dtype, **keywords):
     case = testing.Case(op, "random", function, draw, **keywords)
     testing.check(case, testing.inputs(case, dtype), "cpu")
+
+
+def assert_right_where_particles_hardly_meet(implementation):
+    """k' = 5e-8 for the nearest other particle: a particle's own term, times 2/h, must not be rounded. Kernel values so
+    small have a relative error of eps times their exponent."""
+    h = 1e-3
+    x = 5 * torch.randn(9, 3, dtype=torch.float64)
+    x[1] = x[0] + torch.tensor([(h * math.log(2e7)) ** 0.5, 0, 0])
+    x = x.float()
+    score, weights = torch.randn(9, 3), torch.randn(9, 3)
+    results = []
+    for use, dtype in ((implementation, torch.float32), ("reference", torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, score, torch.tensor(h))]
+        with ivfast.use(use):
+            phi = ivfast.svgd_direction(*leaves[:2], bandwidth=leaves[2])
+            results.append((phi, *torch.autograd.grad(phi, leaves, weights.to(dtype))))
+    for ours, exact in zip(*results, strict=True):
+        close(ours, exact)
 
 
 def assert_threads_change_no_bit(op, shapes, threads):

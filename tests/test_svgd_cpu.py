@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from helpers import assert_right_where_particles_hardly_meet
 
 import ivfast
 from ivfast import testing
@@ -185,3 +186,7 @@ def test_extreme_units(isa, scale):
         assert_right([t.clone().requires_grad_() for t in (x, score, h)])
     a, b = (ivfast.svgd_direction(y, s, bandwidth=h.to(y)) for y, s in ((x, score), (x.double(), score.double())))
     assert testing.error(a, b) <= testing.TOLERANCES[torch.float32]
+
+
+def test_particles_that_hardly_meet(isa):
+    assert_right_where_particles_hardly_meet("cpu")

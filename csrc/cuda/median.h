@@ -21,7 +21,7 @@ struct Heuristic {
 
   __device__ float combine(float2 middles) const {
     const float root = 0.5f * (sqrtf(middles.x) + sqrtf(middles.y));
-    return squared ? 0.5f * (middles.x + middles.y) : root * root;
+    return squared ? 0.5f * middles.x + 0.5f * middles.y : root * root;
   }
 };
 
@@ -49,22 +49,36 @@ __device__ __forceinline__ float2 middles_of(
   return heuristic.first < 0 ? make_float2(0.f, found.y) : found;
 }
 
-// If med² is 0, the mean squared distance from the first particle replaces it; if that is 0 too, h = 1. value(row,
-// column) is x.
+// How many pairs i < j are equal; value(row, column) is x. Distances of 0 may be squares that vanish.
+template <class F>
+__device__ __forceinline__ int equal_pairs(int n, int d, F value) {
+  int equal = 0;
+  for (int at = threadIdx.x % 32; at < n * n; at += 32) {
+    const int i = at / n, j = at % n;
+    int column = i < j ? 0 : d + 1;
+    while (column < d && value(i, column) == value(j, column)) ++column;
+    equal += column == d;
+  }
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) equal += __shfl_xor_sync(~0u, equal, lane);
+  return equal;
+}
+
+// If med² is 0, the mean squared distance from the first particle replaces it; if that is 0 too, h = 1. An h that
+// float32 does not hold is 0 or infinite.
 template <class F>
 __device__ __forceinline__ float bandwidth_of(float2 middles, const Heuristic& heuristic, int n, int d, F value) {
-  float med2 = heuristic.combine(middles);
-  if (!(med2 > 0.f)) {
-    float sum = 0.f;
-    for (int at = threadIdx.x % 32; at < n * d; at += 32) {
-      const float difference = value(at / d, at % d) - value(0, at % d);
-      sum += difference * difference;
-    }
-#pragma unroll
-    for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
-    med2 = sum / n;
+  const float med2 = heuristic.combine(middles);
+  if (med2 != 0.f) return med2 / heuristic.divisor;
+  if (equal_pairs(n, d, value) <= heuristic.second) return 0.f;
+  double sum = 0;
+  for (int at = threadIdx.x % 32; at < n * d; at += 32) {
+    const double difference = static_cast<double>(value(at / d, at % d)) - value(0, at % d);
+    sum += difference * difference;
   }
-  return med2 == 0.f ? 1.f : med2 / heuristic.divisor;
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) sum += __shfl_xor_sync(~0u, sum, lane);
+  return sum == 0 ? 1.f : static_cast<float>(sum / n / heuristic.divisor);
 }
 
 }  // namespace ivfast

@@ -53,7 +53,10 @@ __global__ void __launch_bounds__(kMostColumns, 1) mmd_kernel(
   float* panel = reinterpret_cast<float*>(&shared + 1);
   const int column = threadIdx.x, stride = plan.panels.stride, quads = plan.panels.quads;
   const bool is_own = column < pool.own;
-  if (column < plan.scales.count) shared.inverse[column] = plan.scales.inverse[column] / (bandwidth ? bandwidth[set] : 1.f);
+  if (column < plan.scales.count) {
+    const float inverse = plan.scales.inverse[column];
+    shared.inverse[column] = bounded(bandwidth ? inverse / positive_or_nan(bandwidth[set]) : inverse);
+  }
 
   const float* rows[kRows];
   for (int p = 0; p < kRows; ++p) rows[p] = panel + min(pool.first_row + p, pool.own - 1) * stride;

@@ -29,6 +29,29 @@ __host__ __device__ constexpr int round_up(int value, int multiple) {
 __host__ __device__ constexpr int row_at(int row, int quads) { return row * 4 * quads + row / 4 * 4; }
 __host__ __device__ constexpr int panel_floats(int n, int quads) { return row_at(round_up(n, 4), quads); }
 
+constexpr float kLargest = 3.4028234e38f;
+
+// h, or NaN if it is not positive and finite: with a median that float32 does not hold, 0 or infinity, all kernel
+// values would be 0 or 1.
+__device__ __forceinline__ float positive_or_nan(float h) {
+  return h > 0.f && h <= kLargest ? h : __uint_as_float(0x7FC00000u);
+}
+
+// A value that is not negative, without overflow: 0 · ∞ is NaN.
+__device__ __forceinline__ float bounded(float value) { return value > kLargest ? kLargest : value; }
+
+// What k(x, y) = exp(−‖x − y‖²/h) needs; all NaN for an h that is no bandwidth
+struct Bandwidth {
+  float h, two_over_h;
+
+  __device__ explicit Bandwidth(float value) : h(positive_or_nan(value)), two_over_h(bounded(2.f / h)) {}
+  __device__ float one() const { return 1.f + 0.f * two_over_h; }
+  __device__ float to_exponent() const { return -0.5f * 1.44269504f * two_over_h; }  // k = 2^(to_exponent d²)
+  // Sums of a_ij (x_i − x_j) are computed about a common origin of some rows i, and lose eps times the distance from
+  // it, which is small beside √h up to here. For rows farther away, such sums need differences.
+  __device__ bool reaches(float squared_distance) const { return squared_distance <= 256.f * h; }
+};
+
 // Four neighbours in a row, of which `count` exist, by a single access if all exist and are aligned.
 template <class T>
 struct alignas(4 * sizeof(T)) Four {

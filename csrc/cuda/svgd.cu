@@ -1,4 +1,7 @@
 // SVGD direction in one launch. A block holds a tile of 32 rows i and loops over the tiles of rows j.
+//
+// With K' = K − I, r' = K'1 and V = S − (2/h) X: φ = (1/n) [S + K'V + (2/h) r'∘X], in which a particle's own term is
+// exact. A block with far rows computes φ_i = (1/n) [s_i + Σ_j k'_ij (s_j + (2/h)(x_i − x_j))].
 #include "svgd.h"
 
 #include <tuple>
@@ -6,13 +9,13 @@
 namespace ivfast {
 
 template <int D, class T>
-__global__ void __launch_bounds__(kThreads) svgd_forward_kernel(
+__global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
     const T* __restrict__ x, const T* __restrict__ score, const float* __restrict__ bandwidth, T* __restrict__ phi,
     float* __restrict__ row_sum, int n, int d) {
   // this block: rows first_i .. first_i + 31 of one set
   const int64_t set = blockIdx.x;
   const int first_i = blockIdx.y * kTile, rows_i = min(kTile, n - first_i);
-  const float two_over_h = 2.f / bandwidth[set], to_exponent = -0.5f * 1.44269504f * two_over_h;
+  const Bandwidth b(bandwidth[set]);
   x += set * n * d;
   score += score ? set * n * d : 0;
 
@@ -22,8 +25,8 @@ __global__ void __launch_bounds__(kThreads) svgd_forward_kernel(
   float* K_ji = V_j + kTile * kStride<D>;
   float* r_i = K_ji + kTile * kPairs;
 
-  const float centre = centre_of<D>(x + first_i * d, rows_i, d, X_j);
-  fill_tile<D>(X_i, rows_i, d, [&](int row, int c) { return static_cast<float>(x[(first_i + row) * d + c]) - centre; });
+  const auto [centre, far] = fill_own<D>(X_i, x + first_i * d, rows_i, d, b, X_j);
+  const auto s = [&](int at) { return score ? static_cast<float>(score[at]) : -static_cast<float>(x[at]); };
 
   // pairs: rows i, i + 16 by columns j, j + 16; outputs: kRows rows by 4 dimensions
   constexpr int kRows = D / 32;
@@ -37,11 +40,11 @@ __global__ void __launch_bounds__(kThreads) svgd_forward_kernel(
     fill_tile<D>(X_j, rows_j, d, [&](int row, int c) {
       return static_cast<float>(x[(first_j + row) * d + c]) - centre;
     });
-    // V = S − (2/h) X; without a score S = −x
     fill_tile<D>(V_j, rows_j, d, [&](int row, int c) {
       const int at = (first_j + row) * d + c;
-      const float x_j = static_cast<float>(x[at]);
-      return (score ? static_cast<float>(score[at]) : -x_j) - two_over_h * (x_j - centre);
+      if (far) return s(at);
+      const float X = static_cast<float>(x[at]) - centre, pull = b.two_over_h * X;
+      return s(at) - (fabsf(pull) <= kLargest ? pull : X);  // k' of a row whose pull overflows is 0
     });
     __syncthreads();
 
@@ -61,13 +64,29 @@ __global__ void __launch_bounds__(kThreads) svgd_forward_kernel(
     }
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
-      const int j_here = j + pair % 2 * 16;
-      const float k = j_here < rows_j ? exp2f(to_exponent * d2[pair / 2][pair % 2]) : 0.f;
+      const int i_here = i + pair / 2 * 16, j_here = j + pair % 2 * 16;
+      const bool other = j_here < rows_j && first_i + i_here != first_j + j_here;
+      const float k = other ? exp2f(b.to_exponent() * d2[pair / 2][pair % 2]) : 0.f;
       r[pair / 2] += k;
-      K_ji[j_here * kPairs + i + pair / 2 * 16] = k;
+      K_ji[j_here * kPairs + i_here] = k;
     }
     __syncthreads();
 
+    if (far) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        const float4 x_i = vec4(X_i + (out_row + row) * kStride<D> + out_column);
+#pragma unroll 1
+        for (int j_all = 0; j_all < kTile; ++j_all) {
+          const float4 s_j = vec4(V_j + j_all * kStride<D> + out_column);
+          const float4 x_j = vec4(X_j + j_all * kStride<D> + out_column);
+          const float k = K_ji[j_all * kPairs + out_row + row], pull = b.two_over_h * k;
+#pragma unroll
+          for (int c = 0; c < 4; ++c) KV[row][c] += k * part(s_j, c) + pull * (part(x_i, c) - part(x_j, c));
+        }
+      }
+      continue;
+    }
 #pragma unroll 8
     for (int j_all = 0; j_all < kTile; ++j_all) {
       const float4 v = vec4(V_j + j_all * kStride<D> + out_column);
@@ -81,22 +100,22 @@ __global__ void __launch_bounds__(kThreads) svgd_forward_kernel(
     }
   }
 
-  // φ = (1/n) [K V + (2/h) r∘X]
   for (int half = 0; half < 2; ++half) {
     const float total = row_total(r[half]);
     if (j == 0) r_i[i + 16 * half] = total;
   }
   __syncthreads();
   const int thread = threadIdx.x;
-  if (thread < rows_i) row_sum[set * n + first_i + thread] = r_i[thread];
+  const float per_n = b.one() / n;
+  if (thread < rows_i) row_sum[set * n + first_i + thread] = b.one() + r_i[thread];
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      const int at = out_row + row, column = out_column + c;
+      const int at = out_row + row, column = out_column + c, in_set = (first_i + at) * d + column;
       if (at < rows_i && column < d) {
-        phi[(set * n + first_i + at) * d + column] =
-            static_cast<T>((KV[row][c] + two_over_h * r_i[at] * X_i[at * kStride<D> + column]) / n);
+        const float rX = far ? 0.f : b.two_over_h * (r_i[at] * X_i[at * kStride<D> + column]);
+        phi[set * n * d + in_set] = static_cast<T>(per_n * (s(in_set) + (KV[row][c] + rX)));
       }
     }
   }
@@ -113,7 +132,7 @@ std::tuple<Tensor, Tensor> svgd_direction(Tensor x, std::optional<Tensor> score,
     if (sets.count == 0) return;
     by_width(sets.d, [&](auto D) {
       launch(
-          x, svgd_forward_kernel<D, T>, dim3(sets.count, tiles_of(sets.n)), kThreads, shared_bytes(3, 1, D),
+          x, svgd_forward_kernel<D, T>, dim3(sets.count, tiles_of(sets.n)), kThreads, shared_bytes(3, 1, 1, D),
           x.const_data_ptr<T>(), score ? score->const_data_ptr<T>() : nullptr, bandwidth.const_data_ptr<float>(),
           phi.mutable_data_ptr<T>(), row_sum.mutable_data_ptr<float>(), sets.n, sets.d);
     });

@@ -31,15 +31,14 @@ __device__ __forceinline__ void copy(float (&to)[Count], const float* from) {
 template <int D, class F>
 __device__ __forceinline__ void fill_tile(float* tile, int rows, int d, F value) {
   const int column = threadIdx.x % D;
-#pragma unroll
+#pragma unroll 8
   for (int step = 0; step < kTile * D / kThreads; ++step) {
     const int row = threadIdx.x / D + step * (kThreads / D);
     tile[row * kStride<D> + column] = row < rows && column < d ? value(row, column) : 0.f;
   }
 }
 
-// The mean of column threadIdx.x % D over the block's own rows. Only the rounding of φ and its gradient depends on the
-// centre, so any point among the particles works. No thread may be using `scratch`.
+// The mean of column threadIdx.x % D over the block's own rows. No thread may be using `scratch`.
 template <int D, class T>
 __device__ __forceinline__ float centre_of(const T* x, int rows, int d, float* scratch) {
   const int column = threadIdx.x % D;
@@ -56,6 +55,37 @@ __device__ __forceinline__ float centre_of(const T* x, int rows, int d, float* s
   return total / rows;
 }
 
+// X = x − centre for a block's own rows, the centre of column threadIdx.x % D; 0 if a row is so far from it that
+// differences of X, or sums about it, would lose what matters. No thread may be using `scratch`.
+struct Centre {
+  float value;
+  bool far;
+};
+
+template <int D, class T>
+__device__ __forceinline__ Centre fill_own(
+    float* X, const T* x, int rows, int d, const Bandwidth& bandwidth, float* scratch) {
+  const auto fill = [&](float centre) {
+    fill_tile<D>(X, rows, d, [&](int row, int c) { return static_cast<float>(x[row * d + c]) - centre; });
+    return centre;
+  };
+  const float mean = fill(centre_of<D>(x, rows, d, scratch));
+  __syncthreads();
+  float norm = 0.f;  // of the row that eight threads share
+  for (int k = threadIdx.x % 8; k < D; k += 8) {
+    const float X_k = X[threadIdx.x / 8 * kStride<D> + k];
+    norm += X_k * X_k;
+  }
+#pragma unroll
+  for (int lane = 4; lane > 0; lane /= 2) norm += __shfl_xor_sync(~0u, norm, lane);
+  const bool far = __any_sync(~0u, !bandwidth.reaches(norm));
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = far;
+  __syncthreads();
+  bool any = false;
+  for (int warp = 0; warp < kThreads / 32; ++warp) any = any || scratch[warp] != 0.f;
+  return any ? Centre{fill(0.f), true} : Centre{mean, false};
+}
+
 // Sum over the 16 threads that share a row of pairs; they are half a warp.
 __device__ __forceinline__ float row_total(float v) {
 #pragma unroll
@@ -69,8 +99,8 @@ inline Sets direction_sets(const Tensor& x) {
 
 inline int tiles_of(int n) { return (n + kTile - 1) / kTile; }
 
-constexpr size_t shared_bytes(int tiles, int pair_tiles, int D) {
-  return sizeof(float) * (tiles * kTile * (D + 4) + pair_tiles * kTile * kPairs + kTile);
+constexpr size_t shared_bytes(int tiles, int pair_tiles, int rows, int D) {
+  return sizeof(float) * (tiles * kTile * (D + 4) + pair_tiles * kTile * kPairs + rows * kTile);
 }
 
 // f(D) for the narrowest tile that holds d; D is a compile-time constant

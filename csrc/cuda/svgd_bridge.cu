@@ -1,8 +1,9 @@
 // The SVGD bridge of small particle sets: all iterations of a set and their medians, in one launch, one block per set.
 //
-// h = scale med²/log n, k_ij = exp(−‖x_i − x_j‖²/h), r = K 1, and for the N(0, I) target
-// φ_i = (1/n) Σ_j k_ij [(2/h)(x_i − x_j) − x_j],  x ← x + step_size φ + noise ε.
-// Sums over j are of x_j − o, o being the first of the four rows i of a thread: nothing cancels wherever the data lie.
+// h = scale med²/log n, k_ij = exp(−‖x_i − x_j‖²/h), K' = K − I, r' = K'1, and for the N(0, I) target
+// φ_i = (1/n) [−x_i + Σ_j k'_ij ((2/h)(x_i − x_j) − x_j)],  x ← x + step_size φ + noise ε.
+// Sums over j are of x_j − o, o being the first of the four rows i of a thread, or x_i if one of them is far from it:
+// nothing cancels wherever the data lie.
 #include "svgd_bridge.h"
 
 #include <tuple>
@@ -11,7 +12,7 @@
 
 namespace ivfast {
 
-// The rows i of a chunk of K, from the tiles of pairs i < j and their mirror images.
+// The rows i of a chunk of K', from the tiles of pairs i < j and their mirror images.
 template <int Tiles>
 __device__ __forceinline__ void write_kernel(
     float* K, const unsigned (&d2)[16 * Tiles], float exponent, int n, int first_i, int chunk) {
@@ -32,7 +33,7 @@ __device__ __forceinline__ void write_kernel(
 #pragma unroll
       for (int pair = 0; pair < 16; ++pair) {
         const int p = pair / 4, q = pair % 4;
-        if (p >= q) k[pair] = p > q ? k[4 * q + p] : tile.i + p < n ? 1.f : 0.f;
+        if (p >= q) k[pair] = p > q ? k[4 * q + p] : 0.f;
       }
     }
 #pragma unroll
@@ -50,7 +51,7 @@ __device__ __forceinline__ void write_kernel(
 }
 
 template <int Tiles, class T>
-__global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
+__global__ void __launch_bounds__(kThreads, Tiles == 1 ? 2 : 1) svgd_bridge_kernel(
     const T* __restrict__ z, const T* __restrict__ draws, T* __restrict__ bridges, float* states,
     float* __restrict__ bandwidths, float* __restrict__ row_sums, BridgePlan plan, Heuristic heuristic, float step_size,
     float scale, float noise) {
@@ -90,7 +91,8 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
     const float h =
         scale * bandwidth_of(middles, heuristic, n, d, [&](int row, int column) { return x[row * d + column]; });
     if (threadIdx.x == 0) bandwidths[step * sets + set] = h;
-    const float two_over_h = 2.f / h, per_n = 1.f / n;
+    const Bandwidth b(h);
+    const float per_n = b.one() / n;
 
     float* const next_state = step + 1 < plan.steps ? states + (step + 1) * all : nullptr;
     T* const bridge = (step + 1) % plan.iterations ? nullptr : bridges + (step + 1) / plan.iterations * all;
@@ -99,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
     for (int first_i = 0; first_i < n; first_i += chunk) {
       const int rows = min(chunk, n - first_i);
       if (first_i) __syncthreads();  // the last chunk is read
-      write_kernel<Tiles>(K, d2, -0.5f * 1.44269504f * two_over_h, n, first_i, chunk);
+      write_kernel<Tiles>(K, d2, b.to_exponent(), n, first_i, chunk);
 
       for (int first = 0; first < d; first += 4 * quads) {
         if (plan.one_panel()) {
@@ -114,11 +116,30 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
           const int at = i * d + column;
           const float4 draw = mine ? load_four(draws + step * all + at, d - column) : float4{};
 
-          const float4 o = vec4(X + row_at(first_i + patch.i, quads) + patch.column);
-          float KX[4][5] = {};  // the fifth column is r
+          const float* const X_i = X + row_at(first_i + patch.i, quads) + patch.column;
+          const float4 o = vec4(X_i);
+          const bool far = any_far(X_i, 4 * quads, min(4, n - first_i - patch.i), b);
+          float KX[4][5] = {};  // the fifth column is r'
           const float *K_j = K + kernel_at(lane, chunk) + patch.i, *X_j = X + row_at(lane, quads) + patch.column;
+          for (int row = 0; far && row < 4; ++row) {
+            float sum[5] = {};
+            const float4 x_i = vec4(X_i + 4 * quads * row);
+#pragma unroll 1
+            for (int j = lane; j < round_up(n, 4); j += 4) {
+              const float k = K[kernel_at(j, chunk) + patch.i + row];
+              const float4 x_j = vec4(X + row_at(j, quads) + patch.column);
+#pragma unroll
+              for (int c = 0; c < 4; ++c) sum[c] += k * (part(x_j, c) - part(x_i, c));
+              sum[4] += k;
+            }
+#pragma unroll
+            for (int c = 0; c < 5; ++c) {
+#pragma unroll
+              for (int to = 0; to < 4; ++to) KX[to][c] += to == row ? sum[c] : 0.f;
+            }
+          }
 #pragma unroll(Tiles > 3 ? 1 : 4)
-          for (int j = lane; j < round_up(n, 4); j += 4) {
+          for (int j = far ? round_up(n, 4) : lane; j < round_up(n, 4); j += 4) {
             const float4 k = vec4(K_j), x_j = vec4(X_j);
             K_j += kernel_at(4, chunk), X_j += row_at(4, quads);
 #pragma unroll
@@ -139,12 +160,13 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_kernel(
           float moved[4];
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            const float repulsion = two_over_h * (r * (part(x_i, c) - part(o, c)) - KX[0][c]);
-            const float phi = per_n * (repulsion - (KX[0][c] + r * part(o, c)));
+            const float o_c = far ? part(x_i, c) : part(o, c);
+            const float repulsion = b.two_over_h * (r * (part(x_i, c) - o_c) - KX[0][c]);
+            const float phi = per_n * (repulsion - (part(x_i, c) + (KX[0][c] + r * o_c)));
             moved[c] = column + c < d ? part(x_i, c) + step_size * phi + noise * part(draw, c) : 0.f;
           }
           next = make_float4(moved[0], moved[1], moved[2], moved[3]);
-          if (column == 0) row_sums[(step * sets + set) * n + i] = r;
+          if (column == 0) row_sums[(step * sets + set) * n + i] = b.one() + r;
           if (next_state) store_four(next_state + at, next, d - column);
           if (bridge) store_four(bridge + at, next, d - column);
         }

@@ -65,6 +65,20 @@ struct Patch {
   __device__ static int rounds(int rows, int quads) { return ((rows + 3) / 4 * quads + 7) / 8; }
 };
 
+// Whether a row of those of some thread in this warp is far from the first of them, in these four columns
+__device__ __forceinline__ bool any_far(const float* X_i, int width, int rows, const Bandwidth& bandwidth) {
+  const float4 o = vec4(X_i);
+  bool far = false;
+  for (int row = 1; row < rows; ++row) {
+    const float4 x = vec4(X_i + width * row);
+    float d2 = 0.f;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) d2 += (part(x, c) - part(o, c)) * (part(x, c) - part(o, c));
+    far = far || !bandwidth.reaches(d2);
+  }
+  return __any_sync(~0u, far);
+}
+
 // Each of four lanes holds a share of all rows of v; lane s gets the sum of row s, in v[0].
 template <int Width>
 __device__ __forceinline__ void share_out(float (&v)[4][Width]) {

@@ -1,11 +1,11 @@
 // The gradient of the SVGD bridge of small particle sets: all iterations in reverse, in one launch with one block per
 // set.
 //
-// With G = ∂L/∂x of the next particles, e_ij = (x_i − x_j)·(g_i − g_j), p_i = g_i·x_i and
-// B_ij = (k_ij/n) [(1 + 2/h) e_ij − p_i − p_j], the gradient of ⟨φ, G⟩ with respect to x is
-// (2/h) [Σ_j B_ij (x_j − x_i) + (1/n) Σ_j k_ij (g_i − g_j)] − (1/n) Σ_j k_ij g_j.
+// With G = ∂L/∂x of the next particles, K' = K − I, e_ij = (x_i − x_j)·(g_i − g_j), p_i = g_i·x_i and
+// B_ij = (k'_ij/n) [(1 + 2/h) e_ij − p_i − p_j], the gradient of ⟨φ, G⟩ with respect to x is
+// (2/h) [Σ_j B_ij (x_j − x_i) + (1/n) Σ_j k'_ij (g_i − g_j)] − (1/n) [g_i + Σ_j k'_ij g_j].
 // Sums over j are of x_j − o and g_j − o', where o and o' belong to the first of the four rows i of a thread: nothing
-// cancels.
+// cancels. If one of the rows is far from it, or 1 + r' has lost a small r', o and o' are x_i and g_i.
 #include "svgd_bridge.h"
 
 namespace ivfast {
@@ -82,8 +82,9 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
               : fill(G, g, n, d, first, quads);
       __syncthreads();
     };
-    const float two_over_h = 2.f / bandwidths[step * sets + set], per_n = 1.f / n;
-    const float* r = row_sums + (step * sets + set) * n;
+    const Bandwidth bw(bandwidths[step * sets + set]);
+    const float per_n = bw.one() / n;
+    const float* row_sum = row_sums + (step * sets + set) * n;
     const bool joins = step % plan.iterations == 0;  // these particles are a bridge, so its gradient is added
     const T* joining = grad + step / plan.iterations * all;
 
@@ -117,10 +118,10 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
           float k[4], b[4];
 #pragma unroll
           for (int row = 0; row < 4; ++row) {
-            const bool both = tile.i + row < rows && tile.j + q < n;
-            const float exponent = -0.5f * 1.44269504f * two_over_h * d2[t][4 * row + q];
-            k[row] = both ? per_n * exp2f(exponent) : 0.f;
-            b[row] = k[row] * ((1.f + two_over_h) * e[t][4 * row + q] - (part(p_i, row) + part(p_j, q)));
+            const bool others = tile.i + row < rows && tile.j + q < n && first_i + tile.i + row != tile.j + q;
+            k[row] = others ? per_n * exp2f(bw.to_exponent() * d2[t][4 * row + q]) : 0.f;
+            b[row] = k[row] * ((1.f + bw.two_over_h) * e[t][4 * row + q] - (part(p_i, row) + part(p_j, q)));
+            b[row] = k[row] == 0.f ? 0.f : b[row];
           }
           const int at = kernel_at(tile.j + q, chunk) + tile.i;
           *reinterpret_cast<float4*>(K + at) = make_float4(k[0], k[1], k[2], k[3]);
@@ -144,10 +145,32 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
 
           const int origin = row_at(first_i + patch.i, quads) + patch.column;
           const float4 o_x = vec4(X + origin), o_g = vec4(G + origin);
-          float sums[4][9] = {};  // K (G − o'), B (X − o), B 1
+          const float r = mine ? row_sum[i] - 1.f : 1.f;
+          const bool far = any_far(X + origin, 4 * quads, min(4, n - first_i - patch.i), bw) ||
+                           __any_sync(~0u, !(r > 0.0625f));
+          float sums[4][9] = {};  // K' (G − o'), B (X − o), B 1
+          for (int row = 0; far && row < 4; ++row) {
+            float sum[8] = {};
+            const float4 x_i = vec4(X + origin + 4 * quads * row), g_i = vec4(G + origin + 4 * quads * row);
+#pragma unroll 1
+            for (int j = lane; j < round_up(n, 4); j += 4) {
+              const int at_ij = kernel_at(j, chunk) + patch.i + row, at_j = row_at(j, quads) + patch.column;
+              const float4 x_j = vec4(X + at_j), g_j = vec4(G + at_j);
+#pragma unroll
+              for (int c = 0; c < 4; ++c) {
+                sum[c] += K[at_ij] * (part(g_j, c) - part(g_i, c));
+                sum[4 + c] += B[at_ij] * (part(x_j, c) - part(x_i, c));
+              }
+            }
+#pragma unroll
+            for (int c = 0; c < 8; ++c) {
+#pragma unroll
+              for (int to = 0; to < 4; ++to) sums[to][c] += to == row ? sum[c] : 0.f;
+            }
+          }
           const float *K_j = K + kernel_at(lane, chunk) + patch.i, *X_j = X + row_at(lane, quads) + patch.column;
 #pragma unroll 2
-          for (int j = lane; j < round_up(n, 4); j += 4) {
+          for (int j = far ? round_up(n, 4) : lane; j < round_up(n, 4); j += 4) {
             const float4 k = vec4(K_j), b = vec4(K_j + (B - K)), x_j = vec4(X_j), g_j = vec4(X_j + (G - X));
             K_j += kernel_at(4, chunk), X_j += row_at(4, quads);
 #pragma unroll
@@ -167,13 +190,13 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
 
           const int at_i = row_at(i, quads) + patch.column;
           const float4 x_i = vec4(X + at_i), g_i = vec4(G + at_i);
-          const float r_i = per_n * r[i];
+          const float r_i = per_n * r;
           float moved[4];
 #pragma unroll
           for (int c = 0; c < 4; ++c) {
-            const float o = part(o_g, c), g_ic = part(g_i, c), kg = sums[0][c];
+            const float g_ic = part(g_i, c), o = far ? g_ic : part(o_g, c), kg = sums[0][c];
             const float pull = sums[0][4 + c] - sums[0][8] * (part(x_i, c) - part(o_x, c));
-            const float dx = two_over_h * (pull + r_i * (g_ic - o) - kg) - (kg + r_i * o);
+            const float dx = bw.two_over_h * (pull + r_i * (g_ic - o) - kg) - (per_n * g_ic + (kg + r_i * o));
             moved[c] = column + c < d ? g_ic + step_size * dx + part(joined, c) : 0.f;
           }
           next_g = make_float4(moved[0], moved[1], moved[2], moved[3]);
