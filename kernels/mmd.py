@@ -19,6 +19,7 @@ from .particles import (
     Packed,
     add_product,
     as_operand,
+    bandwidth_at,
     capability,
     check_dtype,
     half_distances,
@@ -27,6 +28,7 @@ from .particles import (
     precision,
     shares,
     tile,
+    within,
 )
 
 FINISH_ROWS, FINISH_WIDTH = 16, 64
@@ -59,7 +61,7 @@ def tile_of(D: int, major: int, gradient: bool) -> Tile:
 
 @triton.jit
 def _scale(s, b):
-    return tl.minimum(tl.maximum(s * b, 1 / FAR), FAR)
+    return within(s * b, 1 / FAR, FAR)
 
 
 @triton.jit
@@ -86,7 +88,7 @@ def _rbf(d2, scales, b, COUNT: tl.constexpr):
     """Σ_s exp(−r²/c) and its derivative −Σ_s exp(−r²/c)/c with c = s b."""
     k, slope = tl.zeros_like(d2), tl.zeros_like(d2)
     for s in tl.static_range(COUNT):
-        inverse = tl.maximum(tl.minimum(1 / (scales[s] * b), LARGEST / 2), SMALLEST)
+        inverse = within(1 / (scales[s] * b), SMALLEST, LARGEST / 2)
         term = tl.exp2(d2 * (-1.4426950408889634 * inverse))
         k += term
         slope -= term * inverse
@@ -188,7 +190,7 @@ def _sums_kernel(
     value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
     row = i_set * N + first_row + tl.arange(0, ROWS)
     scales = (s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7)
-    b = 1.0 if p_bandwidth is None else tl.load(p_bandwidth + i_set)
+    b = 1.0 if p_bandwidth is None else bandwidth_at(p_bandwidth + i_set)
     low, high = i_split * share, (i_split + 1) * share  # of the rows of X, then of Y
 
     q_i, mark_i = tl.load(p_q_x + row), tl.load(p_mark_x + row)

@@ -82,10 +82,28 @@ def half_distances(xx, q_i, q_j, mark_i, mark_j):
 
 
 @triton.jit
+def positive_or_nan(h):
+    """h, or NaN where it is not positive and finite."""
+    return tl.where((h > 0) & (h < float("inf")), h, float("nan"))
+
+
+@triton.jit
+def bandwidth_at(p):
+    return positive_or_nan(tl.load(p))
+
+
+@triton.jit
+def within(x, low, high):
+    """x, no less than low and no more than high; NaN stays."""
+    return tl.minimum(tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def factors(h):
-    """α, β, γ with γα = 1 and γβ = 2/h, and the factor 2 log2(e)/h of −u in k = 2^(…): finite for any h > 0."""
-    two_over_h = tl.minimum(2 / h, LARGEST)
-    exponent = tl.maximum(tl.minimum(2.8853900817779268 / h, LARGEST), SMALLEST)
+    """α, β, γ with γα = 1 and γβ = 2/h, and the factor 2 log2(e)/h of −u in k = 2^(…): finite for any h > 0. If h is NaN,
+    so are α, γ and the factor, and with them all k'_ij for j ≠ i, also those of the padding."""
+    two_over_h = within(2 / h, 0.0, LARGEST)
+    exponent = within(2.8853900817779268 / h, SMALLEST, LARGEST)
     wide = h >= 1
     alpha = tl.where(wide, 1.0, 0.5 * h)
     return alpha, tl.where(wide, two_over_h, 1.0), tl.where(wide, 1.0, two_over_h), exponent
@@ -117,7 +135,7 @@ def _pack_kernel(
     row = i_tile * ROWS + tl.arange(0, ROWS)
     inside = row < n
     if WITH_V:
-        alpha, beta, _, _ = factors(tl.load(p_bandwidth + i_set))
+        alpha, beta, _, _ = factors(bandwidth_at(p_bandwidth + i_set))
 
     xx = tl.zeros([ROWS, ROWS], tl.float32)
     mark = tl.zeros([ROWS], tl.int32)

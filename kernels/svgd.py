@@ -22,6 +22,7 @@ from .particles import (
     Packed,
     add_product,
     as_operand,
+    bandwidth_at,
     capability,
     check_dtype,
     factors,
@@ -98,7 +99,7 @@ def _forward_kernel(
     value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
     base, i = i_set * N, i_tile * ROWS + tl.arange(0, ROWS)
     at_i = (base + i_tile * ROWS) * D
-    _, _, _, exponent = factors(tl.load(p_bandwidth + i_set))
+    _, _, _, exponent = factors(bandwidth_at(p_bandwidth + i_set))
 
     q_i, mark_i = tl.load(p_q + base + i), tl.load(p_mark + base + i)
     r = tl.zeros([ROWS], tl.float32)
@@ -144,7 +145,7 @@ def _backward_kernel(
     value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
     base, i = i_set * N, i_tile * ROWS + tl.arange(0, ROWS)
     at_i = (base + i_tile * ROWS) * D
-    _, _, _, exponent = factors(tl.load(p_bandwidth + i_set))
+    _, _, _, exponent = factors(bandwidth_at(p_bandwidth + i_set))
 
     q_i, mark_i, p_i = tl.load(p_q + base + i), tl.load(p_mark + base + i), tl.load(p_p + base + i)
     r, b = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
@@ -197,7 +198,7 @@ def _finish_forward_kernel(
     inside, mask = row < n, (row < n)[:, None] & (column < d)[None, :]
     given = (i_set * n + row)[:, None] * d + column[None, :]
     packed = (i_set * N + row)[:, None] * D + column[None, :]
-    _, beta, gamma, _ = factors(tl.load(p_bandwidth + i_set))
+    _, beta, gamma, _ = factors(bandwidth_at(p_bandwidth + i_set))
 
     if p_score is None:
         s = -tl.load(p_x + given, mask=mask, other=0.0).to(tl.float32)
@@ -246,7 +247,7 @@ def _finish_backward_kernel(
     mask = (row < n)[:, None] & (column < d)[None, :]
     given = (i_set * n + row)[:, None] * d + column[None, :]
     packed = (i_set * N + row)[:, None] * D + column[None, :]
-    _, beta, gamma, _ = factors(tl.load(p_bandwidth + i_set))
+    _, beta, gamma, _ = factors(bandwidth_at(p_bandwidth + i_set))
 
     g = tl.load(p_grad + given, mask=mask, other=0.0).to(tl.float32)
     X, G = tl.load(p_X + packed), tl.load(p_G + packed)

@@ -20,6 +20,7 @@ from .particles import (
     half_distances,
     mark_of,
     padded,
+    positive_or_nan,
     precision,
 )
 from .selection import Ranks
@@ -82,7 +83,7 @@ def _forward_kernel(
             h = scale * median.bandwidth(median.median2(m_0, m_1, False), spread, divisor)
 
             # φ = (1/n) [s + γ (K'V + β r'∘X)],  V = αs − βX,  s = −x
-            alpha, beta, gamma, exponent = factors(h)
+            alpha, beta, gamma, exponent = factors(positive_or_nan(h))
             X, u = _distances(x, n, d, D, PRECISION)
             k = as_operand(svgd.kernel_tile(u, i, i, exponent), PRECISION)
             r = tl.sum(k, 1)
