@@ -19,19 +19,19 @@ def outliers(x, far):
 
 def clusters(x, far):
     """Two clusters; the second, two thirds of the rows, is a thousandth as wide as it is far away."""
-    return torch.cat((x[: N // 3], x[N // 3 :] * (1 + far * 1e-3) + far))
+    return torch.cat((x[: len(x) // 3], x[len(x) // 3 :] * (1 + far * 1e-3) + far))
 
 
 def tight(x, far):
     """A fifth of the rows are far away and close together; in float32 some coincide."""
-    return torch.cat((x[: N // 5] * 2e-8 * far - far, x[N // 5 :]))
+    return torch.cat((x[: len(x) // 5] * 2e-8 * far - far, x[len(x) // 5 :]))
 
 
-def drawn(place, far, dtype):
+def drawn(place, far, dtype, n, d):
     """Particles, of which no two pairs near the median share it by rounding."""
     for _ in range(100):
-        x = place(torch.randn(N, D, dtype=torch.float64), far).to(dtype)
-        d2 = formulas.pair_distances(x.double(), "paper").sort().values[N * (N - 1) // 4 - 2 :][:5]
+        x = place(torch.randn(n, d, dtype=torch.float64), far).to(dtype)
+        d2 = formulas.pair_distances(x.double(), "paper").sort().values[n * (n - 1) // 4 - 2 :][:5]
         if (d2.diff() > 1e-4 * d2[:-1]).all():
             return x
     raise AssertionError("no such particles")
@@ -49,10 +49,10 @@ def test_the_references_of_far_apart_particles(place, dtype):
     compare("reference", place, dtype)
 
 
-def compare(implementation, place, dtype):
+def compare(implementation, place, dtype, n=N, d=D, only=None):
     far = 10 ** float(torch.empty(()).uniform_(3, 12))
-    x, y = drawn(place, far, dtype), drawn(place, far, dtype)
-    score, h = torch.randn(N, D).to(dtype), torch.tensor(2.0 * D, dtype=dtype)
+    x, y = (drawn(place, far, dtype, n, d) for _ in range(2))
+    score, h = torch.randn(n, d).to(dtype), torch.tensor(2.0 * d, dtype=dtype)
     bound = testing.TOLERANCES[dtype] + (0 if place is outliers else EPS * far)
     calls = {
         "median": (lambda its, x: its.median_bandwidth(x, convention="paper"), (x,)),
@@ -61,6 +61,8 @@ def compare(implementation, place, dtype):
         "rbf": (lambda its, x, y: its.mmd(x, y, kernel="rbf", bandwidth=3.0), (x, y)),
     }
     for name, (call, inputs) in calls.items():
+        if only and name != only:
+            continue
         ours = [t.clone().requires_grad_() for t in inputs]
         exact = [t.double().requires_grad_() for t in inputs]
         with ivfast.use(implementation):

@@ -52,3 +52,18 @@ def test_of_equal_particles(place, n):
     phi, value = ivfast.svgd_direction(x, bandwidth=h), ivfast.mmd(x, x.detach(), kernel="rbf", bandwidth=h)
     only_first_is_nan((phi, *torch.autograd.grad(phi.sum(), (x, h))))
     only_first_is_nan((value, *torch.autograd.grad(value.sum(), x)))
+
+
+@pytest.mark.parametrize("n", [20, 130])
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_a_median_that_float32_does_not_hold(place, scale, n):
+    x = (scale * torch.randn(n, D, device=place)).requires_grad_()
+    y, draws = scale * torch.randn(n, D, device=place), torch.randn(5, n, D, device=place)
+    results = {
+        "direction": ivfast.svgd_direction(x),
+        "mmd": ivfast.mmd(x, y, kernel="rbf", bandwidth="median"),
+        "bridge": ivfast.svgd_bridge(x, 3, draws=draws, iterations=2)[1],
+    }
+    for name, result in results.items():
+        assert result.isnan().all(), name
+        assert torch.autograd.grad(result.sum(), x)[0].isnan().all(), name
