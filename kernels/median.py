@@ -8,8 +8,23 @@ import torch
 import triton
 import triton.language as tl
 
+from .far import differences, direct_half_distances, row_differences
 from .particles import OPTIONS, check_dtype, half_diagonal, half_distances, mark_of, pack, padded, tile
-from .selection import PRECISION, TILE, TILE_OPTIONS, Ranks, bits_of, rank_of, select, tile_bits, value_of, width
+from .selection import (
+    PRECISION,
+    TILE,
+    TILE_OPTIONS,
+    Ranks,
+    bits_of,
+    bits_of_pairs,
+    rank_of,
+    select,
+    shows,
+    tile_distances,
+    tiles,
+    value_of,
+    width,
+)
 
 SMALL = 64  # one tile without spills; not measured yet
 
@@ -31,10 +46,13 @@ def _slope(m, other, SQUARED: tl.constexpr):
 
 
 @triton.jit
-def bandwidth(med2, spread, divisor):
-    """med²/divisor. `spread` replaces a median of 0, and is NaN if a particle is."""
+def bandwidth(m_0, m_1, spread, divisor, SQUARED: tl.constexpr):
+    """med²/divisor. `spread` replaces a median of 0, and is NaN if a particle is. The bits 1 are of a distance whose
+    square float32 does not hold, which gives 0, no bandwidth."""
+    med2 = median2(m_0, m_1, SQUARED)
+    held = (bits_of(m_1) != 1) | (spread != spread)
     med2 = tl.where((med2 > 0) & (spread == spread), med2, spread)
-    return tl.where(med2 == 0, 1.0, med2 / divisor)
+    return tl.where(held, tl.where(med2 == 0, 1.0, med2 / divisor), 0.0)
 
 
 @triton.jit
@@ -48,7 +66,7 @@ def _centred(p_x, i_set, n, d, start, N: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
-    """The bits of d²_ij [N, N] for j < i < n, elsewhere the largest number; and the mean of d²_i0."""
+    """The bits of d²_ij [N, N] for j < i < n, elsewhere the largest number; the mean of d²_i0; whether rows are far."""
     xx, spread, mark = tl.zeros([N, N], tl.float32), tl.zeros([N], tl.float32), tl.zeros([N], tl.int32)
     i = tl.arange(0, N)
     for start in range(0, D, WIDTH):
@@ -59,8 +77,12 @@ def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: 
         spread += tl.sum(apart * apart, 1)
     q = half_diagonal(xx)
     pair = (i[None, :] < i[:, None]) & (i < n)[:, None]
-    bits = tl.where(pair, bits_of(2 * half_distances(xx, q, q, mark, mark)), 0x7FFFFFFF)
-    return bits, tl.sum(tl.where(i < n, spread, 0.0), 0) / n
+    u = half_distances(xx, q, q, mark, mark)
+    far = shows(u, q[:, None] + q[None, :], pair, 0.0)
+    if far:
+        u = direct_half_distances(p_x + i_set * n * d, p_x + i_set * n * d, n, n, d, N, N)
+    bits = tl.where(pair, bits_of_pairs(u, mark[:, None] != mark[None, :]), 0x7FFFFFFF)
+    return bits, tl.sum(tl.where(i < n, spread, 0.0), 0) / n, far
 
 
 @triton.jit
@@ -91,10 +113,10 @@ def _small_kernel(
 ):
     i_set = tl.program_id(0).to(tl.int64)
 
-    bits, spread = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
+    bits, spread, _ = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
     m_0, m_1 = small_middles(bits, rank_0, rank_1)
 
-    h = bandwidth(median2(m_0, m_1, SQUARED), spread, divisor)
+    h = bandwidth(m_0, m_1, spread, divisor, SQUARED)
     tl.store(p_middles + 2 * i_set, tl.where(h == h, m_0, h))
     tl.store(p_middles + 2 * i_set + 1, tl.where(h == h, m_1, h))
     tl.store(p_h + i_set, h)
@@ -119,7 +141,7 @@ def _small_backward_kernel(
     grad = tl.load(p_grad + i_set) / divisor + 0.0 * m_0  # NaN if a particle is
 
     # c_ij, the share of a pair in the two middles: tied pairs share
-    bits, _ = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
+    bits, _, far = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
     is_0, is_1 = (bits == bits_of(m_0)).to(tl.float32), (bits == bits_of(m_1)).to(tl.float32)
     share_0 = grad * _slope(m_0, m_1, SQUARED) / tl.maximum(tl.sum(tl.sum(is_0, 1), 0), 1.0)
     share_1 = grad * _slope(m_1, m_0, SQUARED) / tl.maximum(tl.sum(tl.sum(is_1, 1), 0), 1.0)
@@ -128,12 +150,19 @@ def _small_backward_kernel(
     total = tl.sum(c, 1)
 
     # ∂h/∂x_i = Σ_j c_ij 2(x_i − x_j)
-    for start in range(0, D, WIDTH):
-        X = _centred(p_x, i_set, n, d, start, N, WIDTH)
-        dx = 2 * (total[:, None] * X - tl.dot(c, X, input_precision=PRECISION))
-        column = start + tl.arange(0, WIDTH)
-        mask = (row < n)[:, None] & (column < d)[None, :]
-        tl.store(p_dx + (i_set * n + row)[:, None] * d + column[None, :], dx, mask=mask)
+    if far:
+        p_set = p_x + i_set * n * d
+        for k in tl.range(0, d, num_stages=1):
+            apart = differences(p_set, p_set, n, n, d, k, N, N)
+            dx_k = 2 * tl.sum(tl.where(c == 0, 0.0, c * apart), 1)
+            tl.store(p_dx + (i_set * n + row) * d + k, dx_k, mask=row < n)
+    else:
+        for start in range(0, D, WIDTH):
+            X = _centred(p_x, i_set, n, d, start, N, WIDTH)
+            dx = 2 * (total[:, None] * X - tl.dot(c, X, input_precision=PRECISION))
+            column = start + tl.arange(0, WIDTH)
+            mask = (row < n)[:, None] & (column < d)[None, :]
+            tl.store(p_dx + (i_set * n + row)[:, None] * d + column[None, :], dx, mask=mask)
 
 
 @triton.jit
@@ -157,7 +186,7 @@ def _finish_kernel(
     m_1 = value_of(tl.load(p_window + 4 * i_set + 2)) if TWO else m_0
     med2 = median2(m_0, m_1, SQUARED)
 
-    # the mean of d²_i0 replaces a median of 0; a NaN is in the mean and so in every centred row
+    # the mean of d²_i0 replaces a median of 0; a NaN is in the centre and so in every centred row
     spread = tl.zeros([TILE], tl.float32) + 0.0 * tl.load(p_q + i_set * N)
     for first in range(0, tl.where(med2 > 0, 0, N), TILE):
         row = first + tl.arange(0, TILE)
@@ -167,48 +196,89 @@ def _finish_kernel(
             apart -= tl.load(p_X + i_set * N * D + column)[None, :]
             spread += tl.where(row < n, tl.sum(apart * apart, 1), 0.0)
 
-    h = bandwidth(med2, tl.sum(spread, 0) / n, divisor)
+    h = bandwidth(m_0, m_1, tl.sum(spread, 0) / n, divisor, SQUARED)
     tl.store(p_middles + 2 * i_set, tl.where(h == h, m_0, h))
     tl.store(p_middles + 2 * i_set + 1, tl.where(h == h, m_1, h))
     tl.store(p_h + i_set, h)
 
 
 @triton.jit
+def _hits(u, pair, differ, wanted, i, j):
+    """For the rows from i: how often each is the later of a middle pair, and with which rows from j [TILE, TILE]."""
+    hit = (pair & (bits_of_pairs(u, differ) == wanted)).to(tl.int32)
+    # as in counting, the later row comes first
+    return tl.sum(hit, 1) * (j <= i), hit * (j <= i) + tl.trans(hit) * (j >= i)
+
+
+@triton.jit
+def _add_tile(p_apart, both, p_i, p_j, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    total, both = tl.sum(both, 1)[:, None].to(tl.float32), both.to(tl.float32)
+    for start in range(0, D, WIDTH):
+        x_i, x_j = tile(p_i + start, D, TILE, WIDTH), tile(p_j + start, D, TILE, WIDTH)
+        p_rows = p_apart + tl.arange(0, TILE)[:, None] * D + start + tl.arange(0, WIDTH)[None, :]
+        tl.store(p_rows, tl.load(p_rows) + total * x_i - tl.dot(both, x_j, input_precision="ieee"))
+
+
+@triton.jit
+def _add_rows(p_apart, both, p_x, i, j, n, d, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    row, other = tl.arange(0, TILE), j + tl.arange(0, TILE)
+    for one in range(TILE):
+        weight = tl.sum(tl.where((row == one)[:, None], both, 0), 0)
+        if tl.max(weight, 0) > 0:
+            for start in range(0, d, WIDTH):
+                apart = row_differences(p_x, i + one, p_x, other, n, d, start, WIDTH)
+                apart = tl.sum(tl.where(weight[:, None] == 0, 0.0, weight[:, None] * apart), 0)
+                p_row = p_apart + one * D + start + tl.arange(0, WIDTH)
+                tl.store(p_row, tl.load(p_row) + apart)
+
+
+@triton.jit
 def _apart_kernel(
+    p_x,
     p_X,
     p_q,
     p_mark,
+    p_reach,
+    p_lost,
     p_middles,
     p_apart,
     p_count,
     sets,
     n,
+    d,
     N,
+    FAR: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    # Σ_j (x_i − x_j) over the middle pairs, and how many of them have i as the later row
+    """Σ_j (x_i − x_j) over the middle pairs, and how many of them have i as the later row; FAR: in tiles that need
+    differences, otherwise in the others."""
     i_set, i = (tl.program_id(0) // (N // TILE)).to(tl.int64), tl.program_id(0) % (N // TILE) * TILE
-    base, middle = i_set * N, tl.program_id(1)
-    wanted = bits_of(tl.load(p_middles + 2 * i_set + middle))
+    base, middle, p_set = i_set * N, tl.program_id(1), p_x + i_set * n * d
+    wanted, lost = bits_of(tl.load(p_middles + 2 * i_set + middle)), tl.load(p_lost + i_set)
+    reach = tl.load(p_reach + (base + i) // TILE)
     p_apart += middle.to(tl.int64) * sets * N * D
-    count = tl.zeros([TILE], tl.int32)
+    p_count += (middle.to(tl.int64) * sets + i_set) * N + i + tl.arange(0, TILE)
     for j in range(0, N, TILE):
-        # as in counting: the later row first
-        bits, pair = tile_bits(p_X, p_q, p_mark, base, tl.maximum(i, j), tl.minimum(i, j), n, D, TILE, WIDTH)
-        hit = (pair & (bits == wanted)).to(tl.int32)
-        if tl.max(tl.ravel(hit), 0) > 0:
-            count += tl.sum(hit, 1) * (j <= i)
-            both = (hit * (j <= i) + tl.trans(hit) * (j >= i)).to(tl.float32)  # the rows from i, whichever is later
-            total = tl.sum(both, 1)[:, None]
-            for start in range(0, D, WIDTH):
-                x_i = tile(p_X + (base + i) * D + start, D, TILE, WIDTH)
-                x_j = tile(p_X + (base + j) * D + start, D, TILE, WIDTH)
-                p_rows = p_apart + (base + i + tl.arange(0, TILE))[:, None] * D + start + tl.arange(0, WIDTH)[None, :]
-                apart = total * x_i - tl.dot(both, x_j, input_precision="ieee")
-                tl.store(p_rows, tl.load(p_rows) + apart)
-    tl.store(p_count + (middle.to(tl.int64) * sets + i_set) * N + i + tl.arange(0, TILE), count)
+        if not FAR or reach + tl.load(p_reach + (base + j) // TILE) > lost:
+            later, earlier = tl.maximum(i, j), tl.minimum(i, j)
+            u, pair, differ, far = tile_distances(
+                *(p_X, p_q, p_mark, p_reach, p_lost, i_set, later, earlier, n, N, D, TILE, WIDTH)
+            )
+            if far == FAR:
+                if FAR:
+                    p_i, p_j = p_set + later.to(tl.int64) * d, p_set + earlier.to(tl.int64) * d
+                    u = direct_half_distances(p_i, p_j, n - later, n - earlier, d, TILE, TILE)
+                count, both = _hits(u, pair, differ, wanted, i, j)
+                if tl.max(tl.ravel(both), 0) > 0:
+                    tl.store(p_count, tl.load(p_count) + count)
+                    if FAR:
+                        _add_rows(p_apart + (base + i) * D, both, p_set, i, j, n, d, D, TILE, WIDTH)
+                    else:
+                        _add_tile(
+                            p_apart + (base + i) * D, both, p_X + (base + i) * D, p_X + (base + j) * D, D, TILE, WIDTH
+                        )
 
 
 def _small_shape(n: int, d: int) -> tuple[tuple[int, int, int], dict]:
@@ -271,13 +341,15 @@ def backward(grad, x, middles, squared, divisor):
     packed = pack(x, PRECISION.value, width(padded(d)))
     sets, N, D = packed.sets, packed.N, packed.D
     apart = torch.zeros(2, sets, N, D, dtype=torch.float32, device=x.device)
-    count = torch.empty(2, sets, N, dtype=torch.int32, device=x.device)
-    _apart_kernel[sets * (N // TILE), 2](
-        *(packed.X, packed.q, packed.mark, middles, apart, count, sets, n, N, D, TILE, width(D)), **TILE_OPTIONS
-    )
+    count = torch.zeros(2, sets, N, dtype=torch.int32, device=x.device)
+    read = tiles(packed)
+    for far in (False, True):
+        _apart_kernel[sets * (N // TILE), 2](
+            *(*read, middles, apart, count, sets, n, d, N, far, D, TILE, width(D)), **TILE_OPTIONS
+        )
     # ∂h/∂x_i = Σ_a (∂h/∂m_a) · mean of 2 (x_i − x_j) over the pairs at distance m_a
     m = middles.view(sets, 2).T
-    slope = torch.full_like(m, 0.5) if squared else 0.25 * (1 + (m.flip(0) / m).sqrt())
+    slope = 0.5 + 0 * m if squared else 0.25 * (1 + (m.flip(0) / m).sqrt())
     share = torch.where(m == 0, 0.0, slope) * grad.view(sets) / divisor / count.sum(-1).clamp_min(1)
     dx.copy_((2 * share[..., None, None] * apart).sum(0)[:, :n, :d].reshape(x.shape))
     return dx

@@ -12,13 +12,16 @@ import torch
 import triton
 import triton.language as tl
 
+from . import mmd_far
+from .far import centre, is_far
+from .mmd_far import SCALES
+from .mmd_forms import FAR, form, scale
 from .particles import (
-    LARGEST,
     OPTIONS,
-    SMALLEST,
     Packed,
     add_product,
     as_operand,
+    bandwidth_at,
     capability,
     check_dtype,
     half_distances,
@@ -30,8 +33,7 @@ from .particles import (
 )
 
 FINISH_ROWS, FINISH_WIDTH = 16, 64
-SCALES, RBF_SCALES = 8, 2  # per launch
-FAR = tl.constexpr(1e18)  # limit of r² and of the scales: products of two are finite and not 0
+RBF_SCALES = 2  # per launch
 
 
 class Tile(NamedTuple):
@@ -58,42 +60,6 @@ def tile_of(D: int, major: int, gradient: bool) -> Tile:
 
 
 @triton.jit
-def _scale(s, b):
-    return tl.minimum(tl.maximum(s * b, 1 / FAR), FAR)
-
-
-@triton.jit
-def _imq(d2, scales, b, COUNT: tl.constexpr):
-    """Σ_s c/(c + r²) and its derivative −Σ_s (c/(c + r²))²/c with c = s b; two scales share a reciprocal."""
-    k, slope = tl.zeros_like(d2), tl.zeros_like(d2)
-    for s in tl.static_range(0, COUNT, 2):
-        c = _scale(scales[s], b)
-        if s + 1 < COUNT:
-            c_2 = _scale(scales[s + 1], b)
-            inverse = 1 / ((d2 + c) * (d2 + c_2))
-            term, term_2 = c * (d2 + c_2) * inverse, c_2 * (d2 + c) * inverse
-            k += term + term_2
-            slope -= term * term * (1 / c) + term_2 * term_2 * (1 / c_2)
-        else:
-            term = c / (d2 + c)
-            k += term
-            slope -= term * term * (1 / c)
-    return k, slope
-
-
-@triton.jit
-def _rbf(d2, scales, b, COUNT: tl.constexpr):
-    """Σ_s exp(−r²/c) and its derivative −Σ_s exp(−r²/c)/c with c = s b."""
-    k, slope = tl.zeros_like(d2), tl.zeros_like(d2)
-    for s in tl.static_range(COUNT):
-        inverse = tl.maximum(tl.minimum(1 / (scales[s] * b), LARGEST / 2), SMALLEST)
-        term = tl.exp2(d2 * (-1.4426950408889634 * inverse))
-        k += term
-        slope -= term * inverse
-    return k, slope
-
-
-@triton.jit
 def _walk(
     total,
     r,
@@ -111,6 +77,7 @@ def _walk(
     weight,
     scales,
     b,
+    smallest,
     WITHIN: tl.constexpr,
     COUNTED: tl.constexpr,
     IMQ: tl.constexpr,
@@ -128,12 +95,15 @@ def _walk(
         at_j = tl.cast(j, tl.int64) * D
         xz = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X, p_Z + at_j, D, WIDTH, PRECISION)
         to_j = j + tl.arange(0, COLUMNS)
-        u = half_distances(xz, q_i, tl.load(p_q + to_j), mark_i, tl.load(p_mark + to_j))
+        q_j = tl.load(p_q + to_j)
+        if WITHIN and not GRADIENT:
+            # pairs with a far row are that row's, however often this one would count
+            q_j = tl.where(is_far(q_j, smallest), float("inf"), q_j)
+        u = half_distances(xz, q_i, q_j, mark_i, tl.load(p_mark + to_j))
         pair = u < FAR  # q is infinite in the padding
         if WITHIN:
             pair &= (first_row + tl.arange(0, ROWS))[:, None] != to_j[None, :]
-        d2 = tl.minimum(2 * u, FAR)
-        k, slope = _imq(d2, scales, b, COUNT) if IMQ else _rbf(d2, scales, b, COUNT)
+        k, slope = form(u, scales, b, IMQ, COUNT)
         if COUNTED:
             # within a sample the tiles above the diagonal also count for those below
             times = ((j >= first_row).to(tl.float64) + (j >= first_row + ROWS)) if WITHIN else 2
@@ -163,6 +133,7 @@ def _sums_kernel(
     N,
     M,
     share,
+    smallest,
     s_0,
     s_1,
     s_2,
@@ -188,20 +159,21 @@ def _sums_kernel(
     value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
     row = i_set * N + first_row + tl.arange(0, ROWS)
     scales = (s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7)
-    b = 1.0 if p_bandwidth is None else tl.load(p_bandwidth + i_set)
+    b = 1.0 if p_bandwidth is None else bandwidth_at(p_bandwidth + i_set)
+    smallest = scale(smallest, b)
     low, high = i_split * share, (i_split + 1) * share  # of the rows of X, then of Y
 
     q_i, mark_i = tl.load(p_q_x + row), tl.load(p_mark_x + row)
     p_rows = p_X + (i_set * N + first_row) * D
     size, other = tl.cast(n, tl.float64), tl.cast(m, tl.float64)
-    total = tl.zeros([ROWS], tl.float64)
-    r = tl.zeros([ROWS], tl.float32)
+    r = tl.zeros([ROWS], tl.float32) + 0.0 * b  # NaN for a bandwidth of NaN, however far all pairs are
+    total = r.to(tl.float64)
     SZ = tl.zeros([ROWS, VALUES], tl.float32)
     total, r, SZ = _walk(
         *(total, r, SZ, p_rows, q_i, mark_i, first_row),
         *(p_X + i_set * N * D, p_q_x + i_set * N, p_mark_x + i_set * N, value),
         *(low if GRADIENT else tl.maximum(low, first_row // COLUMNS * COLUMNS), tl.minimum(high, N)),
-        *(1 / (size * (size - UNBIASED)), scales, b),
+        *(1 / (size * (size - UNBIASED)), scales, b, smallest),
         *(True, True, IMQ, COUNT, GRADIENT, D, WIDTH, PRECISION, ROWS, COLUMNS, VALUES),
     )
     if GRADIENT or BETWEEN:
@@ -209,7 +181,7 @@ def _sums_kernel(
             *(total, r, SZ, p_rows, q_i, mark_i, first_row),
             *(p_Y + i_set * M * D, p_q_y + i_set * M, p_mark_y + i_set * M, value),
             *(tl.maximum(low - N, 0), tl.minimum(high - N, M)),
-            *(-1 / (size * other), scales, b),
+            *(-1 / (size * other), scales, b, smallest),
             *(False, BETWEEN, IMQ, COUNT, GRADIENT, D, WIDTH, PRECISION, ROWS, COLUMNS, VALUES),
         )
 
@@ -219,7 +191,9 @@ def _sums_kernel(
         if value == 0:
             tl.store(p_r + to, r)
     if value == 0:
-        tl.store(p_parts + tl.program_id(0) * tl.num_programs(2) + i_split, tl.sum(total, 0))
+        # those of far rows come from mmd_far.py
+        near = tl.sum(tl.where(is_far(q_i, smallest), 0.0, total), 0)
+        tl.store(p_parts + tl.program_id(0) * tl.num_programs(2) + i_split, near)
 
 
 @triton.jit
@@ -257,20 +231,25 @@ def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, s
         sums = (t[k * splits :] if gradient else None for t in (SZ, r))
         _sums_kernel[x.sets * rows, values, splits](
             *(x.X, x.q, x.mark, y.X, y.q, y.mark, bandwidth, *sums, parts[k]),
-            *(x.sets, x.n, y.n, x.N, y.N, share * shape.columns),
+            *(x.sets, x.n, y.n, x.N, y.N, share * shape.columns, min(scales)),
             *some,
             *[1.0] * (SCALES - len(some)),
             *(len(some), imq, unbiased, between, gradient, x.D, shape.width, in_products),
             *(shape.rows, shape.columns, shape.values if gradient else 16),
             **shape.options,
         )
+
+    def both(dx):
+        form = bandwidth, imq, launches, unbiased, between
+        return torch.cat((parts, mmd_far.add(x, y, *form, dx)), -1)
+
     if not gradient:
-        return parts, None
+        return both(None), None
     dx = torch.empty(x.sets, x.n, x.d, dtype=torch.float32, device=x.X.device)
     _finish_kernel[x.sets * (x.N // FINISH_ROWS), triton.cdiv(x.D, FINISH_WIDTH)](
         *(x.X, SZ, r, dx, x.sets, x.n, x.d, x.N, len(SZ), x.D, FINISH_ROWS, min(x.D, FINISH_WIDTH)), **OPTIONS
     )
-    return parts, dx
+    return both(dx), dx
 
 
 def forward(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient):
@@ -282,9 +261,9 @@ def forward(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient):
     if value.numel() == 0:
         return value, dx, dy
     bandwidth = None if bandwidth is None else bandwidth.contiguous()
-    centre = y.mean(-2, dtype=torch.float32)
+    about = centre(y)
     shapes = [tile_of(padded(x.shape[-1]), capability(x.device), gradient) for gradient in (x_gradient, y_gradient)]
-    packed = {w: [pack(t, in_products, w, mean=centre) for t in (x, y)] for w in {shape.width for shape in shapes}}
+    packed = {w: [pack(t, in_products, w, centre=about) for t in (x, y)] for w in {shape.width for shape in shapes}}
     (X, Y), (other_X, other_Y) = (packed[shape.width] for shape in shapes)
     form = bandwidth, imq, scales, unbiased, in_products
     x_parts, x_found = _side(X, Y, *form, shapes[0], between=True, gradient=x_gradient)

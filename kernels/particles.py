@@ -8,7 +8,7 @@ edges. With q_i = ‖x_i‖²/2,
 
 where q_i is half the diagonal of the same product. q is infinite in the padding, so that k = exp(−2u/h) is 0 there.
 The rounding of a product may depend on a row's position, so equal rows, whose distance is 0, are recognised by a mark,
-a hash of their bits.
+a hash of their bits. Rows far from the centre need more (far.py).
 """
 
 import functools
@@ -18,6 +18,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import far
+from .far import CUT
 
 # fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
@@ -82,10 +85,28 @@ def half_distances(xx, q_i, q_j, mark_i, mark_j):
 
 
 @triton.jit
+def positive_or_nan(h):
+    """h, or NaN where it is not positive and finite."""
+    return tl.where((h > 0) & (h < float("inf")), h, float("nan"))
+
+
+@triton.jit
+def bandwidth_at(p):
+    return positive_or_nan(tl.load(p))
+
+
+@triton.jit
+def within(x, low, high):
+    """x, no less than low and no more than high; NaN stays."""
+    return tl.minimum(tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL), high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def factors(h):
-    """α, β, γ with γα = 1 and γβ = 2/h, and the factor 2 log2(e)/h of −u in k = 2^(…): finite for any h > 0."""
-    two_over_h = tl.minimum(2 / h, LARGEST)
-    exponent = tl.maximum(tl.minimum(2.8853900817779268 / h, LARGEST), SMALLEST)
+    """α, β, γ with γα = 1 and γβ = 2/h, and the factor 2 log2(e)/h of −u in k = 2^(…): finite for any h > 0. If h is
+    NaN, so are α, γ and the factor, and with them all k'_ij for j ≠ i, also those of the padding."""
+    two_over_h = within(2 / h, 0.0, LARGEST)
+    exponent = within(2.8853900817779268 / h, SMALLEST, LARGEST)
     wide = h >= 1
     alpha = tl.where(wide, 1.0, 0.5 * h)
     return alpha, tl.where(wide, two_over_h, 1.0), tl.where(wide, 1.0, two_over_h), exponent
@@ -94,7 +115,7 @@ def factors(h):
 @triton.jit
 def _pack_kernel(
     p_x,
-    p_mean,
+    p_centre,
     p_score,
     p_grad,
     p_bandwidth,
@@ -103,6 +124,7 @@ def _pack_kernel(
     p_G,
     p_q,
     p_mark,
+    p_reach,
     p_p,
     n,
     d,
@@ -117,7 +139,7 @@ def _pack_kernel(
     row = i_tile * ROWS + tl.arange(0, ROWS)
     inside = row < n
     if WITH_V:
-        alpha, beta, _, _ = factors(tl.load(p_bandwidth + i_set))
+        alpha, beta, _, _ = factors(bandwidth_at(p_bandwidth + i_set))
 
     xx = tl.zeros([ROWS, ROWS], tl.float32)
     mark = tl.zeros([ROWS], tl.int32)
@@ -128,8 +150,8 @@ def _pack_kernel(
         given = (i_set * n + row)[:, None] * d + column[None, :]
         packed = (i_set * N + row)[:, None] * D + column[None, :]
         b_raw = tl.load(p_x + given, mask=mask, other=0.0).to(tl.float32)
-        b_mean = tl.load(p_mean + i_set * d + column, mask=column < d, other=0.0)
-        b_x = as_operand(tl.where(mask, b_raw - b_mean[None, :], 0.0), PRECISION)
+        b_centre = tl.load(p_centre + i_set * d + column, mask=column < d, other=0.0)
+        b_x = as_operand(within(tl.where(mask, b_raw - b_centre[None, :], 0.0), -CUT, CUT), PRECISION)
         xx = tl.dot(b_x, tl.trans(b_x), xx, input_precision=PRECISION)
         mark += mark_of(b_x, column)
         tl.store(p_X + packed, b_x)
@@ -144,14 +166,16 @@ def _pack_kernel(
             gx += tl.sum(b_g * b_x, 1)
             tl.store(p_G + packed, b_g)
 
-    tl.store(p_q + i_set * N + row, tl.where(inside, half_diagonal(xx), float("inf")))
+    q = half_diagonal(xx)
+    tl.store(p_q + i_set * N + row, tl.where(inside, q, float("inf")))
+    tl.store(p_reach + tl.program_id(0), tl.max(tl.where(inside, q, 0.0), 0))
     tl.store(p_mark + i_set * N + row, mark)
     if p_grad is not None:
         tl.store(p_p + i_set * N + row, beta * gx)  # β g_i·x_i
 
 
 class Packed(NamedTuple):
-    """Centred X and its companions, `[sets, N, D]` and `[sets, N]`, zero beyond n and d."""
+    """Centred X and its companions, `[sets, N, D]` and `[sets, N]`, zero beyond n and d; and x as it was given."""
 
     sets: int
     n: int
@@ -163,7 +187,9 @@ class Packed(NamedTuple):
     G: Tensor | None  # the incoming gradient
     q: Tensor  # ‖x_i‖²/2
     mark: Tensor  # int32, the same for equal rows
+    reach: Tensor  # the largest q of every ROWS rows
     p: Tensor | None  # β g_i·x_i
+    x: Tensor  # contiguous
 
 
 def padded(d: int) -> int:
@@ -200,9 +226,9 @@ def capability(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 10
 
 
-def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, grad=None, mean=None) -> Packed:
+def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, grad=None, centre=None) -> Packed:
     """x `[..., n, d]` packed for products of `width` dimensions at a time, which q must also use; a bandwidth adds V, a
-    gradient adds G and p. `mean` `[..., d]` is the centre if it is not x's own."""
+    gradient adds G and p. `centre` `[..., d]` if it is not x's own, its columns' medians."""
     sets, (n, d) = x.shape[:-2].numel(), x.shape[-2:]
     N, D = triton.cdiv(n, 2 * ROWS) * 2 * ROWS, padded(d)
 
@@ -217,13 +243,14 @@ def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, g
             ((), grad is not None),
         )
     )
-    packed = Packed(sets, n, d, N, D, empty(D), V, G, empty(), empty(dtype=torch.int32), p)
+    x, reach = x.contiguous(), torch.empty(sets, N // ROWS, dtype=torch.float32, device=x.device)
+    packed = Packed(sets, n, d, N, D, empty(D), V, G, empty(), empty(dtype=torch.int32), reach, p, x)
     if sets == 0:
         return packed
-    mean = (x.mean(-2, dtype=torch.float32) if mean is None else mean).contiguous()
+    centre = (far.centre(x) if centre is None else centre).contiguous()
     tensors = (t if t is None else t.contiguous() for t in (score, grad, bandwidth))
     _pack_kernel[sets * (N // ROWS),](
-        *(x.contiguous(), mean, *tensors, packed.X, V, G, packed.q, packed.mark, p, n, d, N),
+        *(x, centre, *tensors, packed.X, V, G, packed.q, packed.mark, reach, p, n, d, N),
         *(bandwidth is not None, D, ROWS, width, precision),
         **OPTIONS,
     )

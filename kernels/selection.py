@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .far import HUGE, direct_half_distances
 from .particles import OPTIONS, Packed, add_product, half_distances
 
 # Nothing here is measured yet.
@@ -26,8 +27,12 @@ TILE_OPTIONS = OPTIONS | {"num_warps": 8}  # for every kernel with tiles of pair
 BINS = 2048
 SAMPLED = 1 << 20  # pairs from which sampling pays off
 SAMPLES, SAMPLE_ROWS = 1 << 14, 64
+FEW_OPTIONS = OPTIONS | {"num_warps": 16}
 MARGIN = 4 * 0.5 * math.sqrt(SAMPLES)  # four standard deviations of a sampled median's rank
+FEW, FEW_MARGIN = 512, 6 * 0.5 * math.sqrt(512)  # pairs for a lower bound of the median
 PRECISION = tl.constexpr("tf32x3")
+# Products lose less than 2^-22 of the norms q_i + q_j: at most 1e-5 of a u that is a larger share of them
+SHARE = tl.constexpr(2.0**-5)
 
 
 @triton.jit
@@ -51,19 +56,37 @@ def rank_of(bits, k):
 
 
 @triton.jit
-def _sample_kernel(p_X, p_sample, n, N, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Squared distances of pairs spread over the set by a fixed sequence; no result depends on the choice."""
+def _sampled(p_x, i_set, pair, n, d, WIDTH: tl.constexpr):
+    """Squared distances of pairs spread over the set by a fixed sequence."""
+    i = (tl.randint(1, pair).to(tl.int32) & 0x7FFFFFFF) % n
+    j = (i + 1 + (tl.randint(2, pair).to(tl.int32) & 0x7FFFFFFF) % tl.maximum(n - 1, 1)) % n
+    d2 = tl.zeros(pair.shape, tl.float32)
+    for start in range(0, d, WIDTH):
+        column = start + tl.arange(0, WIDTH)[None, :]
+        apart = tl.load(p_x + (i_set * n + i)[:, None] * d + column, mask=column < d, other=0.0).to(tl.float32)
+        apart -= tl.load(p_x + (i_set * n + j)[:, None] * d + column, mask=column < d, other=0.0).to(tl.float32)
+        d2 += tl.sum(apart * apart, 1)
+    return d2
+
+
+@triton.jit
+def _sample_kernel(p_x, p_sample, n, d, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     i_set = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    i = (tl.randint(1, pair).to(tl.int32) & 0x7FFFFFFF) % n
-    j = (i + 1 + (tl.randint(2, pair).to(tl.int32) & 0x7FFFFFFF) % (n - 1)) % n
-    d2 = tl.zeros([ROWS], tl.float32)
-    for start in range(0, D, WIDTH):
-        column = start + tl.arange(0, WIDTH)[None, :]
-        apart = tl.load(p_X + (i_set * N + i)[:, None] * D + column)
-        apart -= tl.load(p_X + (i_set * N + j)[:, None] * D + column)
-        d2 += tl.sum(apart * apart, 1)
+    d2 = _sampled(p_x, i_set, pair, n, d, WIDTH)
     tl.store(p_sample + i_set * tl.num_programs(1) * ROWS + pair, d2)
+
+
+@triton.jit
+def _lost_kernel(p_x, p_lost, n, d, rank, FEW: tl.constexpr, WIDTH: tl.constexpr):
+    """The norms q_i + q_j above which products may lose what matters beside the median."""
+    i_set = tl.program_id(0).to(tl.int64)
+    bits = bits_of(_sampled(p_x, i_set, tl.arange(0, FEW), n, d, WIDTH))
+    low = tl.full([], 0, tl.int32)
+    for step in range(10):  # exponent and two digits of a distance below the median
+        candidate = low | (1 << (30 - step))
+        low = tl.where(tl.sum((bits < candidate).to(tl.int32), 0) <= rank, candidate, low)
+    tl.store(p_lost + i_set, tl.minimum(value_of(low) / (2 * SHARE), HUGE))
 
 
 @triton.jit
@@ -85,14 +108,48 @@ def _bracket_kernel(p_sample, p_window, low_rank, high_rank, SAMPLES: tl.constex
 
 
 @triton.jit
-def tile_bits(p_X, p_q, p_mark, base, i, j, n, D: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):
-    """The bits of d² between the tiles of rows starting at i and j <= i, and which entries are pairs of particles."""
-    xx = tl.zeros([TILE, TILE], tl.float32)
+def shows(u, norms, pair, lost):
+    """Whether rounding of the norms shows in any of these distances; NaN does."""
+    certain = (norms <= lost) | ((u >= SHARE * norms) & (norms < HUGE))
+    return tl.max(tl.ravel((pair & ~certain).to(tl.int32)), 0) > 0
+
+
+@triton.jit
+def bits_of_pairs(u, differ):
+    """The bits of d²; rows that differ, but by less than float32 holds squared, are not at distance 0."""
+    return tl.maximum(bits_of(2 * u), differ.to(tl.int32))
+
+
+@triton.jit
+def tile_distances(
+    p_X,
+    p_q,
+    p_mark,
+    p_reach,
+    p_lost,
+    i_set,
+    i,
+    j,
+    n,
+    N,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """u between the tiles of rows starting at i and j <= i, which entries are pairs of particles, which differ, and
+    whether the tile needs `direct_half_distances`."""
+    base, xx = i_set * N, tl.zeros([TILE, TILE], tl.float32)
     xx = add_product(xx, p_X + (base + i) * D, p_X + (base + j) * D, D, WIDTH, PRECISION)
     row, column = i + tl.arange(0, TILE), j + tl.arange(0, TILE)
     q_i, q_j = tl.load(p_q + base + row), tl.load(p_q + base + column)
-    u = half_distances(xx, q_i, q_j, tl.load(p_mark + base + row), tl.load(p_mark + base + column))
-    return bits_of(2 * u), (column[None, :] < row[:, None]) & (row < n)[:, None]
+    mark_i, mark_j = tl.load(p_mark + base + row), tl.load(p_mark + base + column)
+    u = half_distances(xx, q_i, q_j, mark_i, mark_j)
+    pair = (column[None, :] < row[:, None]) & (row < n)[:, None]
+    lost = tl.load(p_lost + i_set)
+    far = tl.load(p_reach + (base + i) // TILE) + tl.load(p_reach + (base + j) // TILE) > lost
+    if far:
+        far = shows(u, q_i[:, None] + q_j[None, :], pair, lost)
+    return u, pair, mark_i[:, None] != mark_j[None, :], far
 
 
 @triton.jit
@@ -106,12 +163,16 @@ def _count_target(bits, pair, p_counts, low, shift, BINS: tl.constexpr):
 
 @triton.jit
 def _count_kernel(
+    p_x,
     p_X,
     p_q,
     p_mark,
+    p_reach,
+    p_lost,
     p_window,
     p_counts,
     n,
+    d,
     N,
     D: tl.constexpr,
     TILE: tl.constexpr,
@@ -132,7 +193,11 @@ def _count_kernel(
     end = tl.where(done, first, end)
     below_0, below_1 = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
     for j_tile in range(first, end):
-        bits, pair = tile_bits(p_X, p_q, p_mark, i_set * N, i_tile * TILE, j_tile * TILE, n, D, TILE, WIDTH)
+        i, j = i_tile * TILE, j_tile * TILE
+        u, pair, differ, far = tile_distances(*(p_X, p_q, p_mark, p_reach, p_lost, i_set, i, j, n, N, D, TILE, WIDTH))
+        if far:
+            u = direct_half_distances(p_x + (i_set * n + i) * d, p_x + (i_set * n + j) * d, n - i, n - j, d, TILE, TILE)
+        bits = bits_of_pairs(u, differ)
         below_0 += _count_target(bits, pair, p_counts, low_0, shift_0, BINS)
         if TWO:
             below_1 += _count_target(bits, pair, p_counts + BINS + 1, low_1, shift_1, BINS)
@@ -193,15 +258,23 @@ def width(D: int) -> int:
     return min(D, 16)
 
 
+def tiles(packed: Packed) -> tuple[Tensor, ...]:
+    """What every pass reads of the particles."""
+    lost, ranks = packed.q.new_empty(packed.sets), Ranks.of(packed.n, True)  # the lower of either form
+    rank = max(0, math.floor(FEW * ranks.first / max(ranks.pairs, 1) - FEW_MARGIN))
+    _lost_kernel[packed.sets,](packed.x, lost, packed.n, packed.d, rank, FEW, width(packed.D), **FEW_OPTIONS)
+    return packed.x, packed.X, packed.q, packed.mark, packed.reach, lost
+
+
 def select(packed: Packed, ranks: Ranks) -> Tensor:
     """`[sets, 2, 2]`: the bits of the squared distance of each rank, and −1."""
     sets, n, N, D, device = packed.sets, packed.n, packed.N, packed.D, packed.X.device
-    window, two = _window(packed, ranks), ranks.first < ranks.second
+    window, two, read = _window(packed, ranks), ranks.first < ranks.second, tiles(packed)
     counts = torch.zeros(sets, 2, BINS + 1, dtype=torch.int32 if ranks.pairs < 2**31 else torch.int64, device=device)
     grid = sets * (N // TILE), triton.cdiv(N // TILE, SEGMENT)
     for _ in range(4 if ranks.pairs >= SAMPLED else 3):
         _count_kernel[grid](
-            *(packed.X, packed.q, packed.mark, window, counts, n, N, D, TILE, SEGMENT, width(D), BINS, two),
+            *(*read, window, counts, n, packed.d, N, D, TILE, SEGMENT, width(D), BINS, two),
             **TILE_OPTIONS,
         )
         _narrow_kernel[sets, 1 + two](counts, window, ranks.first, ranks.second, BINS, **OPTIONS)
@@ -216,7 +289,7 @@ def _window(packed, ranks):
         return window
     sample = packed.X.new_empty(packed.sets, SAMPLES)
     _sample_kernel[packed.sets, SAMPLES // SAMPLE_ROWS](
-        *(packed.X, sample, packed.n, packed.N, packed.D, SAMPLE_ROWS, width(packed.D)), **OPTIONS
+        *(packed.x, sample, packed.n, packed.d, SAMPLE_ROWS, width(packed.D)), **OPTIONS
     )
     centre = SAMPLES * ranks.first / ranks.pairs
     low, high = max(0, int(centre - MARGIN)), min(SAMPLES - 1, math.ceil(centre + MARGIN))

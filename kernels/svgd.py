@@ -7,7 +7,8 @@ Backward, with B_ij = k'_ij (g_i·v_j + v_i·g_j + β g_i·x_i + β g_j·x_j), D
 E = (1/n) [r'∘G − K'G],
   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
 
-Three passes each way: pack the rows (particles.py), sum over pairs of tiles, finish the sums.
+Four passes each way: pack the rows (particles.py), sum over pairs of tiles, finish the sums, and do the rows over that
+are far from the others (svgd_far.py).
 """
 
 from typing import NamedTuple
@@ -16,12 +17,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import svgd_far
 from .particles import (
     HALF,
     OPTIONS,
     Packed,
     add_product,
     as_operand,
+    bandwidth_at,
     capability,
     check_dtype,
     factors,
@@ -98,7 +101,7 @@ def _forward_kernel(
     value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
     base, i = i_set * N, i_tile * ROWS + tl.arange(0, ROWS)
     at_i = (base + i_tile * ROWS) * D
-    _, _, _, exponent = factors(tl.load(p_bandwidth + i_set))
+    _, _, _, exponent = factors(bandwidth_at(p_bandwidth + i_set))
 
     q_i, mark_i = tl.load(p_q + base + i), tl.load(p_mark + base + i)
     r = tl.zeros([ROWS], tl.float32)
@@ -144,7 +147,7 @@ def _backward_kernel(
     value, i_split = tl.program_id(1) * VALUES, tl.program_id(2)
     base, i = i_set * N, i_tile * ROWS + tl.arange(0, ROWS)
     at_i = (base + i_tile * ROWS) * D
-    _, _, _, exponent = factors(tl.load(p_bandwidth + i_set))
+    _, _, _, exponent = factors(bandwidth_at(p_bandwidth + i_set))
 
     q_i, mark_i, p_i = tl.load(p_q + base + i), tl.load(p_mark + base + i), tl.load(p_p + base + i)
     r, b = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
@@ -197,7 +200,7 @@ def _finish_forward_kernel(
     inside, mask = row < n, (row < n)[:, None] & (column < d)[None, :]
     given = (i_set * n + row)[:, None] * d + column[None, :]
     packed = (i_set * N + row)[:, None] * D + column[None, :]
-    _, beta, gamma, _ = factors(tl.load(p_bandwidth + i_set))
+    _, beta, gamma, _ = factors(bandwidth_at(p_bandwidth + i_set))
 
     if p_score is None:
         s = -tl.load(p_x + given, mask=mask, other=0.0).to(tl.float32)
@@ -225,6 +228,7 @@ def _finish_backward_kernel(
     p_bandwidth,
     p_X,
     p_G,
+    p_q,
     p_KG,
     p_BX,
     p_r,
@@ -246,7 +250,8 @@ def _finish_backward_kernel(
     mask = (row < n)[:, None] & (column < d)[None, :]
     given = (i_set * n + row)[:, None] * d + column[None, :]
     packed = (i_set * N + row)[:, None] * D + column[None, :]
-    _, beta, gamma, _ = factors(tl.load(p_bandwidth + i_set))
+    h = bandwidth_at(p_bandwidth + i_set)
+    _, beta, gamma, _ = factors(h)
 
     g = tl.load(p_grad + given, mask=mask, other=0.0).to(tl.float32)
     X, G = tl.load(p_X + packed), tl.load(p_G + packed)
@@ -270,7 +275,8 @@ def _finish_backward_kernel(
     else:
         tl.store(p_dx + given, b_dX, mask=mask)
         tl.store(p_dscore + given, b_dS, mask=mask)
-    dh = tl.sum(tl.sum(X * (b_D - 2 * b_E), 1), 0)
+    far = svgd_far.needs_differences(tl.load(p_q + i_set * N + row), r, h)
+    dh = tl.sum(tl.sum(tl.where(far[:, None], 0.0, X * (b_D - 2 * b_E)), 1), 0)
     tl.store(p_dh + (i_set * (N // ROWS) + i_tile) * tl.num_programs(1) + tl.program_id(1), dh)
 
 
@@ -302,10 +308,11 @@ def forward(x, score, bandwidth):
         **tile.options,
     )
     _finish_forward_kernel[sets * (N // FINISH_ROWS), triton.cdiv(D, FINISH_WIDTH)](
-        *(x.contiguous(), score, bandwidth, packed.X, KV, r, phi, row_sum, sets, n, d, N, grid[2]),
+        *(packed.x, score, bandwidth, packed.X, KV, r, phi, row_sum, sets, n, d, N, grid[2]),
         *(D, FINISH_ROWS, min(D, FINISH_WIDTH)),
         **OPTIONS,
     )
+    svgd_far.forward(packed, score, bandwidth, r, phi, row_sum)
     return phi, row_sum
 
 
@@ -320,7 +327,7 @@ def backward(grad, x, score, bandwidth, row_sum):
     dscore = None if score is None else torch.empty_like(dx)
     dh = torch.empty_like(bandwidth, memory_format=torch.contiguous_format)
     if sets:
-        bandwidth = bandwidth.contiguous()
+        grad, bandwidth, score = (t if t is None else t.contiguous() for t in (grad, bandwidth, score))
         grid, share = _grid(packed, tile)
         sums = [packed.X.new_empty(grid[2], sets, N, *width) for width in ((D,), (D,), (), ())]  # KG, BX, r', B1
         _backward_kernel[grid](
@@ -329,12 +336,13 @@ def backward(grad, x, score, bandwidth, row_sum):
             **tile.options,
         )
         finish = N // FINISH_ROWS, triton.cdiv(D, FINISH_WIDTH)
-        parts = packed.X.new_empty(sets, finish[0] * finish[1])
+        parts = packed.X.new_empty(sets, finish[0] * finish[1])  # of h² ∂h
         _finish_backward_kernel[sets * finish[0], finish[1]](
-            *(grad.contiguous(), bandwidth, packed.X, packed.G, *sums, dx, dscore, parts, sets, n, d, N, grid[2]),
+            *(grad, bandwidth, packed.X, packed.G, packed.q, *sums, dx, dscore, parts, sets, n, d, N, grid[2]),
             *(D, FINISH_ROWS, min(D, FINISH_WIDTH)),
             **OPTIONS,
         )
+        parts = torch.cat((parts, svgd_far.backward(packed, grad, score, bandwidth, sums[2], dx, dscore)), -1)
         h = bandwidth.double()
         dh = (parts.sum(-1, dtype=torch.float64).view_as(h) / h / h).to(bandwidth.dtype)
     return dx, dx.new_empty(0) if dscore is None else dscore, dh

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from ..ops.median import heuristic
 from . import median, svgd
+from .far import CUT, is_far
 from .particles import (
     OPTIONS,
     as_operand,
@@ -20,9 +21,11 @@ from .particles import (
     half_distances,
     mark_of,
     padded,
+    positive_or_nan,
     precision,
+    within,
 )
-from .selection import Ranks
+from .selection import Ranks, bits_of_pairs, shows
 
 # largest n and d of a set that one program holds without spills (tests/test_cubins.py); not measured yet
 SMALL_N, SMALL_D = 64, 16
@@ -32,13 +35,40 @@ ELEMENTS = 1024
 
 @triton.jit
 def _distances(x, n, d, D: tl.constexpr, PRECISION: tl.constexpr):
-    """X, the centred x, and the half squared distances u of its rows, for rows x that are 0 outside n and d."""
+    """For rows x that are 0 outside n and d: X, the centred x, its q and marks, and the half squared distances u."""
     i, c = tl.arange(0, x.shape[0]), tl.arange(0, D)
     inside = (i < n)[:, None] & (c < d)[None, :]
-    X = as_operand(tl.where(inside, x - (tl.sum(x, 0) / n)[None, :], 0.0), PRECISION)
+    X = as_operand(within(tl.where(inside, x - (tl.sum(x, 0) / n)[None, :], 0.0), -CUT, CUT), PRECISION)
     xx = tl.dot(X, tl.trans(X), input_precision=PRECISION)
     q, mark = tl.where(i < n, half_diagonal(xx), float("inf")), mark_of(X, c)
-    return X, half_distances(xx, q, q, mark, mark)
+    return X, q, mark, half_distances(xx, q, q, mark, mark)
+
+
+@triton.jit
+def _column(x, c, D: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, D)[None, :] == c, x, 0.0), 1)
+
+
+@triton.jit
+def _direct_distances(x, n, d, D: tl.constexpr):
+    """u from differences, infinite in the padding."""
+    i, u = tl.arange(0, x.shape[0]), tl.zeros([x.shape[0], x.shape[0]], tl.float32)
+    for c in range(d):
+        x_c = _column(x, c, D)
+        apart = x_c[:, None] - x_c[None, :]
+        u += 0.5 * apart * apart
+    return tl.where((i < n)[:, None] & (i < n)[None, :], u, float("inf"))
+
+
+@triton.jit
+def _direct_sums(x, k, alpha, beta, d, D: tl.constexpr):
+    """Σ_j k_ij (α s_j + β (x_i − x_j)), s = −x."""
+    sums = tl.zeros(x.shape, tl.float32)
+    for c in range(d):
+        x_c = _column(x, c, D)
+        term = k * (beta * (x_c[:, None] - x_c[None, :]) - alpha * x_c[None, :])
+        sums += tl.where(tl.arange(0, D)[None, :] == c, tl.sum(tl.where(k == 0, 0.0, term), 1)[:, None], 0.0)
+    return sums
 
 
 @triton.jit
@@ -75,19 +105,30 @@ def _forward_kernel(
         for step in range((bridge - 1) * iterations, bridge * iterations):
             now = size * step
             # the median in full precision, whatever the precision of φ's products
-            d2 = 2 * _distances(x, n, d, D, "tf32x3")[1]
+            _X, q, mark, u = _distances(x, n, d, D, "tf32x3")
             pair = (i[None, :] < i[:, None]) & (i < n)[:, None]
-            m_0, m_1 = median.small_middles(tl.where(pair, d2.to(tl.int32, bitcast=True), 0x7FFFFFFF), rank_0, rank_1)
-            spread = tl.sum(tl.ravel(tl.where(pair & (i == 0)[None, :], d2, 0.0)), 0) / n
-            h = scale * median.bandwidth(median.median2(m_0, m_1, False), spread, divisor)
+            if shows(u, q[:, None] + q[None, :], pair, 0.0):
+                u = _direct_distances(x, n, d, D)
+            m_0, m_1 = median.small_middles(
+                tl.where(pair, bits_of_pairs(u, mark[:, None] != mark[None, :]), 0x7FFFFFFF), rank_0, rank_1
+            )
+            spread = tl.sum(tl.ravel(tl.where(pair & (i == 0)[None, :], 2 * u, 0.0)), 0) / n
+            h = scale * median.bandwidth(m_0, m_1, spread, divisor, False)
 
             # φ = (1/n) [s + γ (K'V + β r'∘X)],  V = αs − βX,  s = −x
-            alpha, beta, gamma, exponent = factors(h)
-            X, u = _distances(x, n, d, D, PRECISION)
-            k = as_operand(svgd.kernel_tile(u, i, i, exponent), PRECISION)
-            r = tl.sum(k, 1)
-            KV = tl.dot(k, as_operand(-alpha * x - beta * X, PRECISION), input_precision=PRECISION)
-            phi = (gamma * (KV + beta * r[:, None] * X) - x) / n
+            b_h = positive_or_nan(h)
+            alpha, beta, gamma, exponent = factors(b_h)
+            if tl.max(is_far(q, b_h).to(tl.int32), 0) > 0:
+                k = svgd.kernel_tile(_direct_distances(x, n, d, D), i, i, exponent)
+                r = tl.sum(k, 1)
+                sums = _direct_sums(x, k, alpha, beta, d, D)
+            else:
+                X, _q, _mark, near = _distances(x, n, d, D, PRECISION)
+                k = as_operand(svgd.kernel_tile(near, i, i, exponent), PRECISION)
+                r = tl.sum(k, 1)
+                KV = tl.dot(k, as_operand(-alpha * x - beta * X, PRECISION), input_precision=PRECISION)
+                sums = KV + beta * r[:, None] * X
+            phi = (gamma * sums - x) / n
 
             tl.store(p_states + now + at, x, mask=inside)
             tl.store(p_bandwidths + tl.num_programs(0) * step + i_set, h)

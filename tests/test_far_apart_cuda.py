@@ -3,7 +3,7 @@
 import formulas
 import pytest
 import torch
-from test_far_apart_cpu import clusters, compare, drawn, outliers, tight, without_a_bandwidth, without_a_median
+from test_far_apart_cpu import clusters, compare, drawn, outliers, tight
 
 import ivfast
 from ivfast import testing
@@ -40,19 +40,6 @@ def test_the_bridge_of_far_apart_particles(place, n, d):
     for ours, exact in zip(*results, strict=True):
         for rows in (is_far, ~is_far):
             assert testing.error(ours[rows], exact[rows]) <= testing.TOLERANCES[torch.float32], far
-
-
-@pytest.mark.parametrize("n", [20, 100])
-@pytest.mark.parametrize("scale", [1e-30, 1e25])
-def test_a_median_that_float32_does_not_hold_gives_nan(scale, n):
-    without_a_median("cuda", scale, n)
-
-
-@pytest.mark.parametrize("n", [1, 9])
-@pytest.mark.parametrize("h", [0.0, -1.0, float("inf"), float("nan")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_tensor_that_is_no_bandwidth_gives_nan(h, dtype, n):
-    without_a_bandwidth("cuda", h, dtype, n, unbiased=n > 1)
 
 
 def test_squares_that_vanish_are_not_distances_of_zero():

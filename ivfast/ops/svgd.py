@@ -91,7 +91,7 @@ def _terms(x, score, bandwidth):
     h = positive_or_nan(bandwidth.double())[..., None, None]
     d2 = squared_distances(X, X)
     own = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
-    return torch.exp(-d2 / h).masked_fill(own, 0), X, S, h, d2
+    return torch.where(own, 0 * h, torch.exp(-d2 / h)), X, S, h, d2  # NaN for an h of NaN, also where n = 1
 
 
 def _backward_reference(grad, x, score, bandwidth, row_sum):
