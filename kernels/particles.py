@@ -143,7 +143,7 @@ def _pack_kernel(
 
     xx = tl.zeros([ROWS, ROWS], tl.float32)
     mark = tl.zeros([ROWS], tl.int32)
-    gx = tl.zeros([ROWS], tl.float32)
+    norm, gx = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for start in range(0, D, WIDTH):
         column = start + tl.arange(0, WIDTH)
         mask = inside[:, None] & (column < d)[None, :]
@@ -154,6 +154,7 @@ def _pack_kernel(
         b_x = as_operand(within(tl.where(mask, b_raw - b_centre[None, :], 0.0), -CUT, CUT), PRECISION)
         xx = tl.dot(b_x, tl.trans(b_x), xx, input_precision=PRECISION)
         mark += mark_of(b_x, column)
+        norm += tl.sum(b_x * b_x, 1)
         tl.store(p_X + packed, b_x)
         if WITH_V:
             # V = αS − βX; without a score S = −x
@@ -166,9 +167,9 @@ def _pack_kernel(
             gx += tl.sum(b_g * b_x, 1)
             tl.store(p_G + packed, b_g)
 
-    q = half_diagonal(xx)
-    tl.store(p_q + i_set * N + row, tl.where(inside, q, float("inf")))
-    tl.store(p_reach + tl.program_id(0), tl.max(tl.where(inside, q, 0.0), 0))
+    tl.store(p_q + i_set * N + row, tl.where(inside, half_diagonal(xx), float("inf")))
+    # not of q: Triton 3.6 cannot reduce the diagonal of a product again on sm_100
+    tl.store(p_reach + tl.program_id(0), 0.5 * tl.max(norm, 0))
     tl.store(p_mark + i_set * N + row, mark)
     if p_grad is not None:
         tl.store(p_p + i_set * N + row, beta * gx)  # β g_i·x_i
@@ -187,7 +188,7 @@ class Packed(NamedTuple):
     G: Tensor | None  # the incoming gradient
     q: Tensor  # ‖x_i‖²/2
     mark: Tensor  # int32, the same for equal rows
-    reach: Tensor  # the largest q of every ROWS rows
+    reach: Tensor  # the largest ‖x_i‖²/2 of every ROWS rows
     p: Tensor | None  # β g_i·x_i
     x: Tensor  # contiguous
 

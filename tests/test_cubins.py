@@ -266,7 +266,7 @@ def median_variants() -> list[Variant]:
             filled("median._finish_kernel", particles.OPTIONS, **tail, **shape),
         ]
         apart = shape | {"p_count": "*i32:16", "sets": 1, "products": True}
-        found += [filled("median._apart_kernel", selection.TILE_OPTIONS, **apart, FAR=far) for far in (0, 1)]
+        found += [filled("median_pairs.apart_kernel", selection.TILE_OPTIONS, **apart, FAR=far) for far in (0, 1)]
     window = {"p_window": "*i32:16", "SAMPLES": selection.SAMPLES, "BINS": selection.BINS}
     return [*found, filled("selection._bracket_kernel", particles.OPTIONS | {"num_warps": 16}, **window)]
 
@@ -312,7 +312,7 @@ def mmd_variants() -> list[Variant]:
         given |= {"ROWS": rows, "COLUMNS": columns, "WIDTH": width, "M": "i32:16", "p_parts": "*fp64:16"}
         given |= {f"s_{k}": "fp32" for k in range(mmd.SCALES)} | {"smallest": "fp32"}
         given |= {} if gradient else {"p_dx": "None", "p_bandwidth": "None"}
-        found.append(filled("mmd_far._rows_kernel", particles.OPTIONS, **given))
+        found.append(filled("mmd_far._rows_kernel", mmd_far.ROWS_OPTIONS, **given))
     return found
 
 

@@ -59,7 +59,7 @@ def test_of_equal_particles(place, n):
     only_first_is_nan((value, *torch.autograd.grad(value.sum(), x)))
 
 
-@pytest.mark.parametrize("n", [20, 130])
+@pytest.mark.parametrize("n", [20, 120])
 @pytest.mark.parametrize("scale", [1e-30, 1e25])
 def test_a_median_that_float32_does_not_hold(place, scale, n):
     x = (scale * torch.randn(n, D, device=place)).requires_grad_()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import same_bits, size
+from helpers import assert_right_where_particles_hardly_meet, same_bits, size
 from test_svgd_cuda import direction_case
 
 import ivfast
@@ -79,6 +79,9 @@ class TestDirection:
         with ivfast.use("triton"):
             row_sum = svgd._forward(x, None, h)[1]
         assert torch.equal(row_sum, torch.full_like(row_sum, 2.0))
+
+    def test_particles_that_hardly_meet(self):
+        assert_right_where_particles_hardly_meet("triton")
 
     def test_equal_particles_share_their_scores(self):
         x, score = torch.randn(1, 7, device=device).expand(70, 7), torch.randn(70, 7, device=device)
