@@ -240,8 +240,7 @@ def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, s
         )
 
     def both(dx):
-        form = bandwidth, imq, launches, unbiased, between
-        return torch.cat((parts, mmd_far.add(x, y, *form, dx)), -1)
+        return torch.cat((parts, mmd_far.add(x, y, bandwidth, imq, launches, unbiased, between, dx)), -1)
 
     if not gradient:
         return both(None), None
@@ -265,9 +264,9 @@ def forward(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient):
     shapes = [tile_of(padded(x.shape[-1]), capability(x.device), gradient) for gradient in (x_gradient, y_gradient)]
     packed = {w: [pack(t, in_products, w, centre=about) for t in (x, y)] for w in {shape.width for shape in shapes}}
     (X, Y), (other_X, other_Y) = (packed[shape.width] for shape in shapes)
-    form = bandwidth, imq, scales, unbiased, in_products
-    x_parts, x_found = _side(X, Y, *form, shapes[0], between=True, gradient=x_gradient)
-    y_parts, y_found = _side(other_Y, other_X, *form, shapes[1], between=False, gradient=y_gradient)
+    given = bandwidth, imq, scales, unbiased, in_products
+    x_parts, x_found = _side(X, Y, *given, shapes[0], between=True, gradient=x_gradient)
+    y_parts, y_found = _side(other_Y, other_X, *given, shapes[1], between=False, gradient=y_gradient)
     total = torch.cat((x_parts, y_parts), -1).sum((0, 2))
     if not unbiased:
         total = total + len(scales) * (1 / x.shape[-2] + 1 / y.shape[-2])  # k(0) = 1 for each scale
