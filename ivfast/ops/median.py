@@ -43,7 +43,8 @@ def median_bandwidth(x: Tensor, *, convention: str = "liu-wang") -> Tensor:
 
     Returns:
         h `[...]` in float32, or float64 for float64 x. Differentiable; tied pairs share the gradient. Forward
-        mode and higher orders take O(n²) memory.
+        mode and higher orders take O(n²) memory. In float32, distances below 1e-19 leave h with fewer digits, because
+        it is below the normal numbers, and h is 0 or infinite where it leaves the range.
 
     Raises:
         TypeError, ValueError: a wrong dtype or shape of x, an unknown convention.
