@@ -24,7 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 # pip asks for the metadata twice before it builds; without torch, whose import takes seconds, that is quick.
 BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "install", "develop"}
-BUILDS = not BUILDING.isdisjoint(sys.argv)
+BUILDS = {"egg_info", "dist_info", "sdist"}.isdisjoint(sys.argv) or not BUILDING.isdisjoint(sys.argv)
 
 
 def cuda_toolkit() -> Path | None:
@@ -127,7 +127,7 @@ class CpuBuild:
 
     def __init__(self, sources: list[str], folder: Path, library: Path):
         self.folder, self.library = folder.resolve(), library.resolve()
-        self.compiler = shlex.split(os.environ.get("CXX", "c++"))
+        self.compiler = shlex.split(os.environ.get("CXX") or "c++")
         given = [shlex.split(os.environ.get(name, "")) for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS")]
         include = dict.fromkeys(sysconfig.get_path(name) for name in ("include", "platinclude"))
         self.flags = [*self.FLAGS, *(f"-I{path}" for path in include), *itertools.chain(*given)]
@@ -138,7 +138,7 @@ class CpuBuild:
 
     def link(self) -> list[str]:
         given = shlex.split(os.environ.get("LDFLAGS", ""))
-        if sys.platform == "darwin":
+        if sys.platform == "darwin":  # untried
             given += ["-bundle", "-undefined", "dynamic_lookup"]
         else:  # an empty library in PyTorch's place: ivfast._C says that it needs libtorch_cpu.so, which ivfast imports
             given += ["-shared", "-Wl,--no-as-needed", f"-L{self.folder}", "-ltorch_cpu", *STRIP]
@@ -153,7 +153,7 @@ class CpuBuild:
             path.parent.mkdir(parents=True, exist_ok=True)
         if sys.platform != "darwin":
             subprocess.run(self.stand_in(), check=True)
-        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        jobs = max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
         if ninja := shutil.which("ninja"):
             self.write_ninja()
             subprocess.run([ninja, "-C", str(self.folder), "-j", str(jobs)], check=True)
@@ -204,7 +204,8 @@ class OptionalBuild(BuildExtension):
         self.extensions = built
         if "_cuda" in LEFT_OUT:
             Path(self.get_ext_fullpath("ivfast._cuda")).unlink(missing_ok=True)
-        if REQUIRED and (missing := sorted(name for name in LEFT_OUT if name == "_C" or ASKED or ARCHITECTURES)):
+        asked = ASKED or (ASKED is None and ARCHITECTURES)
+        if REQUIRED and (missing := sorted(name for name in LEFT_OUT if name == "_C" or asked)):
             reasons = "; ".join(f"ivfast.{name}: {LEFT_OUT[name]}" for name in missing)
             sys.exit(f"ivfast: IVFAST_REQUIRE_KERNELS=1, but {reasons}")
         self.write_record(built)

@@ -5,7 +5,6 @@ distances matter that are small beside these norms. There u is a sum of squares 
 given: right however far the rows are from anything else.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,13 +20,14 @@ NEAR = tl.constexpr(32.0)
 
 def centre(x: Tensor) -> Tensor:
     """The columns' medians `[..., d]` of some rows, which a few far rows do not move; NaN if x is not finite."""
-    rows = x.detach()[..., :: triton.cdiv(x.shape[-2], SAMPLE), :].float()
-    return column_medians(rows).squeeze(-2) + 0 * x.mean(-2, dtype=torch.float32)
+    x = x.detach()
+    rows = x[..., :: triton.cdiv(x.shape[-2], SAMPLE), :].float()
+    return column_medians(rows).squeeze(-2) + 0 * x.amax(-2) + 0 * x.amin(-2)
 
 
 @triton.jit
 def differences(p_x, p_y, n, m, d, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """x_ik − y_jk [ROWS, COLUMNS] of rows x [n, d] and y [m, d], whatever for i >= n and j >= m."""
+    """x_ik − y_jk [ROWS, COLUMNS] of rows x [n, d] and y [m, d], undefined for i >= n or j >= m."""
     i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     x = tl.load(p_x + k + i * d, mask=i < n, other=0.0).to(tl.float32)
     y = tl.load(p_y + k + j * d, mask=j < m, other=0.0).to(tl.float32)
@@ -44,10 +44,16 @@ def direct_half_distances(p_x, p_y, n, m, d, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
+def limit(h):
+    """The largest q of near rows; for an h beside which rows that were cut are not far, none is near."""
+    return tl.where(h > 1e20, -1.0, NEAR * h)
+
+
+@triton.jit
 def is_far(q, h):
     """Rows whose pairs and sums rounding may spoil in a kernel exp(−2u/h), not those of the padding. Other rows' pairs
-    with them are right: either their q is not much larger, or k is 0."""
-    return (q > tl.where(h > 1e31, -1.0, NEAR * h)) & (q < float("inf"))
+    with them are right: either their q is not much larger, or k is 0, or u is q but for rounding."""
+    return (q > limit(h)) & (q < float("inf"))
 
 
 @triton.jit

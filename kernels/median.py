@@ -61,7 +61,7 @@ def _centred(p_x, i_set, n, d, start, N: tl.constexpr, WIDTH: tl.constexpr):
     row, column = tl.arange(0, N), start + tl.arange(0, WIDTH)
     mask = (row < n)[:, None] & (column < d)[None, :]
     x = tl.load(p_x + (i_set * n + row)[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, x - (tl.sum(x, 0) / n)[None, :], 0.0)
+    return tl.where(mask, x - tl.sum(x * (1.0 / n), 0)[None, :], 0.0)
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Maximum mean discrepancy and its gradients in Triton: tiles of pairs on the tensor cores, never stored as a matrix.
 
-With both samples centred on y's mean and k' = dk/dr² summed over the scales,
+With both samples about one centre and k' = dk/dr² summed over the scales,
   value = w_x Σ_{i≠j} k(x_i, x_j) + w_y Σ_{i≠j} k(y_i, y_j) − 2 w_xy Σ k(x_i, y_j),
   ∂x_i = 4 Σ_j w_x k'(x_i, x_j)(x_i − x_j) − 4 Σ_j w_xy k'(x_i, y_j)(x_i − y_j), and likewise for y,
 in one pass per sample over the pairs of its rows. Without a gradient each pair within a sample is computed once.
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from . import mmd_far
-from .far import centre, is_far
+from .far import centre, is_far, limit
 from .mmd_far import SCALES
-from .mmd_forms import FAR, form, scale
+from .mmd_forms import form, scale
 from .particles import (
     OPTIONS,
     Packed,
@@ -91,19 +91,20 @@ def _walk(
     VALUES: tl.constexpr,
 ):
     """Add Σ_j w k to total, Σ_j w k' to r [ROWS] and Σ_j w k' z_j to SZ [ROWS, VALUES] for j from first to last."""
+    most = limit(smallest)
     for j in range(first, last, COLUMNS):
         at_j = tl.cast(j, tl.int64) * D
         xz = add_product(tl.zeros([ROWS, COLUMNS], tl.float32), p_X, p_Z + at_j, D, WIDTH, PRECISION)
         to_j = j + tl.arange(0, COLUMNS)
         q_j = tl.load(p_q + to_j)
+        u = half_distances(xz, q_i, q_j, mark_i, tl.load(p_mark + to_j))
+        pair = u < float("inf")  # q is infinite in the padding
         if WITHIN and not GRADIENT:
             # pairs with a far row are that row's, however often this one would count
-            q_j = tl.where(is_far(q_j, smallest), float("inf"), q_j)
-        u = half_distances(xz, q_i, q_j, mark_i, tl.load(p_mark + to_j))
-        pair = u < FAR  # q is infinite in the padding
+            pair &= (q_j <= most)[None, :]
         if WITHIN:
             pair &= (first_row + tl.arange(0, ROWS))[:, None] != to_j[None, :]
-        k, slope = form(u, scales, b, IMQ, COUNT)
+        k, slope = form(u, smallest, scales, b, IMQ, COUNT)
         if COUNTED:
             # within a sample the tiles above the diagonal also count for those below
             times = ((j >= first_row).to(tl.float64) + (j >= first_row + ROWS)) if WITHIN else 2

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .far import is_far, row_differences
-from .mmd_forms import FAR, form, scale
+from .mmd_forms import form, scale
 from .particles import OPTIONS, Packed, bandwidth_at
 
 ROWS, ELEMENTS = 16, 1024  # rows per program, and numbers in a block of other rows
@@ -42,10 +42,10 @@ def _add(
         for start in range(0, d, WIDTH):
             apart = row_differences(p_x, i, p_z, j, m, d, start, WIDTH)
             u += 0.5 * tl.sum(apart * apart, 1)
-        pair = (j < m) & (u < FAR)
+        pair = j < m
         if WITHIN:
             pair &= j != i
-        k, slope = form(u, scales, b, IMQ, COUNT)
+        k, slope = form(u, smallest, scales, b, IMQ, COUNT)
         if COUNTED:
             times = tl.full([COLUMNS], 1 if WITHIN else 2, tl.float64)
             if WITHIN and not GRADIENT:

@@ -5,30 +5,32 @@ import triton.language as tl
 
 from .particles import LARGEST, SMALLEST, within
 
-FAR = tl.constexpr(1e18)  # limit of r² and of the scales: products of two are finite and not 0
-
 
 @triton.jit
 def scale(s, b):
-    return within(s * b, 1 / FAR, FAR)
+    """c = s b, and 1/c normal numbers."""
+    return within(s * b, 4 * SMALLEST, LARGEST / 4)
 
 
 @triton.jit
 def imq(d2, scales, b, COUNT: tl.constexpr):
-    """Σ_s c/(c + r²) and its derivative −Σ_s (c/(c + r²))²/c with c = s b; two scales share a reciprocal."""
+    """Σ_s 1/(1 + r²/c) and its derivative −Σ_s (1/(1 + r²/c))²/c with c = s b; two scales share a reciprocal, which is
+    0 where their product overflows."""
     k, slope = tl.zeros_like(d2), tl.zeros_like(d2)
     for s in tl.static_range(0, COUNT, 2):
-        c = scale(scales[s], b)
+        inverse = 1 / scale(scales[s], b)
+        one = 1 + d2 * inverse
         if s + 1 < COUNT:
-            c_2 = scale(scales[s + 1], b)
-            inverse = 1 / ((d2 + c) * (d2 + c_2))
-            term, term_2 = c * (d2 + c_2) * inverse, c_2 * (d2 + c) * inverse
+            inverse_2 = 1 / scale(scales[s + 1], b)
+            other = 1 + d2 * inverse_2
+            both = 1 / (one * other)
+            term, term_2 = other * both, one * both
             k += term + term_2
-            slope -= term * term * (1 / c) + term_2 * term_2 * (1 / c_2)
+            slope -= term * term * inverse + term_2 * term_2 * inverse_2
         else:
-            term = c / (d2 + c)
+            term = 1 / one
             k += term
-            slope -= term * term * (1 / c)
+            slope -= term * term * inverse
     return k, slope
 
 
@@ -37,7 +39,7 @@ def rbf(d2, scales, b, COUNT: tl.constexpr):
     """Σ_s exp(−r²/c) and its derivative −Σ_s exp(−r²/c)/c with c = s b."""
     k, slope = tl.zeros_like(d2), tl.zeros_like(d2)
     for s in tl.static_range(COUNT):
-        inverse = within(1 / (scales[s] * b), SMALLEST, LARGEST / 2)
+        inverse = 1 / scale(scales[s], b)
         term = tl.exp2(d2 * (-1.4426950408889634 * inverse))
         k += term
         slope -= term * inverse
@@ -45,8 +47,8 @@ def rbf(d2, scales, b, COUNT: tl.constexpr):
 
 
 @triton.jit
-def form(u, scales, b, IMQ: tl.constexpr, COUNT: tl.constexpr):
-    """k and its slope for half squared distances u."""
-    d2 = tl.minimum(2 * u, FAR)
+def form(u, smallest, scales, b, IMQ: tl.constexpr, COUNT: tl.constexpr):
+    """k and its slope for half squared distances u, infinite ones too; `smallest` is the least c."""
+    d2 = tl.minimum(2 * u, 1e37 * tl.minimum(smallest, 1.0))  # r²/c stays finite
     k, slope = imq(d2, scales, b, COUNT) if IMQ else rbf(d2, scales, b, COUNT)
     return k, slope

@@ -19,10 +19,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .far import HUGE, direct_half_distances
-from .particles import OPTIONS, Packed, add_product, half_distances
+from .particles import OPTIONS, ROWS, Packed, add_product, half_distances
 
 # Nothing here is measured yet.
-TILE, SEGMENT = 64, 16  # a counting program processes TILE rows by up to SEGMENT tiles of TILE columns
+TILE, SEGMENT = ROWS, 16  # a counting program processes TILE rows by up to SEGMENT tiles of TILE columns
 TILE_OPTIONS = OPTIONS | {"num_warps": 8}  # for every kernel with tiles of pairs
 BINS = 2048
 SAMPLED = 1 << 20  # pairs from which sampling pays off

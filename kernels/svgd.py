@@ -7,8 +7,8 @@ Backward, with B_ij = k'_ij (g_i·v_j + v_i·g_j + β g_i·x_i + β g_j·x_j), D
 E = (1/n) [r'∘G − K'G],
   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
 
-Four passes each way: pack the rows (particles.py), sum over pairs of tiles, finish the sums, and do the rows over that
-are far from the others (svgd_far.py).
+Four passes each way: pack the rows (particles.py), sum over pairs of tiles, finish the sums, and recompute the rows
+that are far from the others (svgd_far.py).
 """
 
 from typing import NamedTuple

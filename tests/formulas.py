@@ -105,10 +105,15 @@ def reparameterize(mu, logvar, draws):
     return mu + (logvar / 2).exp() * draws, gaussian_kl(mu, logvar)
 
 
+def softplus(x):
+    """log(1 + eˣ), with derivatives also where eˣ overflows."""
+    return torch.where(x.abs() > 600, x.clamp_min(0), torch.logaddexp(torch.zeros_like(x), x.clamp(-600, 600)))
+
+
 def reconstruction_loss(output, target, kind="l2"):
     x, t = output, target
     if kind == "bce":  # −t log σ(x) − (1 − t) log σ(−x)
-        loss = t * torch.logaddexp(torch.zeros_like(x), -x) + (1 - t) * torch.logaddexp(torch.zeros_like(x), x)
+        loss = t * softplus(-x) + (1 - t) * softplus(x)
     else:
         loss = (x - t) ** 2 if kind == "l2" else (x - t).abs()
     return loss.flatten(1).sum(1) if loss.dim() > 1 else loss.clone()
@@ -116,7 +121,7 @@ def reconstruction_loss(output, target, kind="l2"):
 
 def importance_weighted_loss(logits):
     weights = torch.softmax(logits.detach(), -1)
-    return (weights * torch.logaddexp(torch.zeros_like(logits), -logits)).sum(-1)
+    return (weights * softplus(-logits)).sum(-1)
 
 
 def exp_elbo_loss(reconstruction, kl, scale=1.0, beta_reconstruction=1.0, beta_kl=1.0, alpha=2.0):

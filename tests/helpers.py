@@ -175,10 +175,11 @@ def by_cuda(case: testing.Case):
 
 
 @functools.cache
-def smallest_cases() -> dict[str, testing.Case]:
-    """The case of each op that has the fewest numbers."""
-    sizes = {case: sum(x.numel() for x in testing.inputs(case, torch.float32, seed=0)) for case in testing.CASES}
-    return {case.op: case for case in sorted(sizes, key=sizes.get, reverse=True)}
+def smallest_cases() -> list[testing.Case]:
+    """The cases of each op that have the fewest numbers."""
+    sizes = [(sum(x.numel() for x in testing.inputs(c, torch.float32, seed=0)), c) for c in testing.CASES]
+    least = {c.op: size for size, c in sorted(sizes, key=lambda each: -each[0])}
+    return [c for size, c in sizes if size == least[c.op]]
 
 
 @contextlib.contextmanager
@@ -293,7 +294,7 @@ def assert_right_on_cpu(op, function, draw, dtype, **keywords):
     testing.check(case, testing.inputs(case, dtype), "cpu")
 
 
-def assert_right_where_particles_hardly_meet(implementation):
+def assert_right_where_particles_hardly_meet(implementation, device="cpu"):
     """k' = 5e-8 for the nearest other particle: a particle's own term, times 2/h, must not be rounded. Kernel values so
     small have a relative error of eps times their exponent."""
     h = 1e-3
@@ -303,10 +304,10 @@ def assert_right_where_particles_hardly_meet(implementation):
     score, weights = torch.randn(9, 3), torch.randn(9, 3)
     results = []
     for use, dtype in ((implementation, torch.float32), ("reference", torch.float64)):
-        leaves = [t.to(dtype).requires_grad_() for t in (x, score, torch.tensor(h))]
+        leaves = [t.to(device, dtype).requires_grad_() for t in (x, score, torch.tensor(h))]
         with ivfast.use(use):
             phi = ivfast.svgd_direction(*leaves[:2], bandwidth=leaves[2])
-            results.append((phi, *torch.autograd.grad(phi, leaves, weights.to(dtype))))
+            results.append((phi, *torch.autograd.grad(phi, leaves, weights.to(device, dtype))))
     for ours, exact in zip(*results, strict=True):
         close(ours, exact)
 

@@ -51,7 +51,7 @@ def test_the_references_of_far_apart_particles(place, dtype):
     compare("reference", place, dtype, eps=EPS)
 
 
-def compare(implementation, place, dtype, n=N, d=D, only=None, eps=0.0):
+def compare(implementation, place, dtype, n=N, d=D, only=None, eps=0.0, device="cpu"):
     far = 10 ** float(torch.empty(()).uniform_(3, 12))
     x, y = drawn(place, far, dtype, n, d), drawn(place, far, dtype, n, d)
     score, h = torch.randn(n, d).to(dtype), torch.tensor(2.0 * d, dtype=torch.promote_types(dtype, torch.float32))
@@ -65,17 +65,17 @@ def compare(implementation, place, dtype, n=N, d=D, only=None, eps=0.0):
     for name, (call, inputs) in calls.items():
         if only and name != only:
             continue
-        ours = [t.clone().requires_grad_() for t in inputs]
+        ours = [t.to(device, copy=True).requires_grad_() for t in inputs]
         exact = [t.double().requires_grad_() for t in inputs]
         with ivfast.use(implementation):
             a, b = call(ivfast, *ours), call(formulas, *exact)
             weights = torch.randn_like(b)
-            found = torch.autograd.grad(a, ours, weights.to(a))
+            found = [g.cpu() for g in torch.autograd.grad(a, ours, weights.to(a))]
         wanted = torch.autograd.grad(b, exact, weights)
         # sums that may cancel, a difference of means and ∂h, are held against the size of their terms
         units = [
             1.0 if name in ("mmd", "rbf") else 0.0,
             *(0.0 if q.dim() else float((b.detach() * weights).norm()) / 8 for q in wanted),
         ]
-        for p, q, unit in zip((a, *found), (b, *wanted), units, strict=True):
+        for p, q, unit in zip((a.cpu(), *found), (b, *wanted), units, strict=True):
             assert testing.error(p, q, unit) <= bound, (name, p.shape, far)

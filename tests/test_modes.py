@@ -20,7 +20,7 @@ def cast():
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-SMALL = list(smallest_cases().values())
+SMALL = smallest_cases()
 
 
 @pytest.mark.parametrize("implementation", ["reference", None])

@@ -56,7 +56,9 @@ LOAD = """
 
 def toolkit() -> Path | None:
     """The one that setup.py finds."""
-    with mock.patch.dict(os.environ), mock.patch("setuptools.setup"):
+    nothing = {"IVFAST_CUDA": "0", "IVFAST_REQUIRE_KERNELS": "", "TORCH_CUDA_ARCH_LIST": ""}
+    argv = mock.patch("sys.argv", ["setup.py", "egg_info"])
+    with mock.patch.dict(os.environ, nothing), argv, mock.patch("setuptools.setup"):
         return runpy.run_path(str(REPOSITORY / "setup.py"))["TOOLKIT"]
 
 

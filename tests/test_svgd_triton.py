@@ -81,7 +81,7 @@ class TestDirection:
         assert torch.equal(row_sum, torch.full_like(row_sum, 2.0))
 
     def test_particles_that_hardly_meet(self):
-        assert_right_where_particles_hardly_meet("triton")
+        assert_right_where_particles_hardly_meet("triton", device)
 
     def test_equal_particles_share_their_scores(self):
         x, score = torch.randn(1, 7, device=device).expand(70, 7), torch.randn(70, 7, device=device)

@@ -1,4 +1,4 @@
-// The part of PyTorch's stable C interface that the CPU operators use, as PyTorch 2.10 introduced it or found it.
+// The part of PyTorch's stable C interface that the CPU operators use, as of PyTorch 2.10.
 //
 // PyTorch keeps these functions, with their meaning, in later versions. With the declarations here, `ivfast._C` compiles
 // where PyTorch is not installed: the environment in which pip builds a package stays small. `tests/test_stable.py`
@@ -10,8 +10,8 @@
 
 extern "C" {
 
-// An argument or result of an operator in 64 bits: a number, an owned handle of a tensor or of a list, or for an optional
-// one null or a pointer to such 64 bits, made by `new`.
+// An argument or result of an operator in 64 bits: a number, or an owned handle of a tensor or of a list. An optional
+// value is null or a pointer to such 64 bits, made by `new`.
 using StableIValue = uint64_t;
 using AOTITorchError = int32_t;  // 0: none
 

@@ -179,7 +179,7 @@ struct Boxed<function> {
  private:
   template <size_t... I>
   static void call(StableIValue* stack, std::index_sequence<I...>) {
-    // braces: arguments leave the stack in order, so that each is owned before a later one can throw
+    // braces: arguments leave the stack in order, so that the earlier ones are owned when one throws
     std::tuple<std::decay_t<Parameters>...> given{Slot<std::decay_t<Parameters>>::to(stack[I])...};
     if constexpr (std::is_void_v<Result>)
       std::apply(function, given);

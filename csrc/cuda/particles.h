@@ -49,7 +49,7 @@ struct Bandwidth {
   __device__ float to_exponent() const { return -0.5f * 1.44269504f * two_over_h; }  // k = 2^(to_exponent d²)
   // Sums of a_ij (x_i − x_j) are computed about a common origin of some rows i, and lose eps times the distance from
   // it, which is small beside √h up to here. For rows farther away, such sums need differences.
-  __device__ bool reaches(float squared_distance) const { return squared_distance <= 256.f * h; }
+  __device__ bool reaches(float squared_distance) const { return squared_distance * (1.f / 256.f) <= h; }
 };
 
 // Four neighbours in a row, of which `count` exist, by a single access if all exist and are aligned.

@@ -82,7 +82,10 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
           const float4 x_j = vec4(X_j + j_all * kStride<D> + out_column);
           const float k = K_ji[j_all * kPairs + out_row + row], pull = b.two_over_h * k;
 #pragma unroll
-          for (int c = 0; c < 4; ++c) KV[row][c] += k * part(s_j, c) + pull * (part(x_i, c) - part(x_j, c));
+          for (int c = 0; c < 4; ++c) {
+            const float term = k * part(s_j, c) + pull * (part(x_i, c) - part(x_j, c));
+            KV[row][c] += k == 0.f ? 0.f : term;  // 0 · ∞ is NaN
+          }
         }
       }
       continue;

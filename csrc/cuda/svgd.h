@@ -42,17 +42,18 @@ __device__ __forceinline__ void fill_tile(float* tile, int rows, int d, F value)
 template <int D, class T>
 __device__ __forceinline__ float centre_of(const T* x, int rows, int d, float* scratch) {
   const int column = threadIdx.x % D;
+  const float share = 1.f / rows;  // the sum of the rows may overflow
   float sum = 0.f;
 #pragma unroll
   for (int step = 0; step < kTile * D / kThreads; ++step) {
     const int row = threadIdx.x / D + step * (kThreads / D);
-    if (row < rows && column < d) sum += static_cast<float>(x[row * d + column]);
+    if (row < rows && column < d) sum += static_cast<float>(x[row * d + column]) * share;
   }
   scratch[threadIdx.x] = sum;
   __syncthreads();
   float total = 0.f;
   for (int group = 0; group < kThreads / D; ++group) total += scratch[group * D + column];
-  return total / rows;
+  return total;
 }
 
 // X = x − centre for a block's own rows, the centre of column threadIdx.x % D; 0 if a row is so far from it that

@@ -114,7 +114,8 @@ __global__ void __launch_bounds__(kThreads, 2) svgd_backward_kernel(
 #pragma unroll
             for (int c = 0; c < 4; ++c) {
               KG[row][c] += k * part(g, c);
-              BX[row][c] += B * (part(xj, c) - part(xi, c));
+              const float term = B * (part(xj, c) - part(xi, c));
+              BX[row][c] += k == 0.f ? 0.f : term;
             }
           }
         }

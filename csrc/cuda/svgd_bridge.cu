@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 1 ? 2 : 1) svgd_bridge_kern
               const float k = K[kernel_at(j, chunk) + patch.i + row];
               const float4 x_j = vec4(X + row_at(j, quads) + patch.column);
 #pragma unroll
-              for (int c = 0; c < 4; ++c) sum[c] += k * (part(x_j, c) - part(x_i, c));
+              for (int c = 0; c < 4; ++c) sum[c] += k == 0.f ? 0.f : k * (part(x_j, c) - part(x_i, c));
               sum[4] += k;
             }
 #pragma unroll

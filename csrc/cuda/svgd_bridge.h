@@ -65,7 +65,7 @@ struct Patch {
   __device__ static int rounds(int rows, int quads) { return ((rows + 3) / 4 * quads + 7) / 8; }
 };
 
-// Whether a row of those of some thread in this warp is far from the first of them, in these four columns
+// Whether any thread of this warp has a row far from its first row, in these four columns
 __device__ __forceinline__ bool any_far(const float* X_i, int width, int rows, const Bandwidth& bandwidth) {
   const float4 o = vec4(X_i);
   bool far = false;

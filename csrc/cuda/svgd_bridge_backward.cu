@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
 #pragma unroll
               for (int c = 0; c < 4; ++c) {
                 sum[c] += K[at_ij] * (part(g_j, c) - part(g_i, c));
-                sum[4 + c] += B[at_ij] * (part(x_j, c) - part(x_i, c));
+                sum[4 + c] += B[at_ij] == 0.f ? 0.f : B[at_ij] * (part(x_j, c) - part(x_i, c));
               }
             }
 #pragma unroll

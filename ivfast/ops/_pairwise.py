@@ -13,6 +13,11 @@ def arithmetic(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    """σ(x) with an exact derivative: PyTorch's, y (1 − y) of the rounded y, loses its digits where y is near 1."""
+    return torch.where(x < 0, torch.sigmoid(x), 1 - torch.sigmoid(-x))
+
+
 def positive_or_nan(h: Tensor) -> Tensor:
     """h, or NaN where it is not positive and finite: with a median that float32 does not hold, 0 or infinity, all
     kernel values would be 0 or 1."""

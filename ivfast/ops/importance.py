@@ -1,13 +1,12 @@
 """The generator loss of the importance-weighted GAN (S3)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
-from ._pairwise import arithmetic
+from ._pairwise import arithmetic, sigmoid
 
 
 def importance_weighted_loss(logits: Tensor) -> Tensor:
@@ -40,7 +39,7 @@ def importance_weighted_loss_reference(logits: Tensor) -> Tensor:
 def _backward_reference(grad, logits):
     # ∂l_i = −w_i σ(−l_i)
     l = arithmetic(logits)
-    return (-grad.unsqueeze(-1) * l.softmax(-1).detach() * torch.sigmoid(-l)).to(logits.dtype)
+    return (-grad.unsqueeze(-1) * l.softmax(-1).detach() * sigmoid(-l)).to(logits.dtype)
 
 
 _forward = register(

@@ -6,7 +6,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
-from ._pairwise import arithmetic
+from ._pairwise import arithmetic, sigmoid
 
 KINDS = ("l2", "l1", "bce")
 L2, L1, BCE = range(3)  # their numbers in the kernels
@@ -61,7 +61,7 @@ def _backward_reference(grad, output, target, kind, target_gradient):
     x, t = arithmetic(output), arithmetic(target)
     g = grad.view(-1, *[1] * (output.dim() - 1))
     if kind == BCE:
-        dx = g * (torch.sigmoid(x) - t)
+        dx = g * (sigmoid(x) - t)
         dt = -g * _finite(x) if target_gradient else None
     else:
         apart = x - t
