@@ -61,7 +61,9 @@ def _centred(p_x, i_set, n, d, start, N: tl.constexpr, WIDTH: tl.constexpr):
     row, column = tl.arange(0, N), start + tl.arange(0, WIDTH)
     mask = (row < n)[:, None] & (column < d)[None, :]
     x = tl.load(p_x + (i_set * n + row)[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, x - tl.sum(x * (1.0 / n), 0)[None, :], 0.0)
+    mean = tl.sum(x, 0) / n
+    mean = tl.where(tl.abs(mean) < float("inf"), mean, tl.sum(x * (1.0 / n), 0))  # the sum may overflow
+    return tl.where(mask, x - mean[None, :], 0.0)
 
 
 @triton.jit

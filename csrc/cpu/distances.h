@@ -36,14 +36,13 @@ IVFAST_INLINE void centre(T* out, const S* x, int64_t n, int64_t d) {
   for (int64_t k = 0; k < d; k += L) {
     const int64_t count = d - k < L ? d - k : L;
     const auto row = [&](int64_t i) { return load_row<T>(x + i * d + k, count, (n - i) * d - k); };
-    const T share = T(1) / T(n);  // the sum of the rows may overflow
     Vec<T> total[chains] = {};
     int64_t i = 0;
     for (; i + chains <= n; i += chains)
 #pragma GCC unroll 4
-      for (int c = 0; c < chains; ++c) total[c] += row(i + c) * share;
-    for (; i < n; ++i) total[0] += row(i) * share;
-    at(out + k) = (total[0] + total[1]) + (total[2] + total[3]);
+      for (int c = 0; c < chains; ++c) total[c] += row(i + c);
+    for (; i < n; ++i) total[0] += row(i);
+    at(out + k) = ((total[0] + total[1]) + (total[2] + total[3])) / T(n);
   }
 }
 

@@ -15,7 +15,8 @@ def arithmetic(x: Tensor) -> Tensor:
 
 def sigmoid(x: Tensor) -> Tensor:
     """σ(x) with an exact derivative: PyTorch's, y (1 − y) of the rounded y, loses its digits where y is near 1."""
-    return torch.where(x < 0, torch.sigmoid(x), 1 - torch.sigmoid(-x))
+    exact = torch.where(x < 0, torch.sigmoid(x), 1 - torch.sigmoid(-x))
+    return torch.sigmoid(x).detach() + (exact - exact.detach())
 
 
 def positive_or_nan(h: Tensor) -> Tensor:
