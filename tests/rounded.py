@@ -52,10 +52,11 @@ def others(x: Tensor) -> Tensor:
 
 def factorized(m: Tensor) -> Tensor:
     """m as its Gram matrix has it, off by rounding of ‖m‖² over its smallest singular value. Kernels take eigenvalues of
-    the Gram matrix up to a condition number of 10³, and singular values beyond it, which are stable."""
+    the Gram matrix up to its condition number of 10⁸ (inverse_root_kernel.h), and singular values beyond it, which are
+    stable."""
     if gram is None:
         return m
     S = torch.linalg.svdvals(m.detach())
     condition = S[..., :1] / S[..., -1:]
-    scale = torch.where(condition <= 1e3, condition, 1) * S[..., :1]
+    scale = torch.where(condition <= 1.1e4, condition, 1) * S[..., :1]
     return m + gram(m) * scale.nan_to_num(0).unsqueeze(-1)

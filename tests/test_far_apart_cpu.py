@@ -79,3 +79,37 @@ def compare(implementation, place, dtype, n=N, d=D, only=None, eps=0.0, device="
         ]
         for p, q, unit in zip((a.cpu(), *found), (b, *wanted), units, strict=True):
             assert testing.error(p, q, unit) <= bound, (name, p.shape, far)
+
+
+@pytest.mark.parametrize("height", [1.2e38, 3.3e38])
+def test_rows_whose_sums_overflow(height, isa):
+    """A constant column of numbers whose sum has no float32: nothing but −x depends on it."""
+    x, y, score = torch.randn(N, D), torch.randn(N // 2, D), torch.randn(N, D)
+    x[:, 1] = y[:, 1] = height
+    compare_sums(lambda x: ivfast.median_bandwidth(x), x)
+    compare_sums(lambda x: ivfast.svgd_direction(x, bandwidth=100.0), x, derivative=False)  # −x overflows in −x·∂φ
+    compare_sums(lambda x, s: ivfast.svgd_direction(x, s, bandwidth=100.0), x, score)
+    compare_sums(ivfast.mmd, x, y)
+
+
+def compare_sums(call, *inputs, derivative=True):
+    ours, exact = ([t.to(dtype).requires_grad_() for t in inputs] for dtype in (torch.float32, torch.float64))
+    a, b = call(*ours), call(*exact)
+    weights = torch.randn_like(b) / N
+    found, wanted = [a], [b]
+    if derivative and a.requires_grad:
+        found += torch.autograd.grad(a, ours, weights.float())
+        wanted += torch.autograd.grad(b, exact, weights)
+    for p, q in zip(found, wanted, strict=True):
+        assert testing.error(p.detach(), q.detach()) <= 2e-5
+
+
+def test_the_slope_of_equal_particles_far_from_the_others(isa):
+    """Groups of equal rows that do not see each other: φ does not depend on h, and all that a derivative in h can hold
+    are differences of 0, not rounding of ‖x‖⁴/h²."""
+    h = torch.tensor(1e6, requires_grad=True)
+    rows = torch.nn.functional.normalize(torch.randn(8, 4, 63), dim=-1) * 1e4
+    x, g = rows[:, torch.arange(13) % 4], torch.randn(8, 13, 63)
+    phi = ivfast.svgd_direction(x, bandwidth=h)
+    slope = torch.autograd.grad(phi, h, g)[0]
+    assert abs(slope) * h**2 <= 1e-3 * (g * phi).detach().abs().sum()

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "centre.h"
+#include "lanes.h"
 #include "tiles.h"
 
 namespace ivfast {
@@ -35,14 +36,19 @@ IVFAST_INLINE void centre(T* out, const S* x, int64_t n, int64_t d) {
   if constexpr (std::is_same_v<S, double>) return median_of_columns(out, round_up(d, L), x, n, x, 0, d);
   for (int64_t k = 0; k < d; k += L) {
     const int64_t count = d - k < L ? d - k : L;
-    const auto row = [&](int64_t i) { return load_row<T>(x + i * d + k, count, (n - i) * d - k); };
-    Vec<T> total[chains] = {};
-    int64_t i = 0;
-    for (; i + chains <= n; i += chains)
+    const auto sum = [&](T divisor) __attribute__((always_inline)) {
+      const auto row = [&](int64_t i) { return load_row<T>(x + i * d + k, count, (n - i) * d - k) / divisor; };
+      Vec<T> total[chains] = {};
+      int64_t i = 0;
+      for (; i + chains <= n; i += chains)
 #pragma GCC unroll 4
-      for (int c = 0; c < chains; ++c) total[c] += row(i + c);
-    for (; i < n; ++i) total[0] += row(i);
-    at(out + k) = ((total[0] + total[1]) + (total[2] + total[3])) / T(n);
+        for (int c = 0; c < chains; ++c) total[c] += row(i + c);
+      for (; i < n; ++i) total[0] += row(i);
+      return (total[0] + total[1]) + (total[2] + total[3]);
+    };
+    at(out + k) = sum(T(1)) / T(n);
+    // a sum beyond the range, of numbers within it; otherwise quotients would lose the ties of evenly spaced rows
+    if (nan_of<T>(out + k, count) != 0) at(out + k) = sum(T(n));
   }
 }
 
@@ -85,14 +91,6 @@ double spread(const S* x, int64_t n, int64_t d) {
     total += difference * difference;
   }
   return total / double(n);
-}
-
-// 0, or NaN if one of x [count] is NaN or infinite. A column's centre is, if one of its numbers is.
-template <class T>
-IVFAST_INLINE T nan_of(const T* x, int64_t count) {
-  T total = 0;
-  for (int64_t k = 0; k < count; ++k) total += T(0) * x[k];
-  return total;
 }
 
 // f(u, i, j) for whole groups of rows and whole vectors of columns, i and j counted within the tile

@@ -92,6 +92,14 @@ IVFAST_INLINE void each_part(int64_t count, const F& f) {
   for (int64_t c = 0; c < count; c += lanes<T>) f(c);
 }
 
+// 0, or NaN if one of x [count] is NaN or infinite
+template <class T, class S>
+IVFAST_INLINE T nan_of(const S* x, int64_t count) {
+  Vec<T> total = {};
+  each_part<T>(count, [&](int64_t c) __attribute__((always_inline)) { total += T(0) * load_part<T>(x, c, count); });
+  return sum_lanes<T>(total);
+}
+
 // `lanes` short rows [count, width] as `width` columns; lanes beyond `count` repeat the last row.
 template <class T, class S>
 IVFAST_INLINE void strided_load(Vec<T>* columns, const S* from, int64_t width, int64_t count) {

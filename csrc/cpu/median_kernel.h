@@ -84,7 +84,7 @@ bool pack(const MedianSet& set, bool scattered) {
     }
     at(w.half_norms + i) = half_norms(panel, w.d);
   }
-  return nan_of(w.centre, w.d) == 0;
+  return nan_of<T>(w.centre, w.d) == 0;
 }
 
 IVFAST_INLINE int64_t extent(int64_t i, int64_t n) { return n - i < tile ? n - i : tile; }

@@ -49,7 +49,7 @@ double bandwidth(const Small<T>& w, const T* x, double scale) {
     med2 = (low + high) / 2 * ((low + high) / 2);
   }
   if (!(med2 > 0)) med2 = spread(x, w.n, w.d);
-  med2 += nan_of(w.centre, w.d);
+  med2 += nan_of<T>(w.centre, w.d);
   return scale * (med2 != 0 ? med2 / std::log(w.n == 1 ? 2. : double(w.n)) : 1);
 }
 
@@ -122,14 +122,16 @@ void pull(const BridgeStep& s, double h) {
   });
 }
 
-// A distance u loses a few eps ‖x‖². That shows if it is not small beside h and beside the median.
+// A distance u loses a few eps ‖x‖². That shows if it is not small beside h and beside the median. Sums may overflow where
+// results do not.
 template <class T>
 bool lost(const BridgeStep& s, double h, bool backward) {
   const Small<T> w(s, backward);
   T norm = 0;
   for (int64_t i = 0; i < w.n; ++i) norm = w.half_norms[i] > norm ? w.half_norms[i] : norm;
   const double wide = backward || s.scale < 1 ? h : h / s.scale;
-  return sizeof(T) == 4 && (double(norm) > 0x1p6 * wide || wide < 0x1p-60 || h > 0x1p60);
+  const T nan = nan_of<T>(static_cast<const T*>(backward ? s.dx : s.phi), s.n * s.d);
+  return sizeof(T) == 4 && (nan != 0 || double(norm) > 0x1p6 * wide || wide < 0x1p-60 || h > 0x1p60);
 }
 
 template <class S, class T>

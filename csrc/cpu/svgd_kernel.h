@@ -6,7 +6,8 @@
 //   φ_i = (1/n) [s_i + γ (K'V + β r'∘X)_i].
 // Backward, with B_ij = k'_ij (g_i·v_j + v_i·g_j + β g_i·x_i + β g_j·x_j), D = (γ/n) [(B1)∘X − BX] and
 // E = (1/n) [r'∘G − K'G],
-//   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = ⟨X, D − 2E⟩/h².
+//   ∂S = (1/n) (G + K'G),   ∂X = −(2/h) (D − E),   ∂h = [(γ/n) Σ_ij B_ij u_ij − 2⟨X, E⟩]/h².
+// The sum over pairs is ⟨X, D⟩, which would leave eps (‖x‖²/h)² for pairs of equal rows.
 #pragma once
 
 #include "distances.h"
@@ -115,12 +116,12 @@ void pack(const SvgdSet& set, const View<T>& w, int64_t first, int64_t last, boo
   }
 }
 
-// K and, unless `kept` is null, u in `kept`. Padding rows have infinite norms, so that their k is 0. A tile on the
+// K and, in the backward pass, u. Padding rows have infinite norms, so that their k is 0. A tile on the
 // diagonal gets k_ii = 0.
 template <class T>
-IVFAST_INLINE void kernel_tile(T* K, T* kept, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
+IVFAST_INLINE void kernel_tile(T* K, T* U, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
   half_squares(K, x, half_norms, t, d, [&](Vec<T> u, int64_t i, int64_t j) __attribute__((always_inline)) {
-    if (kept) at(kept + i * tile + j) = u;
+    if (U) at(U + i * tile + j) = u;
     return exp2_nonpositive<Vec<T>, typename Simd<T>::Bits>(u * -exponent, T());
   });
   if (t.i == t.j)
@@ -136,9 +137,20 @@ IVFAST_INLINE void gradient_tile(T* B, const T* K, const T* g, const T* v, const
   });
 }
 
-// ⟨X, D⟩ = (γ/n) Σ_ij B_ij u_ij, which in float64 is summed pair by pair: far-apart rows would lose it in ⟨X, D⟩.
+// Σ B∘U of a tile. u is infinite for padding and may be for far pairs, whose k is 0.
 template <class T>
-constexpr bool exact_slope = std::is_same_v<T, double>;
+IVFAST_INLINE double slope_tile(const T* B, const T* U, int64_t rows, int64_t cols) {
+  double sum = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec<T> row = {};
+    for (int64_t j = 0; j < cols; j += lanes<T>) {
+      const Vec<T> b = at(B + i * tile + j);
+      row += b == Vec<T>{} ? Vec<T>{} : b * at(U + i * tile + j);
+    }
+    sum += sum_lanes_double<T>(row);
+  }
+  return sum;
+}
 
 // The tiles of rows [i, i_end) and [j, j_end), at most `tile` each.
 template <class T, bool backward>
@@ -154,20 +166,14 @@ void pair_tile(const View<T>& w, int64_t i, int64_t i_end, int64_t j, int64_t j_
     add_column_sums(sums + j, K, rows, t.cols);
     accumulate<1, tile>(out + j * w.ld, K, y + i * w.ld, col_groups, rows, w.ld, w.width);
   };
-  constexpr bool exact = backward && exact_slope<T>;
-  alignas(64) T K[tile * tile], u[exact ? tile * tile : 1];
-  kernel_tile(K, exact ? u : nullptr, w.x_panels, w.half_norms, w.exponent, t, w.d);
+  alignas(64) T K[tile * tile], U[backward ? tile * tile : 1];
+  kernel_tile(K, backward ? U : nullptr, w.x_panels, w.half_norms, w.exponent, t, w.d);
   add(K, w.r, backward ? w.kg : w.kv, backward ? w.g : w.v);
   if constexpr (backward) {
     alignas(64) T B[tile * tile];
     gradient_tile(B, K, w.g_panels, w.v_panels, w.p, t, w.d);
     add(B, w.b, w.bx, w.x);
-    if constexpr (exact) {
-      double sum = 0;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < cols; ++c) sum += B[r * tile + c] == 0 ? 0 : B[r * tile + c] * u[r * tile + c];
-      w.dh[i / 32] += w.gamma * ((diagonal ? 1 : 2) * sum / T(w.n));
-    }
+    w.dh[i / 32] += w.gamma * ((diagonal ? 1 : 2) * slope_tile(B, U, rows, t.cols) / double(w.n));
   }
 }
 
@@ -196,7 +202,7 @@ void pair(const SvgdSet& set, int64_t first, int64_t last, int64_t other_first, 
 template <class S, class T>
 void finish_forward(const SvgdSet& set, int64_t first, int64_t last) {
   const View<T> w(set, false);
-  const T nan = nan_of(w.centre, w.d), per_n = T(1) / T(w.n) + nan;  // k has lost it
+  const T nan = nan_of<T>(w.centre, w.d), per_n = T(1) / T(w.n) + nan;  // k has lost it
   for (int64_t i = first; i < last; ++i) {
     const S *x = static_cast<const S*>(set.x) + i * w.d, *score = static_cast<const S*>(set.score);
     S* phi = static_cast<S*>(set.phi) + i * w.d;
@@ -212,7 +218,7 @@ void finish_forward(const SvgdSet& set, int64_t first, int64_t last) {
 template <class S, class T>
 void finish_backward(const SvgdSet& set, int64_t first, int64_t last) {
   const View<T> w(set, true);
-  const T per_n = T(1) / T(w.n) + nan_of(w.centre, w.d);
+  const T per_n = T(1) / T(w.n) + nan_of<T>(w.centre, w.d);
   S* const dscore = static_cast<S*>(set.dscore);
   for (int64_t i = first; i < last; ++i) {
     S* dx = static_cast<S*>(set.dx) + i * w.d;
@@ -223,7 +229,7 @@ void finish_backward(const SvgdSet& set, int64_t first, int64_t last) {
       const Vec<T> D = per_n * (w.gamma * (b * at(x + k) - at(bx + k)));
       const Vec<T> E = per_n * (r * at(g + k) - at(kg + k)), dS = per_n * (at(g + k) + at(kg + k));
       const Vec<T> dX = w.two_over_h * (E - D);
-      dh += at(x + k) * (exact_slope<T> ? -2 * E : D - 2 * E);
+      dh -= 2 * E * at(x + k);
       alignas(64) T dx_lanes[lanes<T>], dS_lanes[lanes<T>];
       at(dx_lanes) = dscore ? dX : dX - dS;  // S = −x
       at(dS_lanes) = dS;
@@ -246,26 +252,28 @@ double bandwidth_gradient(const SvgdSet& set) {
 }
 
 // A distance u loses a few eps ‖x‖². That shows if it is not small beside h, unless every kernel value is 0 and stays so.
-// h near the ends of the range has squares of differences beyond them.
-template <class T, bool backward>
+// h near the ends of the range has squares of differences beyond them, and sums may overflow where results do not.
+template <class S, class T, bool backward>
 bool lost(const SvgdSet& set) {
   const View<T> w(set, backward);
-  T norm = 0, sum = 0;
+  T norm = 0, sum = 0, nan = 0;
   for (int64_t i = 0; i < w.n; ++i) {
     norm = w.half_norms[i] > norm ? w.half_norms[i] : norm;
     sum = w.r[i] > sum ? w.r[i] : sum;
   }
+  for (void* result : {set.phi, set.dx, set.dscore})
+    if (result) nan += nan_of<T>(static_cast<const S*>(result), w.n * w.d);
   const bool extreme = set.h < 0x1p-60 || set.h > 0x1p60;
-  return extreme || double(norm) > (sum > 0 ? 0x1p6 : 0x1p20) * set.h;
+  return extreme || nan != 0 || double(norm) > (sum > 0 ? 0x1p6 : 0x1p20) * set.h;
 }
 
 template <class S, class T>
 SvgdStages stages_of(bool backward) {
   if (backward)
     return {workspace_bytes<T, true>, set_centre<S, T, true>, begin<S, T, true>, pair<T, true>,
-            finish_backward<S, T>, bandwidth_gradient<T>, lost<T, true>};
+            finish_backward<S, T>, bandwidth_gradient<T>, lost<S, T, true>};
   return {workspace_bytes<T, false>, set_centre<S, T, false>, begin<S, T, false>, pair<T, false>,
-          finish_forward<S, T>, nullptr, lost<T, false>};
+          finish_forward<S, T>, nullptr, lost<S, T, false>};
 }
 
 }  // namespace

@@ -51,7 +51,8 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 def pooled(x: Tensor, y: Tensor) -> Tensor:
     """The samples of x and y in one, without gradient."""
-    with torch.autocast(x.device.type, enabled=False):  # to bfloat16, in which `torch.cat` refuses float16
+    # autocast to bfloat16, in which `torch.cat` refuses float16; `without_autocast` cannot be traced
+    with torch.autocast(x.device.type, enabled=False):
         return torch.cat((x.detach(), y.detach()), -2)
 
 
