@@ -7,7 +7,7 @@ order of operations that loses no more digits than the problem does.
 import math
 
 import torch
-from rounded import factorized, levers, others, squares
+from rounded import bent, factorized, levers, others, squares
 from torch import Tensor
 
 FULL = ("liu-wang", "numpyro")  # conventions that count the diagonal and each pair twice
@@ -107,7 +107,7 @@ def reparameterize(mu, logvar, draws):
 
 def softplus(x):
     """log(1 + eˣ), with derivatives also where eˣ overflows."""
-    return torch.where(x.abs() > 600, x.clamp_min(0), torch.logaddexp(torch.zeros_like(x), x.clamp(-600, 600)))
+    return torch.where(x > 0, x, 0) + torch.where(x > 0, -x, x).exp().log1p()
 
 
 def reconstruction_loss(output, target, kind="l2"):
@@ -249,8 +249,10 @@ def finite(m: Tensor) -> Tensor:
 
 def nuclear_norm(m: Tensor) -> Tensor:
     """The sum of the singular values; those that are 0 up to rounding have no gradient."""
-    S = torch.linalg.svdvals(factorized(finite(m)))
-    return torch.where(1e-13 * S[..., :1] < S, S, 0).sum(-1) + spoiled(m)[..., 0, 0]
+    m, mark = finite(m), spoiled(m)[..., 0, 0]
+    S = torch.linalg.svdvals(factorized(m))
+    there = 1e-13 * S[..., :1] < S
+    return torch.where(there, S, 0).sum(-1) + bent(m, torch.where(there, S, math.inf)) + mark
 
 
 def fld(z):

@@ -60,3 +60,11 @@ def factorized(m: Tensor) -> Tensor:
     condition = S[..., :1] / S[..., -1:]
     scale = torch.where(condition <= 1.1e4, condition, 1) * S[..., :1]
     return m + gram(m) * scale.nan_to_num(0).unsqueeze(-1)
+
+
+def bent(m: Tensor, S: Tensor) -> Tensor | float:
+    """0, with the rounding of the second derivatives of m's nuclear norm: that of a projection, over the smallest of the
+    singular values S. Formulas in which the projection is empty have none."""
+    if gram is None or not S.shape[-1]:
+        return 0.0
+    return (gram(m) * (m - m.detach()).square()).sum((-2, -1)) / S.detach().amin(-1)
