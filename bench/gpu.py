@@ -21,8 +21,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).resolve().parent / "results"
 STARTED = "IVFAST_BENCH_STARTED"  # time.time() of the first process, before the build
 TOOLS = ("memcheck", "racecheck", "synccheck")  # of compute-sanitizer
-# the words with which an implementation rejects a size or dtype
-REFUSAL = re.compile(r"implementation here|in (CUDA C\+\+|Triton) (computes in float32 and )?takes")
+SMALL, LARGE = 2000, 200_000  # numbers that a case draws, for the sanitizer and for what is tried in every situation
 
 
 def main() -> int:
@@ -41,9 +40,9 @@ def main() -> int:
     prepare(options.device, options.check)
 
     # the checks get at most two fifths of the time, the sanitizer one fifth
-    checks = correctness(options.device, options.only, time.monotonic() + 0.4 * (end - time.monotonic()))
-    wrong = [row for row in checks if row["status"] in ("wrong", "error")]
-    print(f"{len(checks)} checks, {sum(r['status'] == 'ok' for r in checks)} right, {len(wrong)} wrong", flush=True)
+    rows = checked(options.device, options.only, time.monotonic() + 0.4 * (end - time.monotonic()), not options.check)
+    wrong = [row for row in rows if row["status"] in ("wrong", "error")]
+    print(f"{len(rows)} checks, {sum(r['status'] == 'ok' for r in rows)} right, {len(wrong)} wrong", flush=True)
     for row in wrong:
         print("WRONG", json.dumps(row), flush=True)
     if options.check:
@@ -51,7 +50,7 @@ def main() -> int:
 
     from ivfast.bench.harness import tables
 
-    found = {"checks": checks, "sanitizer": {}}
+    found = {"checks": rows, "sanitizer": {}}
     if options.device == "cuda" and not options.no_sanitizer:
         found["sanitizer"] = sanitizer(0.3 * (end - time.monotonic()))
     results = timings(options, found, end)
@@ -98,61 +97,25 @@ def prepare(device: str, quiet: bool) -> None:
         sys.stdout.flush()
 
 
-def has_gpu_kernel(case) -> bool:
-    from ivfast._registry import OPS
+def checked(device: str, only: str, deadline: float, further: bool) -> list[dict]:
+    """Values and gradients of every case, and `further` what graphs, streams and training steps make of them."""
+    from ivfast.bench.harness import checks, situations
 
-    op = OPS.get(case.op)
-    return op is not None and any(part.triton or part.cuda for part in (op, *op.parts))
-
-
-def correctness(device: str, only: str, deadline: float) -> list[dict]:
-    """Every case in every implementation that supports it, against the float64 reference on the CPU.
-
-    Ops with kernels come first; a case that there was no time for gets a row that says so.
-    """
-    import torch
-
-    from ivfast import testing
-
-    rows = []
-    cases = [case for case in testing.CASES if re.search(only, str(case))]
-    for case in sorted(cases, key=lambda case: not has_gpu_kernel(case)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            tensors = testing.inputs(case, dtype, device=device)
-            for implementation in ("default", "triton", "cuda", "reference"):
-                row = {"case": str(case), "dtype": str(dtype).removeprefix("torch."), "implementation": implementation}
-                late = time.monotonic() > deadline
-                rows.append(row | ({"status": "not started"} if late else compare(case, tensors, implementation)))
+    cases = checks.chosen(only)
+    begun = time.monotonic()
+    share = begun + 0.7 * (deadline - begun) if further else deadline
+    rows = list(checks.values(device, cases, share))
+    if further:
+        kernels = [case for case in cases if checks.has_gpu_kernel(case)]
+        rows += situations.all_rows(device, checks.of_each_op(kernels, LARGE), deadline)
     return rows
 
 
-def compare(case, tensors, implementation) -> dict:
-    from ivfast import testing
+def sanitized() -> list[str]:
+    """Two of the small cases of each op that has a kernel, including odd sizes and batches."""
+    from ivfast.bench.harness import checks
 
-    try:
-        errors = testing.compare(case, tensors, None if implementation == "default" else implementation)
-    except Exception as error:
-        if "CUDA error" in str(error):
-            raise  # the device is lost to this process
-        refused = REFUSAL.search(str(error)) and implementation != "default"
-        return {"status": "not served" if refused else "error", "reason": str(error)[:300]}
-    return {"status": "ok" if max(errors.values()) <= 1 else "wrong", "error_over_tolerance": errors}
-
-
-def sanitized(limit: int = 2000, each: int = 2) -> list[str]:
-    """The largest of the small cases of each op that has a kernel, including odd sizes and batches."""
-    import torch
-
-    from ivfast import testing
-
-    generator = torch.Generator().manual_seed(0)
-    sizes = {str(c): sum(x.numel() for x in c.draw(generator)) for c in testing.CASES if has_gpu_kernel(c)}
-    chosen = []
-    for op in dict.fromkeys(case.op for case in testing.CASES if has_gpu_kernel(case)):
-        names = [str(c) for c in testing.CASES if c.op == op]
-        small = sorted((n for n in names if sizes[n] <= limit), key=sizes.get)[-each:]
-        chosen += small or [min(names, key=sizes.get)]
-    return chosen
+    return [str(case) for case in checks.of_each_op(filter(checks.has_gpu_kernel, checks.chosen()), SMALL, 2)]
 
 
 def sanitizer(seconds: float) -> dict:

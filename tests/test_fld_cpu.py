@@ -169,3 +169,13 @@ def test_references(condition):
     assert float(trace) == pytest.approx(3)
     assert bool(inverse.isfinite().all())
     assert float(left) > CONVERGED
+
+
+def test_the_mean_does_not_round_what_is_subtracted(isa):
+    """Two codes in one dimension, close together and far from 0: P is ±1/√2, of which a rounded mean leaves 10 digits."""
+    z = torch.randn(8, 1, 1, dtype=torch.float64) + 1e-5 * torch.randn(8, 2, 1, dtype=torch.float64)
+    gradient = torch.ops.ivfast.fld_gram(z, True)[1]
+    difference = z[:, :1] - z[:, 1:]
+    c = torch.cat((difference, -difference), 1) / 2
+    expected = z.mean(1, keepdim=True) + 2 * (c - 0.5**0.5 * c.sign())
+    assert (gradient - expected).abs().max() < 1e-14

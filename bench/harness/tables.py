@@ -107,11 +107,14 @@ def _checked(report: dict) -> list[str]:
     """What gpu.py found before it took times."""
     lines = []
     if "checks" in report:
-        counts = Counter((row["implementation"], row["status"]) for row in report["checks"])
+        rows = report["checks"]
+        counts = Counter((row["implementation"], row["status"]) for row in rows if row["what"] == "value")
         told = "; ".join(f"{name} {count} {status}" for (name, status), count in sorted(counts.items()))
         lines += [f"Checks against the float64 reference: {told}.", ""]
-        lines += [f"- {row['status']}: {row['case']} {row['dtype']} {row['implementation']}"
-                  for row in report["checks"] if row["status"] in ("wrong", "error")]  # fmt: skip
+        further = Counter((row["what"], row["status"]) for row in rows if row["what"] != "value")
+        lines += [f"- {what}: {count} {status}" for (what, status), count in further.items()]
+        lines += [f"- {row['status']}: {row['what']}, {row['case']} {row['dtype']} {row['implementation']}"
+                  for row in rows if row["status"] in ("wrong", "error")]  # fmt: skip
     if "sanitizer" in report:
         told = "; ".join(f"{tool} {result['status']}" for tool, result in report["sanitizer"].items()) or "not run"
         lines += ["", f"compute-sanitizer: {told}.", ""]

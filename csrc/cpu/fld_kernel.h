@@ -20,7 +20,7 @@ struct Layout {
   int64_t columns = round_up(codes.d, lanes<float>);
   double* mean;    // μ [d]
   T* slope;        // 2μ/n [d]
-  double* sums;    // [parts, d], of z − z₀
+  double* sums;    // [parts, d], of z − z₀; after `center` the first holds μ − z₀, which μ would round
   double* roots;   // a Root
   double* grams;   // [parts], Σ over a part's chunks of their Gram matrices
   T* chunks;       // [parts, chunk], rows of W
@@ -50,7 +50,7 @@ struct Layout {
     const int64_t d = codes.d;
     if (codes.wide()) {
       for (int64_t r = 0; r < count; ++r) {
-        const double center = mean[first + r] - double(load(z[first + r]));
+        const double center = sums[first + r];
         for (int64_t i = 0; i < s.size; ++i)
           w[r * s.ld + i] = i < codes.n ? (T(load(z[i * d + first + r])) - T(load(z[first + r]))) - T(center) : T(0);
       }
@@ -59,7 +59,7 @@ struct Layout {
     for (int64_t j = 0; j < s.size; j += lanes<T>) {
       const Vec<T> origin = load_part<T>(z, j, d);
       Vec<T> center = {};
-      for (int l = 0; l < lanes<T> && j + l < d; ++l) center[l] = T(mean[j + l] - double(origin[l]));
+      for (int l = 0; l < lanes<T> && j + l < d; ++l) center[l] = T(sums[j + l]);
       for (int64_t r = 0; r < count; ++r)
         at(w + r * s.ld + j) = (load_part<T>(z + (first + r) * d, j, d) - origin) - center;
     }
@@ -101,7 +101,8 @@ void center(const Codes& codes) {
       for (int64_t i = 1; i < codes.n; ++i) sum += double(T(load(at.z[i * codes.d + j])) - T(load(at.z[j])));
     else
       for (int64_t part = 0; part < codes.parts; ++part) sum += at.sums[part * at.columns + j];
-    at.mean[j] = double(load(at.z[j])) + sum / double(codes.n);
+    at.sums[j] = sum / double(codes.n);
+    at.mean[j] = double(load(at.z[j])) + at.sums[j];
     at.slope[j] = T(2 * at.mean[j] / double(codes.n));
   }
   for (int64_t j = codes.d; j < at.columns; ++j) at.slope[j] = 0;
