@@ -30,6 +30,7 @@ struct MmdPlan {
 struct MmdShared {
   double sums[kMostColumns / 32];
   float inverse[kMostScales];  // 1/c_s
+  int apart;  // whether a squared distance of the four rows overflows
   float4 slopes[kMostColumns];  // of the four rows with each column
 };
 
@@ -53,6 +54,7 @@ __global__ void __launch_bounds__(kMostColumns, 1) mmd_kernel(
   float* panel = reinterpret_cast<float*>(&shared + 1);
   const int column = threadIdx.x, stride = plan.panels.stride, quads = plan.panels.quads;
   const bool is_own = column < pool.own;
+  if (column == 0) shared.apart = 0;
   if (column < plan.scales.count) {
     const float inverse = plan.scales.inverse[column];
     shared.inverse[column] = bounded(bandwidth ? inverse / positive_or_nan(bandwidth[set]) : inverse);
@@ -104,6 +106,7 @@ __global__ void __launch_bounds__(kMostColumns, 1) mmd_kernel(
       const bool diagonal = is_own && row == column;
       if (row < pool.own && !(diagonal && plan.unbiased)) sum += diagonal ? plan.scales.count : static_cast<double>(k[p]);
       slope[p] *= static_cast<float>(4 * weight);
+      if (d2[p] > kLargest) shared.apart = 1;
     }
     shared.slopes[column] = make_float4(slope[0], slope[1], slope[2], slope[3]);
     sum *= is_own ? weight : in_x ? 2 * weight : 0;
@@ -130,14 +133,22 @@ __global__ void __launch_bounds__(kMostColumns, 1) mmd_kernel(
         float4 x_i[kRows];
 #pragma unroll
         for (int p = 0; p < kRows; ++p) x_i[p] = vec4(rows[p] + at);
-#pragma unroll 2
-        for (int j = slices.slice; j < pool.columns; j += slices.count) {
+        const auto add = [&](int j, auto difference) {
           const float4 x_j = vec4(panel + j * stride + at), slope = shared.slopes[j];
 #pragma unroll
           for (int p = 0; p < kRows; ++p) {
 #pragma unroll
-            for (int c = 0; c < 4; ++c) sums[p][c] += part(slope, p) * (part(x_i[p], c) - part(x_j, c));
+            for (int c = 0; c < 4; ++c) sums[p][c] += part(slope, p) * difference(part(x_i[p], c), part(x_j, c));
           }
+        };
+        if (shared.apart) {  // the slope of a pair whose difference overflows is 0, and 0 · ∞ is NaN
+#pragma unroll 1
+          for (int j = slices.slice; j < pool.columns; j += slices.count) {
+            add(j, [](float a, float b) { return fabsf(a - b) <= kLargest ? a - b : 0.5f * a - 0.5f * b; });
+          }
+        } else {
+#pragma unroll 2
+          for (int j = slices.slice; j < pool.columns; j += slices.count) add(j, [](float a, float b) { return a - b; });
         }
       }
       __syncthreads();

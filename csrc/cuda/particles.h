@@ -30,6 +30,9 @@ __host__ __device__ constexpr int row_at(int row, int quads) { return row * 4 * 
 __host__ __device__ constexpr int panel_floats(int n, int quads) { return row_at(round_up(n, 4), quads); }
 
 constexpr float kLargest = 3.4028234e38f;
+// Numbers beyond this are equal, or farther apart than 16 √h for every h; the difference of one below it from any other
+// does not overflow.
+constexpr float kHuge = 1e30f;
 
 // h, or NaN if it is not positive and finite: with a median that float32 does not hold, 0 or infinity, all kernel
 // values would be 0 or 1.
@@ -39,6 +42,14 @@ __device__ __forceinline__ float positive_or_nan(float h) {
 
 // A value that is not negative, without overflow: 0 · ∞ is NaN.
 __device__ __forceinline__ float bounded(float value) { return value > kLargest ? kLargest : value; }
+
+// k term, in which the term may have overflowed if k is 0: 0 · ∞ is NaN.
+__device__ __forceinline__ float unless_zero(float k, float k_term) { return k == 0.f ? 0.f : k_term; }
+
+// The mean of n numbers: Σx/n, as exact as x if they are evenly spaced, or Σ(x/n) if float32 holds them but not their sum
+__device__ __forceinline__ float mean_of(float sum, float sum_of_shares, int n) {
+  return fabsf(sum) <= kLargest ? sum / static_cast<float>(n) : sum_of_shares;
+}
 
 // What k(x, y) = exp(−‖x − y‖²/h) needs; all NaN for an h that is no bandwidth
 struct Bandwidth {

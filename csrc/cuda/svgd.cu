@@ -23,13 +23,14 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
   float* X_j = X_i + kTile * kStride<D>;
   float* V_j = X_j + kTile * kStride<D>;
   float* K_ji = V_j + kTile * kStride<D>;
-  float* r_i = K_ji + kTile * kPairs;
+  float* r_i = K_ji + kTile * kPairs;  // r_i[0] is 1/n until then, which saves a register
 
   const auto [centre, far] = fill_own<D>(X_i, x + first_i * d, rows_i, d, b, X_j);
   const auto s = [&](int at) { return score ? static_cast<float>(score[at]) : -static_cast<float>(x[at]); };
 
   // pairs: rows i, i + 16 by columns j, j + 16; outputs: kRows rows by 4 dimensions
   constexpr int kRows = D / 32;
+  if (threadIdx.x == 0) r_i[0] = b.one() / n;
   const int i = threadIdx.x / 16, j = threadIdx.x % 16;
   const int out_row = threadIdx.x / (D / 4) * kRows, out_column = threadIdx.x % (D / 4) * 4;
   float r[2] = {}, KV[kRows][4] = {};
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
       const int at = (first_j + row) * d + c;
       if (far) return s(at);
       const float X = static_cast<float>(x[at]) - centre, pull = b.two_over_h * X;
-      return s(at) - (fabsf(pull) <= kLargest ? pull : X);  // k' of a row whose pull overflows is 0
+      return fabsf(pull) <= kHuge ? s(at) - pull : 0.f * X;  // k' of a row with such a pull is 0
     });
     __syncthreads();
 
@@ -68,26 +69,17 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
       const bool other = j_here < rows_j && first_i + i_here != first_j + j_here;
       const float k = other ? exp2f(b.to_exponent() * d2[pair / 2][pair % 2]) : 0.f;
       r[pair / 2] += k;
-      K_ji[j_here * kPairs + i_here] = k;
+      K_ji[j_here * kPairs + i_here] = r_i[0] * k;  // 1/n here, because sums may overflow where φ does not
     }
     __syncthreads();
 
     if (far) {
+      each_difference<D, kRows>(X_i, X_j, out_row, out_column, [&](int row, int j_all, const float4& from_j) {
+        const float4 s_j = vec4(V_j + j_all * kStride<D> + out_column);
+        const float k = K_ji[j_all * kPairs + out_row + row], pull = b.two_over_h * k;
 #pragma unroll
-      for (int row = 0; row < kRows; ++row) {
-        const float4 x_i = vec4(X_i + (out_row + row) * kStride<D> + out_column);
-#pragma unroll 1
-        for (int j_all = 0; j_all < kTile; ++j_all) {
-          const float4 s_j = vec4(V_j + j_all * kStride<D> + out_column);
-          const float4 x_j = vec4(X_j + j_all * kStride<D> + out_column);
-          const float k = K_ji[j_all * kPairs + out_row + row], pull = b.two_over_h * k;
-#pragma unroll
-          for (int c = 0; c < 4; ++c) {
-            const float term = k * part(s_j, c) + pull * (part(x_i, c) - part(x_j, c));
-            KV[row][c] += k == 0.f ? 0.f : term;  // 0 · ∞ is NaN
-          }
-        }
-      }
+        for (int c = 0; c < 4; ++c) KV[row][c] += unless_zero(k, k * part(s_j, c) + pull * part(from_j, c));
+      });
       continue;
     }
 #pragma unroll 8
@@ -103,13 +95,13 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
     }
   }
 
+  const float per_n = b.one() / n;
   for (int half = 0; half < 2; ++half) {
     const float total = row_total(r[half]);
     if (j == 0) r_i[i + 16 * half] = total;
   }
   __syncthreads();
   const int thread = threadIdx.x;
-  const float per_n = b.one() / n;
   if (thread < rows_i) row_sum[set * n + first_i + thread] = b.one() + r_i[thread];
 #pragma unroll
   for (int row = 0; row < kRows; ++row) {
@@ -117,8 +109,8 @@ __global__ void __launch_bounds__(kThreads, 4) svgd_forward_kernel(
     for (int c = 0; c < 4; ++c) {
       const int at = out_row + row, column = out_column + c, in_set = (first_i + at) * d + column;
       if (at < rows_i && column < d) {
-        const float rX = far ? 0.f : b.two_over_h * (r_i[at] * X_i[at * kStride<D> + column]);
-        phi[set * n * d + in_set] = static_cast<T>(per_n * (s(in_set) + (KV[row][c] + rX)));
+        const float rX = far ? 0.f : b.two_over_h * (per_n * r_i[at] * X_i[at * kStride<D> + column]);
+        phi[set * n * d + in_set] = static_cast<T>(per_n * s(in_set) + (KV[row][c] + rX));
       }
     }
   }

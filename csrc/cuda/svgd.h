@@ -42,18 +42,21 @@ __device__ __forceinline__ void fill_tile(float* tile, int rows, int d, F value)
 template <int D, class T>
 __device__ __forceinline__ float centre_of(const T* x, int rows, int d, float* scratch) {
   const int column = threadIdx.x % D;
-  const float share = 1.f / rows;  // the sum of the rows may overflow
-  float sum = 0.f;
+  const float share = 1.f / static_cast<float>(rows);
+  float sum = 0.f, shares = 0.f;
 #pragma unroll
   for (int step = 0; step < kTile * D / kThreads; ++step) {
     const int row = threadIdx.x / D + step * (kThreads / D);
-    if (row < rows && column < d) sum += static_cast<float>(x[row * d + column]) * share;
+    const float x_here = row < rows && column < d ? static_cast<float>(x[row * d + column]) : 0.f;
+    sum += x_here, shares += x_here * share;
   }
-  scratch[threadIdx.x] = sum;
+  scratch[threadIdx.x] = sum, scratch[kThreads + threadIdx.x] = shares;
   __syncthreads();
-  float total = 0.f;
-  for (int group = 0; group < kThreads / D; ++group) total += scratch[group * D + column];
-  return total;
+  sum = shares = 0.f;
+  for (int group = 0; group < kThreads / D; ++group) {
+    sum += scratch[group * D + column], shares += scratch[kThreads + group * D + column];
+  }
+  return mean_of(sum, shares, rows);
 }
 
 // X = x − centre for a block's own rows, the centre of column threadIdx.x % D; 0 if a row is so far from it that
@@ -79,12 +82,26 @@ __device__ __forceinline__ Centre fill_own(
   }
 #pragma unroll
   for (int lane = 4; lane > 0; lane /= 2) norm += __shfl_xor_sync(~0u, norm, lane);
-  const bool far = __any_sync(~0u, !bandwidth.reaches(norm));
+  const bool far = __any_sync(~0u, !bandwidth.reaches(norm) || !(fabsf(mean) <= kHuge));
   if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = far;
   __syncthreads();
   bool any = false;
   for (int warp = 0; warp < kThreads / 32; ++warp) any = any || scratch[warp] != 0.f;
   return any ? Centre{fill(0.f), true} : Centre{mean, false};
+}
+
+// f(row, j, x_i − x_j) for `Rows` rows i of a tile from first_row on, all rows j of another, and four columns
+template <int D, int Rows, class F>
+__device__ __forceinline__ void each_difference(const float* X_i, const float* X_j, int first_row, int column, F f) {
+#pragma unroll
+  for (int row = 0; row < Rows; ++row) {
+    const float4 x_i = vec4(X_i + (first_row + row) * kStride<D> + column);
+#pragma unroll 1
+    for (int j = 0; j < kTile; ++j) {
+      const float4 x_j = vec4(X_j + j * kStride<D> + column);
+      f(row, j, make_float4(x_i.x - x_j.x, x_i.y - x_j.y, x_i.z - x_j.z, x_i.w - x_j.w));
+    }
+  }
 }
 
 // Sum over the 16 threads that share a row of pairs; they are half a warp.

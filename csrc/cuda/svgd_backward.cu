@@ -103,22 +103,15 @@ __global__ void __launch_bounds__(kThreads, 2) svgd_backward_kernel(
       __syncthreads();
 
       if (far) {
+        each_difference<D, kRows>(X_i, X_j, out_row, out_column, [&](int row, int j_all, const float4& from_j) {
+          const float4 g = vec4(G_j + j_all * kStride<D> + out_column);
+          const float k = K_ji[j_all * kPairs + out_row + row], B = B_ji[j_all * kPairs + out_row + row];
 #pragma unroll
-        for (int row = 0; row < kRows; ++row) {
-          const float4 xi = vec4(X_i + (out_row + row) * kStride<D> + out_column);
-#pragma unroll 1
-          for (int j_all = 0; j_all < kTile; ++j_all) {
-            const float4 g = vec4(G_j + j_all * kStride<D> + out_column);
-            const float4 xj = vec4(X_j + j_all * kStride<D> + out_column);
-            const float k = K_ji[j_all * kPairs + out_row + row], B = B_ji[j_all * kPairs + out_row + row];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-              KG[row][c] += k * part(g, c);
-              const float term = B * (part(xj, c) - part(xi, c));
-              BX[row][c] += k == 0.f ? 0.f : term;
-            }
+          for (int c = 0; c < 4; ++c) {
+            KG[row][c] += k * part(g, c);
+            BX[row][c] -= unless_zero(k, B * part(from_j, c));
           }
-        }
+        });
         continue;
       }
 #pragma unroll 4

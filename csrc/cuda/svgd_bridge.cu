@@ -121,22 +121,14 @@ __global__ void __launch_bounds__(kThreads, Tiles == 1 ? 2 : 1) svgd_bridge_kern
           const bool far = any_far(X_i, 4 * quads, min(4, n - first_i - patch.i), b);
           float KX[4][5] = {};  // the fifth column is r'
           const float *K_j = K + kernel_at(lane, chunk) + patch.i, *X_j = X + row_at(lane, quads) + patch.column;
-          for (int row = 0; far && row < 4; ++row) {
-            float sum[5] = {};
-            const float4 x_i = vec4(X_i + 4 * quads * row);
-#pragma unroll 1
-            for (int j = lane; j < round_up(n, 4); j += 4) {
+          if (far) {
+            sum_pairs<5>(KX, n, [&](float (&sum)[5], int row, int j) {
               const float k = K[kernel_at(j, chunk) + patch.i + row];
-              const float4 x_j = vec4(X + row_at(j, quads) + patch.column);
+              const float4 x_i = vec4(X_i + 4 * quads * row), x_j = vec4(X + row_at(j, quads) + patch.column);
 #pragma unroll
-              for (int c = 0; c < 4; ++c) sum[c] += k == 0.f ? 0.f : k * (part(x_j, c) - part(x_i, c));
+              for (int c = 0; c < 4; ++c) sum[c] += unless_zero(k, k * (part(x_j, c) - part(x_i, c)));
               sum[4] += k;
-            }
-#pragma unroll
-            for (int c = 0; c < 5; ++c) {
-#pragma unroll
-              for (int to = 0; to < 4; ++to) KX[to][c] += to == row ? sum[c] : 0.f;
-            }
+            });
           }
 #pragma unroll(Tiles > 3 ? 1 : 4)
           for (int j = far ? round_up(n, 4) : lane; j < round_up(n, 4); j += 4) {
@@ -162,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, Tiles == 1 ? 2 : 1) svgd_bridge_kern
           for (int c = 0; c < 4; ++c) {
             const float o_c = far ? part(x_i, c) : part(o, c);
             const float repulsion = b.two_over_h * (r * (part(x_i, c) - o_c) - KX[0][c]);
-            const float phi = per_n * (repulsion - (part(x_i, c) + (KX[0][c] + r * o_c)));
+            const float phi = per_n * (repulsion - KX[0][c]) - (per_n * part(x_i, c) + per_n * r * o_c);
             moved[c] = column + c < d ? part(x_i, c) + step_size * phi + noise * part(draw, c) : 0.f;
           }
           next = make_float4(moved[0], moved[1], moved[2], moved[3]);

@@ -65,10 +65,12 @@ struct Patch {
   __device__ static int rounds(int rows, int quads) { return ((rows + 3) / 4 * quads + 7) / 8; }
 };
 
-// Whether any thread of this warp has a row far from its first row, in these four columns
+// Whether any thread of this warp has a row far from its first row, or from the origin, in these four columns
 __device__ __forceinline__ bool any_far(const float* X_i, int width, int rows, const Bandwidth& bandwidth) {
   const float4 o = vec4(X_i);
   bool far = false;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) far = far || !(fabsf(part(o, c)) <= kHuge);
   for (int row = 1; row < rows; ++row) {
     const float4 x = vec4(X_i + width * row);
     float d2 = 0.f;
@@ -77,6 +79,21 @@ __device__ __forceinline__ bool any_far(const float* X_i, int width, int rows, c
     far = far || !bandwidth.reaches(d2);
   }
   return __any_sync(~0u, far);
+}
+
+// sums[row] += Σ_j f, one row at a time: f(sum, row, j) adds a pair to the first Count sums, for every fourth j.
+template <int Count, int Width, class F>
+__device__ __forceinline__ void sum_pairs(float (&sums)[4][Width], int n, F f) {
+  for (int row = 0; row < 4; ++row) {
+    float sum[Count] = {};
+#pragma unroll 1
+    for (int j = threadIdx.x % 4; j < round_up(n, 4); j += 4) f(sum, row, j);
+#pragma unroll
+    for (int c = 0; c < Count; ++c) {
+#pragma unroll
+      for (int to = 0; to < 4; ++to) sums[to][c] += to == row ? sum[c] : 0.f;
+    }
+  }
 }
 
 // Each of four lanes holds a share of all rows of v; lane s gets the sum of row s, in v[0].

@@ -149,24 +149,17 @@ __global__ void __launch_bounds__(kThreads, 1) svgd_bridge_backward_kernel(
           const bool far = any_far(X + origin, 4 * quads, min(4, n - first_i - patch.i), bw) ||
                            __any_sync(~0u, !(r > 0.0625f));
           float sums[4][9] = {};  // K' (G − o'), B (X − o), B 1
-          for (int row = 0; far && row < 4; ++row) {
-            float sum[8] = {};
-            const float4 x_i = vec4(X + origin + 4 * quads * row), g_i = vec4(G + origin + 4 * quads * row);
-#pragma unroll 1
-            for (int j = lane; j < round_up(n, 4); j += 4) {
-              const int at_ij = kernel_at(j, chunk) + patch.i + row, at_j = row_at(j, quads) + patch.column;
-              const float4 x_j = vec4(X + at_j), g_j = vec4(G + at_j);
+          if (far) {
+            sum_pairs<8>(sums, n, [&](float (&sum)[8], int row, int j) {
+              const int at_i = origin + 4 * quads * row, at_j = row_at(j, quads) + patch.column;
+              const float4 x_i = vec4(X + at_i), g_i = vec4(G + at_i), x_j = vec4(X + at_j), g_j = vec4(G + at_j);
+              const float k = K[kernel_at(j, chunk) + patch.i + row], b = B[kernel_at(j, chunk) + patch.i + row];
 #pragma unroll
               for (int c = 0; c < 4; ++c) {
-                sum[c] += K[at_ij] * (part(g_j, c) - part(g_i, c));
-                sum[4 + c] += B[at_ij] == 0.f ? 0.f : B[at_ij] * (part(x_j, c) - part(x_i, c));
+                sum[c] += k * (part(g_j, c) - part(g_i, c));
+                sum[4 + c] += unless_zero(b, b * (part(x_j, c) - part(x_i, c)));
               }
-            }
-#pragma unroll
-            for (int c = 0; c < 8; ++c) {
-#pragma unroll
-              for (int to = 0; to < 4; ++to) sums[to][c] += to == row ? sum[c] : 0.f;
-            }
+            });
           }
           const float *K_j = K + kernel_at(lane, chunk) + patch.i, *X_j = X + row_at(lane, quads) + patch.column;
 #pragma unroll 2
