@@ -239,7 +239,7 @@ def median_variants() -> list[Variant]:
             filled("selection._narrow_kernel", particles.OPTIONS, **window, rank_0=rank, rank_1=rank),
             filled("selection._sample_kernel", particles.OPTIONS, **sample),
             filled("selection._lost_kernel", selection.FEW_OPTIONS, WIDTH=shape["WIDTH"], FEW=selection.FEW),
-            filled("median._finish_kernel", particles.OPTIONS, **tail, **shape),
+            filled("median._finish_kernel", particles.OPTIONS, **tail, TILE=shape["TILE"], WIDTH=shape["WIDTH"]),
         ]
         apart = shape | {"p_count": "*i32:16", "sets": 1, "products": True}
         found += [filled("median_pairs.apart_kernel", selection.TILE_OPTIONS, **apart, FAR=far) for far in (0, 1)]
