@@ -206,5 +206,5 @@ def backward(grad, states, bandwidths, row_sums, iterations, step_size):
     for step in reversed(range(states.shape[0])):
         if (step + 1) % iterations == 0:
             g += grad[(step + 1) // iterations]
-        g += svgd.backward(step_size * g, states[step], None, bandwidths[step], row_sums[step])[0]
+        g += svgd.backward(step_size * g, states[step], None, bandwidths[step], row_sums[step], False)[0]
     return (g + grad[0]).to(grad.dtype)

@@ -134,17 +134,19 @@ def _backward_kernel(
                     g_ij = row_differences(p_grads, i, p_grads, j, n, d, start, WIDTH)
                     g_i, g_j = rows(p_grads, one, n, d, start, WIDTH), rows(p_grads, j, n, d, start, WIDTH)
                     s_i, s_j = rows(p_scores, one, n, d, start, WIDTH), rows(p_scores, j, n, d, start, WIDTH)
-                    X_i = tl.load(p_X + (i_set * N + i) * D + start + tl.arange(0, WIDTH))[None, :]
                     u += 0.5 * tl.sum(x_ij * x_ij, 1)
                     xg += tl.sum(x_ij * g_ij, 1)
                     gs += sign * tl.sum(g_i * s_j + s_i * g_j, 1)
-                    Xx += tl.sum(X_i * x_ij, 1)
-                    Xg += tl.sum(X_i * g_ij, 1)
+                    if p_dh is not None:
+                        X_i = tl.load(p_X + (i_set * N + i) * D + start + tl.arange(0, WIDTH))[None, :]
+                        Xx += tl.sum(X_i * x_ij, 1)
+                        Xg += tl.sum(X_i * g_ij, 1)
                 k = _kernel_values(u, i, j, n, exponent)
                 B = tl.where(k == 0, 0.0, k * (alpha * gs + beta * xg))
-                far = is_far(tl.load(p_q + i_set * N + j, mask=j < n, other=0.0), h)
-                share = gamma * B * tl.where(far, u, Xx) - 2 * k * tl.where(far, 0.5 * xg, Xg)
-                dh += tl.where(k == 0, 0.0, share)
+                if p_dh is not None:
+                    far = is_far(tl.load(p_q + i_set * N + j, mask=j < n, other=0.0), h)
+                    share = gamma * B * tl.where(far, u, Xx) - 2 * k * tl.where(far, 0.5 * xg, Xg)
+                    dh += tl.where(k == 0, 0.0, share)
 
                 x_ij = row_differences(p_set, i, p_set, j, n, d, value, WIDTH)
                 g_ij = row_differences(p_grads, i, p_grads, j, n, d, value, WIDTH)
@@ -161,8 +163,8 @@ def _backward_kernel(
             else:
                 tl.store(p_dx + at, dX, mask=column < d)
                 tl.store(p_dscore + at, dS, mask=column < d)
-    if value == 0:
-        tl.store(p_dh + tl.program_id(0), tl.sum(dh, 0) / n)
+    if p_dh is not None:
+        tl.store(p_dh + tl.program_id(0), tl.sum(dh, 0) / n, mask=value == 0)
 
 
 def forward(packed: Packed, score, bandwidth, r, phi, row_sum) -> None:
@@ -174,11 +176,11 @@ def forward(packed: Packed, score, bandwidth, r, phi, row_sum) -> None:
     )
 
 
-def backward(packed: Packed, grad, score, bandwidth, r, dx, dscore):
-    """Overwrite far rows of the gradients; their terms of h² ∂h `[sets, ·]`."""
+def backward(packed: Packed, grad, score, bandwidth, r, dx, dscore, bandwidth_gradient):
+    """Overwrite far rows of the gradients; their terms of h² ∂h `[sets, ·]`, or None."""
     sets, n, d, N, D = packed[:5]
     rows, columns, width = shape(D, BACKWARD)
-    parts = packed.q.new_empty(sets, N // rows)
+    parts = packed.q.new_empty(sets, N // rows) if bandwidth_gradient else None
     _backward_kernel[sets * (N // rows), triton.cdiv(d, width)](
         *(grad, packed.x, score, bandwidth, packed.X, packed.q, r, dx, dscore, parts, sets, n, d, N, len(r), D),
         *(rows, columns, width),

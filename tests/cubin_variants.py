@@ -185,7 +185,7 @@ def svgd_variants() -> list[Variant]:
         ]
         found.append(filled("svgd_far._forward_kernel", particles.OPTIONS, p_phi=x, **given, **far_shapes[0]))
         del finish["p_x"], finish["p_score"]
-        outputs = {"p_grad": x, "p_dx": x, "p_dscore": x if backward else "None"}
+        outputs = {"p_grad": x, "p_dx": x, "p_dscore": x if backward else "None", "p_dh": y}
         found += [
             filled("svgd._finish_backward_kernel", particles.OPTIONS, **outputs, **finish),
             filled("svgd_far._backward_kernel", svgd_far.BACKWARD_OPTIONS, **outputs, **given, **far_shapes[1], D=D),

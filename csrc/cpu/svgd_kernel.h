@@ -21,6 +21,7 @@ namespace {
 template <class T>
 struct View {
   int64_t n, d, width, ld, padded, edge;
+  bool bandwidth_gradient;
   T alpha, beta, gamma, two_over_h, exponent;
   T *centre, *half_norms, *r, *b, *p;            // r = r', b = B1, p_i = β g_i·x_i
   T *x_panels, *v_panels, *g_panels;
@@ -29,7 +30,7 @@ struct View {
   double* dh;                                  // a partial sum per 32 rows
   int64_t bytes;
 
-  View(const SvgdSet& set, bool backward) : n(set.n), d(set.d) {
+  View(const SvgdSet& set, bool backward) : n(set.n), d(set.d), bandwidth_gradient(set.bandwidth_gradient) {
     const double largest = sizeof(T) == 4 ? 3.4028234e38 : 1.7976931348623157e308, h = set.h;
     const auto finite = [&](double value) { return T(value < largest ? value : largest); };
     two_over_h = finite(2 / h);
@@ -140,6 +141,15 @@ IVFAST_INLINE void gradient_tile(T* B, const T* K, const T* g, const T* v, const
 template <class T>
 constexpr bool exact_slope = std::is_same_v<T, double>;
 
+// Σ B∘u, without the u of pairs that do not count, which may be infinite
+template <class T>
+double sum_of_products(const T* B, const T* u, int64_t rows, int64_t cols) {
+  double sum = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c) sum += B[r * tile + c] == 0 ? 0 : B[r * tile + c] * u[r * tile + c];
+  return sum;
+}
+
 // The tiles of rows [i, i_end) and [j, j_end), at most `tile` each.
 template <class T, bool backward>
 void pair_tile(const View<T>& w, int64_t i, int64_t i_end, int64_t j, int64_t j_end) {
@@ -156,18 +166,15 @@ void pair_tile(const View<T>& w, int64_t i, int64_t i_end, int64_t j, int64_t j_
   };
   constexpr bool exact = backward && exact_slope<T>;
   alignas(64) T K[tile * tile], u[exact ? tile * tile : 1];
-  kernel_tile(K, exact ? u : nullptr, w.x_panels, w.half_norms, w.exponent, t, w.d);
+  kernel_tile(K, exact && w.bandwidth_gradient ? u : nullptr, w.x_panels, w.half_norms, w.exponent, t, w.d);
   add(K, w.r, backward ? w.kg : w.kv, backward ? w.g : w.v);
   if constexpr (backward) {
     alignas(64) T B[tile * tile];
     gradient_tile(B, K, w.g_panels, w.v_panels, w.p, t, w.d);
     add(B, w.b, w.bx, w.x);
-    if constexpr (exact) {
-      double sum = 0;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < cols; ++c) sum += B[r * tile + c] == 0 ? 0 : B[r * tile + c] * u[r * tile + c];
-      w.dh[i / 32] += w.gamma * ((diagonal ? 1 : 2) * sum / T(w.n));
-    }
+    if constexpr (exact)
+      if (w.bandwidth_gradient)
+        w.dh[i / 32] += w.gamma * ((diagonal ? 1 : 2) * sum_of_products(B, u, rows, cols) / T(w.n));
   }
 }
 
@@ -223,7 +230,7 @@ void finish_backward(const SvgdSet& set, int64_t first, int64_t last) {
       const Vec<T> D = per_n * (w.gamma * (b * at(x + k) - at(bx + k)));
       const Vec<T> E = per_n * (r * at(g + k) - at(kg + k)), dS = per_n * (at(g + k) + at(kg + k));
       const Vec<T> dX = w.two_over_h * (E - D);
-      dh += at(x + k) * (exact_slope<T> ? -2 * E : D - 2 * E);
+      if (w.bandwidth_gradient) dh += at(x + k) * (exact_slope<T> ? -2 * E : D - 2 * E);
       alignas(64) T dx_lanes[lanes<T>], dS_lanes[lanes<T>];
       at(dx_lanes) = dscore ? dX : dX - dS;  // S = −x
       at(dS_lanes) = dS;
