@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..ops._pairwise import column_medians
 
+ROWS = 16  # per program of the kernels that compute far rows by differences
 SAMPLE = 127  # rows whose columns' medians are the centre; no result depends on it but by rounding
 CUT = tl.constexpr(1e17)  # centred rows are cut here: q of up to 8192 dimensions stays finite,
 HUGE = tl.constexpr(1e33)  # and above this for every row that was cut
@@ -70,3 +71,33 @@ def row_differences(p_x, i, p_y, j, n, d, start, WIDTH: tl.constexpr):
     column = start + tl.arange(0, WIDTH)
     x_i = tl.load(p_x + tl.cast(i, tl.int64) * d + column, mask=column < d, other=0.0).to(tl.float32)
     return x_i[None, :] - rows(p_y, j, n, d, start, WIDTH)
+
+
+@triton.jit
+def half_distances_of_row(p_x, i, p_y, j, n, d, WIDTH: tl.constexpr):
+    """u_ij [j] for one row i of x and rows j of y [n, d]."""
+    u = tl.zeros(j.shape, tl.float32)
+    for start in range(0, d, WIDTH):
+        apart = row_differences(p_x, i, p_y, j, n, d, start, WIDTH)
+        u += 0.5 * tl.sum(apart * apart, 1)
+    return u
+
+
+@triton.jit
+def rows_of_program(N, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Set, first row and rows [ROWS] of a program, and the first of its dimensions and these [WIDTH]."""
+    i_set, first = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS) * ROWS
+    value = tl.program_id(1) * WIDTH
+    return i_set, first, first + tl.arange(0, ROWS), value, value + tl.arange(0, WIDTH)
+
+
+@triton.jit
+def holds(row, wanted, i):
+    """Whether row i is one of those wanted."""
+    return tl.sum(tl.where(row == i, wanted, 0), 0) > 0
+
+
+def shape(D: int, elements: int) -> tuple[int, int, int]:
+    """Rows per program, and other rows and dimensions at once, of which a block has `elements` numbers."""
+    width = min(D, 64)
+    return ROWS, elements // width, width

@@ -8,9 +8,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .far import differences, direct_half_distances
+from .far import CUT, differences, direct_half_distances, half_distances_of_row
 from .median_pairs import apart_kernel
-from .particles import OPTIONS, check_dtype, half_diagonal, half_distances, mark_of, pack, padded
+from .particles import (
+    OPTIONS,
+    check_dtype,
+    half_diagonal,
+    half_distances,
+    mark_of,
+    mean_of_rows,
+    pack,
+    padded,
+    within,
+)
 from .selection import (
     PRECISION,
     TILE,
@@ -57,13 +67,11 @@ def bandwidth(m_0, m_1, spread, divisor, SQUARED: tl.constexpr):
 
 @triton.jit
 def _centred(p_x, i_set, n, d, start, N: tl.constexpr, WIDTH: tl.constexpr):
-    """[N, WIDTH] of one set, centred, 0 outside."""
+    """[N, WIDTH] of one set, and the same centred and cut, 0 outside."""
     row, column = tl.arange(0, N), start + tl.arange(0, WIDTH)
     mask = (row < n)[:, None] & (column < d)[None, :]
     x = tl.load(p_x + (i_set * n + row)[:, None] * d + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    mean = tl.sum(x, 0) / n
-    mean = tl.where(tl.abs(mean) < float("inf"), mean, tl.sum(x * (1.0 / n), 0))  # the sum may overflow
-    return tl.where(mask, x - mean[None, :], 0.0)
+    return x, within(tl.where(mask, x - mean_of_rows(x, n)[None, :], 0.0), -CUT, CUT)
 
 
 @triton.jit
@@ -72,10 +80,10 @@ def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: 
     xx, spread, mark = tl.zeros([N, N], tl.float32), tl.zeros([N], tl.float32), tl.zeros([N], tl.int32)
     i = tl.arange(0, N)
     for start in range(0, D, WIDTH):
-        X = _centred(p_x, i_set, n, d, start, N, WIDTH)
+        x, X = _centred(p_x, i_set, n, d, start, N, WIDTH)
         xx = tl.dot(X, tl.trans(X), xx, input_precision=PRECISION)
         mark += mark_of(X, start + tl.arange(0, WIDTH))
-        apart = X - tl.sum(tl.where(i[:, None] == 0, X, 0.0), 0)[None, :]
+        apart = x - tl.sum(tl.where(i[:, None] == 0, x, 0.0), 0)[None, :]
         spread += tl.sum(apart * apart, 1)
     q = half_diagonal(xx)
     pair = (i[None, :] < i[:, None]) & (i < n)[:, None]
@@ -84,7 +92,8 @@ def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: 
     if far:
         u = direct_half_distances(p_x + i_set * n * d, p_x + i_set * n * d, n, n, d, N, N)
     bits = tl.where(pair, bits_of_pairs(u, mark[:, None] != mark[None, :]), 0x7FFFFFFF)
-    return bits, tl.sum(tl.where(i < n, spread, 0.0), 0) / n, far
+    # q is NaN for a particle that is not finite, because its columns' means are not finite either
+    return bits, tl.sum(tl.where(i < n, spread + 0.0 * q, 0.0), 0) / n, far
 
 
 @triton.jit
@@ -160,7 +169,7 @@ def _small_backward_kernel(
             tl.store(p_dx + (i_set * n + row) * d + k, dx_k, mask=row < n)
     else:
         for start in range(0, D, WIDTH):
-            X = _centred(p_x, i_set, n, d, start, N, WIDTH)
+            _x, X = _centred(p_x, i_set, n, d, start, N, WIDTH)
             dx = 2 * (total[:, None] * X - tl.dot(c, X, input_precision=PRECISION))
             column = start + tl.arange(0, WIDTH)
             mask = (row < n)[:, None] & (column < d)[None, :]
@@ -169,16 +178,16 @@ def _small_backward_kernel(
 
 @triton.jit
 def _finish_kernel(
-    p_X,
+    p_x,
     p_q,
     p_window,
     p_h,
     p_middles,
     n,
+    d,
     N,
     divisor,
     SQUARED: tl.constexpr,
-    D: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
     TWO: tl.constexpr,
@@ -188,15 +197,13 @@ def _finish_kernel(
     m_1 = value_of(tl.load(p_window + 4 * i_set + 2)) if TWO else m_0
     med2 = median2(m_0, m_1, SQUARED)
 
-    # the mean of d²_i0 replaces a median of 0; a NaN is in the centre and so in every centred row
+    # the mean of d²_i0 replaces a median of 0; a NaN is in the centre and so in every q
     spread = tl.zeros([TILE], tl.float32) + 0.0 * tl.load(p_q + i_set * N)
-    for first in range(0, tl.where(med2 > 0, 0, N), TILE):
+    p_set = p_x + i_set * n * d
+    for first in range(0, tl.where(med2 > 0, 0, n), TILE):
         row = first + tl.arange(0, TILE)
-        for start in range(0, D, WIDTH):
-            column = start + tl.arange(0, WIDTH)
-            apart = tl.load(p_X + (i_set * N + row)[:, None] * D + column[None, :])
-            apart -= tl.load(p_X + i_set * N * D + column)[None, :]
-            spread += tl.where(row < n, tl.sum(apart * apart, 1), 0.0)
+        u = half_distances_of_row(p_set, 0, p_set, row, n, d, WIDTH)
+        spread += tl.where(row < n, 2 * u, 0.0)
 
     h = bandwidth(m_0, m_1, tl.sum(spread, 0) / n, divisor, SQUARED)
     tl.store(p_middles + 2 * i_set, tl.where(h == h, m_0, h))
@@ -224,24 +231,10 @@ def forward(x, full, squared, divisor):
         return h, middles
 
     packed = pack(x, PRECISION.value, width(padded(d)))
-    sets, N, D = packed.sets, packed.N, packed.D
     window = select(packed, ranks)
-    _finish_kernel[sets,](
-        *(
-            packed.X,
-            packed.q,
-            window,
-            h,
-            middles,
-            n,
-            N,
-            divisor,
-            squared,
-            D,
-            TILE,
-            width(D),
-            ranks.first < ranks.second,
-        ),
+    _finish_kernel[packed.sets,](
+        *(packed.x, packed.q, window, h, middles, n, d, packed.N, divisor),
+        *(squared, TILE, width(packed.D), ranks.first < ranks.second),
         **OPTIONS,
     )
     return h, middles

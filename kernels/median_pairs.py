@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .far import direct_half_distances, row_differences
+from .far import row_differences
 from .particles import tile
 from .selection import bits_of, bits_of_pairs, tile_distances
 
@@ -68,14 +68,11 @@ def apart_kernel(
     p_count += (middle.to(tl.int64) * sets + i_set) * N + i + tl.arange(0, TILE)
     for j in range(0, N, TILE):
         if not FAR or reach + tl.load(p_reach + (base + j) // TILE) > lost:
-            later, earlier = tl.maximum(i, j), tl.minimum(i, j)
             u, pair, differ, far = tile_distances(
-                *(p_X, p_q, p_mark, p_reach, p_lost, i_set, later, earlier, n, N, D, TILE, WIDTH)
+                *(p_x, p_X, p_q, p_mark, p_reach, p_lost, i_set, tl.maximum(i, j), tl.minimum(i, j)),
+                *(n, d, N, FAR, D, TILE, WIDTH),
             )
             if far == FAR:
-                if FAR:
-                    p_i, p_j = p_set + later.to(tl.int64) * d, p_set + earlier.to(tl.int64) * d
-                    u = direct_half_distances(p_i, p_j, n - later, n - earlier, d, TILE, TILE)
                 count, both = _hits(u, pair, differ, wanted, i, j)
                 if tl.max(tl.ravel(both), 0) > 0:
                     tl.store(p_count, tl.load(p_count) + count)

@@ -4,11 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .far import is_far, row_differences
+from .far import half_distances_of_row, holds, is_far, row_differences, rows_of_program, shape
 from .mmd_forms import form, scale
 from .particles import OPTIONS, Packed, bandwidth_at
 
-ROWS, ELEMENTS = 16, 1024  # rows per program, and numbers in a block of other rows
+ELEMENTS = 1024  # numbers in a block of other rows
 SCALES = 8  # per launch
 ROWS_OPTIONS = OPTIONS | {"num_warps": 8}  # four spill with Triton 3.6
 
@@ -38,10 +38,8 @@ def _add(
 ):
     """Add w k [COLUMNS] to total and w k' (x_i − z_j) [COLUMNS, WIDTH] to pull, for all j."""
     for first in range(0, m, COLUMNS):
-        j, u = first + tl.arange(0, COLUMNS), tl.zeros([COLUMNS], tl.float32)
-        for start in range(0, d, WIDTH):
-            apart = row_differences(p_x, i, p_z, j, m, d, start, WIDTH)
-            u += 0.5 * tl.sum(apart * apart, 1)
+        j = first + tl.arange(0, COLUMNS)
+        u = half_distances_of_row(p_x, i, p_z, j, m, d, WIDTH)
         pair = j < m
         if WITHIN:
             pair &= j != i
@@ -92,9 +90,7 @@ def _rows_kernel(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    i_set, i_tile = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS)
-    row, value = i_tile * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH
-    column = value + tl.arange(0, WIDTH)
+    i_set, first_row, row, value, column = rows_of_program(N, ROWS, WIDTH)
     scales = (s_0, s_1, s_2, s_3, s_4, s_5, s_6, s_7)
     b = 1.0 if p_bandwidth is None else bandwidth_at(p_bandwidth + i_set)
     smallest = scale(smallest, b)
@@ -103,8 +99,8 @@ def _rows_kernel(
     p_x, p_y = p_x + i_set * n * d, p_y + i_set * m * d
 
     total = tl.zeros([COLUMNS], tl.float64)
-    for i in range(i_tile * ROWS, (i_tile + tl.max(wanted, 0)) * ROWS):
-        if tl.sum(tl.where(row == i, wanted, 0), 0) > 0:
+    for i in range(first_row, first_row + tl.max(wanted, 0) * ROWS):
+        if holds(row, wanted, i):
             pull = tl.zeros([COLUMNS, WIDTH], tl.float32)
             total, pull = _add(
                 *(total, pull, p_x, i, p_x, p_q_x + i_set * N, n, d, value, 1 / (size * (size - UNBIASED))),
@@ -124,15 +120,9 @@ def _rows_kernel(
         tl.store(p_parts + tl.program_id(0), tl.sum(total, 0))
 
 
-def shape(D: int) -> tuple[int, int, int]:
-    """Rows per program, and other rows and dimensions at once."""
-    width = min(D, 64)
-    return ROWS, ELEMENTS // width, width
-
-
 def add(x: Packed, y: Packed, bandwidth, imq, launches, unbiased, between, dx):
     """The value's terms that far rows of x contribute `[launches, sets, ·]`; overwrites their rows of dx, if any."""
-    rows, columns, width = shape(x.D)
+    rows, columns, width = shape(x.D, ELEMENTS)
     parts = x.q.new_empty(len(launches), x.sets, x.N // rows, dtype=torch.float64)
     smallest = min(s for some in launches for s in some)
     for k, some in enumerate(launches):

@@ -102,6 +102,14 @@ def within(x, low, high):
 
 
 @triton.jit
+def mean_of_rows(x, n):
+    """The mean of n rows of x, whose others are 0: Σx/n, exact where Σx is, so that equal distances stay equal; where
+    float32 does not hold Σx, Σ(x/n), and a little less, so that no rounding overflows either."""
+    mean = tl.sum(x, 0) / n
+    return tl.where(tl.abs(mean) < float("inf"), mean, tl.sum(x * (0.99999 / n), 0))
+
+
+@triton.jit
 def factors(h):
     """α, β, γ with γα = 1 and γβ = 2/h, and the factor 2 log2(e)/h of −u in k = 2^(…): finite for any h > 0. If h is
     NaN, so are α, γ and the factor, and with them all k'_ij for j ≠ i, also those of the padding."""

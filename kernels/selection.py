@@ -122,6 +122,7 @@ def bits_of_pairs(u, differ):
 
 @triton.jit
 def tile_distances(
+    p_x,
     p_X,
     p_q,
     p_mark,
@@ -131,13 +132,15 @@ def tile_distances(
     i,
     j,
     n,
+    d,
     N,
+    DIRECT: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
     """u between the tiles of rows starting at i and j <= i, which entries are pairs of particles, which differ, and
-    whether the tile needs `direct_half_distances`."""
+    whether the tile is one of far rows, which needs differences: u has them if DIRECT."""
     base, xx = i_set * N, tl.zeros([TILE, TILE], tl.float32)
     xx = add_product(xx, p_X + (base + i) * D, p_X + (base + j) * D, D, WIDTH, PRECISION)
     row, column = i + tl.arange(0, TILE), j + tl.arange(0, TILE)
@@ -149,6 +152,9 @@ def tile_distances(
     far = tl.load(p_reach + (base + i) // TILE) + tl.load(p_reach + (base + j) // TILE) > lost
     if far:
         far = shows(u, q_i[:, None] + q_j[None, :], pair, lost)
+    if DIRECT:  # noqa: SIM102 (decided when it is compiled)
+        if far:
+            u = direct_half_distances(p_x + (i_set * n + i) * d, p_x + (i_set * n + j) * d, n - i, n - j, d, TILE, TILE)
     return u, pair, mark_i[:, None] != mark_j[None, :], far
 
 
@@ -193,10 +199,10 @@ def _count_kernel(
     end = tl.where(done, first, end)
     below_0, below_1 = tl.zeros([TILE], tl.int32), tl.zeros([TILE], tl.int32)
     for j_tile in range(first, end):
-        i, j = i_tile * TILE, j_tile * TILE
-        u, pair, differ, far = tile_distances(*(p_X, p_q, p_mark, p_reach, p_lost, i_set, i, j, n, N, D, TILE, WIDTH))
-        if far:
-            u = direct_half_distances(p_x + (i_set * n + i) * d, p_x + (i_set * n + j) * d, n - i, n - j, d, TILE, TILE)
+        u, pair, differ, _far = tile_distances(
+            *(p_x, p_X, p_q, p_mark, p_reach, p_lost, i_set, i_tile * TILE, j_tile * TILE),
+            *(n, d, N, True, D, TILE, WIDTH),
+        )
         bits = bits_of_pairs(u, differ)
         below_0 += _count_target(bits, pair, p_counts, low_0, shift_0, BINS)
         if TWO:

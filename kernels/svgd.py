@@ -275,9 +275,10 @@ def _finish_backward_kernel(
     else:
         tl.store(p_dx + given, b_dX, mask=mask)
         tl.store(p_dscore + given, b_dS, mask=mask)
-    far = svgd_far.needs_differences(tl.load(p_q + i_set * N + row), r, h)
-    dh = tl.sum(tl.sum(tl.where(far[:, None], 0.0, X * (b_D - 2 * b_E)), 1), 0)
-    tl.store(p_dh + (i_set * (N // ROWS) + i_tile) * tl.num_programs(1) + tl.program_id(1), dh)
+    if p_dh is not None:
+        far = svgd_far.needs_differences(tl.load(p_q + i_set * N + row), r, h)
+        dh = tl.sum(tl.sum(tl.where(far[:, None], 0.0, X * (b_D - 2 * b_E)), 1), 0)
+        tl.store(p_dh + (i_set * (N // ROWS) + i_tile) * tl.num_programs(1) + tl.program_id(1), dh)
 
 
 def _grid(packed: Packed, tile: Tile) -> tuple[tuple[int, int, int], int]:
@@ -316,8 +317,9 @@ def forward(x, score, bandwidth):
     return phi, row_sum
 
 
-def backward(grad, x, score, bandwidth, row_sum):
-    """∂L/∂x, ∂L/∂score (empty without a score) and ∂L/∂h. r' is recomputed, because 1 + r' has lost a small r'."""
+def backward(grad, x, score, bandwidth, row_sum, bandwidth_gradient):
+    """∂L/∂x, ∂L/∂score (empty without a score) and ∂L/∂h (empty unless asked for). r' is recomputed, because 1 + r'
+    has lost a small r'."""
     check_dtype("svgd_direction_backward", x)
     in_products = precision()  # half precision too: ∂h is a sum that cancels
     tile = backward_tile(padded(x.shape[-1]), capability(x.device))
@@ -325,7 +327,7 @@ def backward(grad, x, score, bandwidth, row_sum):
     sets, n, d, N, D = packed[:5]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dscore = None if score is None else torch.empty_like(dx)
-    dh = torch.empty_like(bandwidth, memory_format=torch.contiguous_format)
+    dh = bandwidth.new_empty(bandwidth.shape if bandwidth_gradient else 0)
     if sets:
         grad, bandwidth, score = (t if t is None else t.contiguous() for t in (grad, bandwidth, score))
         grid, share = _grid(packed, tile)
@@ -336,13 +338,14 @@ def backward(grad, x, score, bandwidth, row_sum):
             **tile.options,
         )
         finish = N // FINISH_ROWS, triton.cdiv(D, FINISH_WIDTH)
-        parts = packed.X.new_empty(sets, finish[0] * finish[1])  # of h² ∂h
+        parts = packed.X.new_empty(sets, finish[0] * finish[1]) if bandwidth_gradient else None  # of h² ∂h
         _finish_backward_kernel[sets * finish[0], finish[1]](
             *(grad, bandwidth, packed.X, packed.G, packed.q, *sums, dx, dscore, parts, sets, n, d, N, grid[2]),
             *(D, FINISH_ROWS, min(D, FINISH_WIDTH)),
             **OPTIONS,
         )
-        parts = torch.cat((parts, svgd_far.backward(packed, grad, score, bandwidth, sums[2], dx, dscore)), -1)
-        h = bandwidth.double()
-        dh = (parts.sum(-1, dtype=torch.float64).view_as(h) / h / h).to(bandwidth.dtype)
+        far_parts = svgd_far.backward(packed, grad, score, bandwidth, sums[2], dx, dscore, bandwidth_gradient)
+        if bandwidth_gradient:
+            parts, h = torch.cat((parts, far_parts), -1), bandwidth.double()
+            dh = (parts.sum(-1, dtype=torch.float64).view_as(h) / h / h).to(bandwidth.dtype)
     return dx, dx.new_empty(0) if dscore is None else dscore, dh

@@ -20,6 +20,7 @@ from .particles import (
     half_diagonal,
     half_distances,
     mark_of,
+    mean_of_rows,
     padded,
     positive_or_nan,
     precision,
@@ -38,7 +39,7 @@ def _distances(x, n, d, D: tl.constexpr, PRECISION: tl.constexpr):
     """For rows x that are 0 outside n and d: X, the centred x, its q and marks, and the half squared distances u."""
     i, c = tl.arange(0, x.shape[0]), tl.arange(0, D)
     inside = (i < n)[:, None] & (c < d)[None, :]
-    X = as_operand(within(tl.where(inside, x - tl.sum(x * (1.0 / n), 0)[None, :], 0.0), -CUT, CUT), PRECISION)
+    X = as_operand(within(tl.where(inside, x - mean_of_rows(x, n)[None, :], 0.0), -CUT, CUT), PRECISION)
     xx = tl.dot(X, tl.trans(X), input_precision=PRECISION)
     q, mark = tl.where(i < n, half_diagonal(xx), float("inf")), mark_of(X, c)
     return X, q, mark, half_distances(xx, q, q, mark, mark)
@@ -205,5 +206,5 @@ def backward(grad, states, bandwidths, row_sums, iterations, step_size):
     for step in reversed(range(states.shape[0])):
         if (step + 1) % iterations == 0:
             g += grad[(step + 1) // iterations]
-        g += svgd.backward(step_size * g, states[step], None, bandwidths[step], row_sums[step])[0]
+        g += svgd.backward(step_size * g, states[step], None, bandwidths[step], row_sums[step], False)[0]
     return (g + grad[0]).to(grad.dtype)

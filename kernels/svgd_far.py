@@ -11,11 +11,10 @@ far rows; with a near row, which has its share from x_j in svgd.py, the first fa
 import triton
 import triton.language as tl
 
-from .far import is_far, row_differences, rows
+from .far import half_distances_of_row, holds, is_far, row_differences, rows, rows_of_program, shape
 from .particles import OPTIONS, Packed, bandwidth_at, factors
 
 VANISH, NOTHING = tl.constexpr(2.0**18), tl.constexpr(2.0**-100)
-ROWS = 16  # per program
 FORWARD, BACKWARD = 1024, 512  # numbers in a block of other rows, without spills
 BACKWARD_OPTIONS = OPTIONS | {"num_warps": 8}
 
@@ -33,6 +32,16 @@ def needs_differences(q, r, h):
     """Far rows, unless r' is so small that their k' vanish: rounding moves u by less than 2^-15 (q_i + q_j), so below
     VANISH k' by less than a factor of 2^46."""
     return is_far(q, h) & ((q > VANISH * h) | ~(r < NOTHING))
+
+
+@triton.jit
+def _opening(p_x, p_score, p_bandwidth, p_q, p_r, i_set, row, sets, n, d, N, splits):
+    """h, which rows are wanted, x and scores of the set, and their sign: without a score S = −x."""
+    h = bandwidth_at(p_bandwidth + i_set)
+    q, r = tl.load(p_q + i_set * N + row), row_sums(p_r, i_set, row, sets, N, splits)
+    wanted = needs_differences(q, r, h).to(tl.int32)
+    p_scores = (p_x if p_score is None else p_score) + i_set * n * d
+    return h, wanted, p_x + i_set * n * d, p_scores, -1.0 if p_score is None else 1.0
 
 
 @triton.jit
@@ -58,34 +67,26 @@ def _forward_kernel(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    i_set, i_tile = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS)
-    row, value = i_tile * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH
-    column = value + tl.arange(0, WIDTH)
-    h = bandwidth_at(p_bandwidth + i_set)
+    i_set, first_row, row, value, column = rows_of_program(N, ROWS, WIDTH)
+    h, wanted, p_set, p_scores, sign = _opening(p_x, p_score, p_bandwidth, p_q, p_r, i_set, row, sets, n, d, N, splits)
     alpha, beta, gamma, exponent = factors(h)
-    q, r = tl.load(p_q + i_set * N + row), row_sums(p_r, i_set, row, sets, N, splits)
-    wanted = needs_differences(q, r, h).to(tl.int32)
-    p_set, p_scores = p_x + i_set * n * d, (p_x if p_score is None else p_score) + i_set * n * d
 
-    for i in range(i_tile * ROWS, (i_tile + tl.max(wanted, 0)) * ROWS):
-        if tl.sum(tl.where(row == i, wanted, 0), 0) > 0:
+    for i in range(first_row, first_row + tl.max(wanted, 0) * ROWS):
+        if holds(row, wanted, i):
             r_i = tl.zeros([COLUMNS], tl.float32)
             sums = tl.zeros([COLUMNS, WIDTH], tl.float32)
             for first in range(0, n, COLUMNS):
-                j, u = first + tl.arange(0, COLUMNS), tl.zeros([COLUMNS], tl.float32)
-                for start in range(0, d, WIDTH):
-                    apart = row_differences(p_set, i, p_set, j, n, d, start, WIDTH)
-                    u += 0.5 * tl.sum(apart * apart, 1)
+                j = first + tl.arange(0, COLUMNS)
+                u = half_distances_of_row(p_set, i, p_set, j, n, d, WIDTH)
                 k = _kernel_values(u, i, j, n, exponent)
-                s = rows(p_scores, j, n, d, value, WIDTH)
-                s = -s if p_score is None else s
+                s = sign * rows(p_scores, j, n, d, value, WIDTH)
                 term = alpha * s + beta * row_differences(p_set, i, p_set, j, n, d, value, WIDTH)
                 r_i += k
                 sums += tl.where(k[:, None] == 0, 0.0, k[:, None] * term)
 
             at = (i_set * n + i) * d + column
             s_i = tl.load(p_scores + tl.cast(i, tl.int64) * d + column, mask=column < d, other=0.0).to(tl.float32)
-            s_i = -s_i if p_score is None else s_i
+            s_i *= sign
             tl.store(p_phi + at, (s_i + gamma * tl.sum(sums, 0)) / n, mask=column < d)
             if value == 0:
                 tl.store(p_row_sum + i_set * n + i, 1 + tl.sum(r_i, 0))
@@ -113,20 +114,14 @@ def _backward_kernel(
     COLUMNS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    i_set, i_tile = (tl.program_id(0) // (N // ROWS)).to(tl.int64), tl.program_id(0) % (N // ROWS)
-    row, value = i_tile * ROWS + tl.arange(0, ROWS), tl.program_id(1) * WIDTH
-    column = value + tl.arange(0, WIDTH)
-    h = bandwidth_at(p_bandwidth + i_set)
+    i_set, first_row, row, value, column = rows_of_program(N, ROWS, WIDTH)
+    h, wanted, p_set, p_scores, sign = _opening(p_x, p_score, p_bandwidth, p_q, p_r, i_set, row, sets, n, d, N, splits)
     alpha, beta, gamma, exponent = factors(h)
-    q, r = tl.load(p_q + i_set * N + row), row_sums(p_r, i_set, row, sets, N, splits)
-    wanted = needs_differences(q, r, h).to(tl.int32)
-    p_set, p_grads = p_x + i_set * n * d, p_grad + i_set * n * d
-    p_scores = (p_x if p_score is None else p_score) + i_set * n * d
-    sign = -1.0 if p_score is None else 1.0  # of S = −x
+    p_grads = p_grad + i_set * n * d
 
     dh = tl.zeros([COLUMNS], tl.float32)
-    for i in range(i_tile * ROWS, (i_tile + tl.max(wanted, 0)) * ROWS):
-        if tl.sum(tl.where(row == i, wanted, 0), 0) > 0:
+    for i in range(first_row, first_row + tl.max(wanted, 0) * ROWS):
+        if holds(row, wanted, i):
             one = i + tl.zeros([1], tl.int32)
             D_i, E_i = tl.zeros([COLUMNS, WIDTH], tl.float32), tl.zeros([COLUMNS, WIDTH], tl.float32)
             KG = tl.zeros([COLUMNS, WIDTH], tl.float32)
@@ -139,17 +134,19 @@ def _backward_kernel(
                     g_ij = row_differences(p_grads, i, p_grads, j, n, d, start, WIDTH)
                     g_i, g_j = rows(p_grads, one, n, d, start, WIDTH), rows(p_grads, j, n, d, start, WIDTH)
                     s_i, s_j = rows(p_scores, one, n, d, start, WIDTH), rows(p_scores, j, n, d, start, WIDTH)
-                    X_i = tl.load(p_X + (i_set * N + i) * D + start + tl.arange(0, WIDTH))[None, :]
                     u += 0.5 * tl.sum(x_ij * x_ij, 1)
                     xg += tl.sum(x_ij * g_ij, 1)
                     gs += sign * tl.sum(g_i * s_j + s_i * g_j, 1)
-                    Xx += tl.sum(X_i * x_ij, 1)
-                    Xg += tl.sum(X_i * g_ij, 1)
+                    if p_dh is not None:
+                        X_i = tl.load(p_X + (i_set * N + i) * D + start + tl.arange(0, WIDTH))[None, :]
+                        Xx += tl.sum(X_i * x_ij, 1)
+                        Xg += tl.sum(X_i * g_ij, 1)
                 k = _kernel_values(u, i, j, n, exponent)
                 B = tl.where(k == 0, 0.0, k * (alpha * gs + beta * xg))
-                far = is_far(tl.load(p_q + i_set * N + j, mask=j < n, other=0.0), h)
-                share = gamma * B * tl.where(far, u, Xx) - 2 * k * tl.where(far, 0.5 * xg, Xg)
-                dh += tl.where(k == 0, 0.0, share)
+                if p_dh is not None:
+                    far = is_far(tl.load(p_q + i_set * N + j, mask=j < n, other=0.0), h)
+                    share = gamma * B * tl.where(far, u, Xx) - 2 * k * tl.where(far, 0.5 * xg, Xg)
+                    dh += tl.where(k == 0, 0.0, share)
 
                 x_ij = row_differences(p_set, i, p_set, j, n, d, value, WIDTH)
                 g_ij = row_differences(p_grads, i, p_grads, j, n, d, value, WIDTH)
@@ -166,14 +163,8 @@ def _backward_kernel(
             else:
                 tl.store(p_dx + at, dX, mask=column < d)
                 tl.store(p_dscore + at, dS, mask=column < d)
-    if value == 0:
-        tl.store(p_dh + tl.program_id(0), tl.sum(dh, 0) / n)
-
-
-def shape(D: int, elements: int) -> tuple[int, int, int]:
-    """Rows per program, and other rows and dimensions at once."""
-    width = min(D, 64)
-    return ROWS, elements // width, width
+    if p_dh is not None:
+        tl.store(p_dh + tl.program_id(0), tl.sum(dh, 0) / n, mask=value == 0)
 
 
 def forward(packed: Packed, score, bandwidth, r, phi, row_sum) -> None:
@@ -185,11 +176,11 @@ def forward(packed: Packed, score, bandwidth, r, phi, row_sum) -> None:
     )
 
 
-def backward(packed: Packed, grad, score, bandwidth, r, dx, dscore):
-    """Overwrite far rows of the gradients; their terms of h² ∂h `[sets, ·]`."""
+def backward(packed: Packed, grad, score, bandwidth, r, dx, dscore, bandwidth_gradient):
+    """Overwrite far rows of the gradients; their terms of h² ∂h `[sets, ·]`, or None."""
     sets, n, d, N, D = packed[:5]
     rows, columns, width = shape(D, BACKWARD)
-    parts = packed.q.new_empty(sets, N // rows)
+    parts = packed.q.new_empty(sets, N // rows) if bandwidth_gradient else None
     _backward_kernel[sets * (N // rows), triton.cdiv(d, width)](
         *(grad, packed.x, score, bandwidth, packed.X, packed.q, r, dx, dscore, parts, sets, n, d, N, len(r), D),
         *(rows, columns, width),

@@ -163,7 +163,7 @@ def frechet_variants() -> list[Variant]:
 
 
 def svgd_variants() -> list[Variant]:
-    from ivfast.kernels import particles, svgd, svgd_far
+    from ivfast.kernels import far, particles, svgd, svgd_far
 
     found = []
     for D, dtype, backward in ((16, "fp32", True), (64, "bf16", False), (512, "fp16", True)):
@@ -178,17 +178,17 @@ def svgd_variants() -> list[Variant]:
             filled("particles._pack_kernel", particles.OPTIONS, **pack, **shape, products=True),
             filled("svgd._finish_forward_kernel", particles.OPTIONS, p_phi=x, **finish),
         ]
-        far = {"p_x": x, "p_score": pack["p_score"]}
+        given = {"p_x": x, "p_score": pack["p_score"]}
         far_shapes = [
-            dict(zip(("ROWS", "COLUMNS", "WIDTH"), svgd_far.shape(D, elements), strict=True))
+            dict(zip(("ROWS", "COLUMNS", "WIDTH"), far.shape(D, elements), strict=True))
             for elements in (svgd_far.FORWARD, svgd_far.BACKWARD)
         ]
-        found.append(filled("svgd_far._forward_kernel", particles.OPTIONS, p_phi=x, **far, **far_shapes[0]))
+        found.append(filled("svgd_far._forward_kernel", particles.OPTIONS, p_phi=x, **given, **far_shapes[0]))
         del finish["p_x"], finish["p_score"]
-        outputs = {"p_grad": x, "p_dx": x, "p_dscore": x if backward else "None"}
+        outputs = {"p_grad": x, "p_dx": x, "p_dscore": x if backward else "None", "p_dh": y}
         found += [
             filled("svgd._finish_backward_kernel", particles.OPTIONS, **outputs, **finish),
-            filled("svgd_far._backward_kernel", svgd_far.BACKWARD_OPTIONS, **outputs, **far, **far_shapes[1], D=D),
+            filled("svgd_far._backward_kernel", svgd_far.BACKWARD_OPTIONS, **outputs, **given, **far_shapes[1], D=D),
         ]
     for target in TARGETS:
         for D, precision in (
@@ -239,7 +239,7 @@ def median_variants() -> list[Variant]:
             filled("selection._narrow_kernel", particles.OPTIONS, **window, rank_0=rank, rank_1=rank),
             filled("selection._sample_kernel", particles.OPTIONS, **sample),
             filled("selection._lost_kernel", selection.FEW_OPTIONS, WIDTH=shape["WIDTH"], FEW=selection.FEW),
-            filled("median._finish_kernel", particles.OPTIONS, **tail, **shape),
+            filled("median._finish_kernel", particles.OPTIONS, **tail, TILE=shape["TILE"], WIDTH=shape["WIDTH"]),
         ]
         apart = shape | {"p_count": "*i32:16", "sets": 1, "products": True}
         found += [filled("median_pairs.apart_kernel", selection.TILE_OPTIONS, **apart, FAR=far) for far in (0, 1)]
@@ -264,7 +264,7 @@ def bridge_variants() -> list[Variant]:
 
 
 def mmd_variants() -> list[Variant]:
-    from ivfast.kernels import mmd, mmd_far, particles
+    from ivfast.kernels import far, mmd, mmd_far, particles
 
     found = [
         filled("mmd._finish_kernel", particles.OPTIONS, D=D, ROWS=mmd.FINISH_ROWS, WIDTH=min(D, mmd.FINISH_WIDTH))
@@ -283,7 +283,7 @@ def mmd_variants() -> list[Variant]:
             shape |= {} if gradient else {"p_SZ": "None", "p_r": "None", "p_bandwidth": "None"}
             found.append(filled("mmd._sums_kernel", tile.options, **shape, targets=(target,), products=True))
     for D, imq, scales, gradient in ((16, 1, 7, 1), (64, 0, mmd.RBF_SCALES, 1), (512, 1, 8, 0)):
-        rows, columns, width = mmd_far.shape(D)
+        rows, columns, width = far.shape(D, mmd_far.ELEMENTS)
         given = {"IMQ": imq, "COUNT": scales, "GRADIENT": gradient, "UNBIASED": 1, "BETWEEN": 1, "FIRST": 1}
         given |= {"ROWS": rows, "COLUMNS": columns, "WIDTH": width, "M": "i32:16", "p_parts": "*fp64:16"}
         given |= {f"s_{k}": "fp32" for k in range(mmd.SCALES)} | {"smallest": "fp32"}

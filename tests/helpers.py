@@ -312,6 +312,24 @@ def assert_right_where_particles_hardly_meet(implementation, device="cpu"):
         close(ours, exact)
 
 
+def assert_the_gradient_of_h_is_optional(implementation, dtype=torch.float32, device="cpu"):
+    """The backward of the SVGD direction gives the same bits without ∂h, which is then empty."""
+    from ivfast.ops import svgd
+
+    x, score, grad = (torch.randn(2, 20, 3, dtype=dtype, device=device) for _ in range(3))
+    x[:, :2] += 1e4  # far rows
+    h = torch.tensor([2.0, 3.0], dtype=dtype, device=device)
+    for s in (None, score):
+        with ivfast.use(implementation):
+            row_sum = svgd._forward(x, s, h)[1]
+            *both, dh = svgd._backward(grad, x, s, h, row_sum, True)
+            *alone, none = svgd._backward(grad, x, s, h, row_sum, False)
+        assert dh.shape == h.shape
+        assert none.shape == (0,)
+        assert none.dtype == dh.dtype
+        assert same_bits([both, alone])
+
+
 def assert_threads_change_no_bit(op, shapes, threads):
     """Value and gradient of `op` on normal tensors are the same with one thread and with several."""
     tensors = [torch.randn(shape, requires_grad=i < 2) for i, shape in enumerate(shapes)]

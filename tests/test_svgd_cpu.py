@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import assert_right_where_particles_hardly_meet
+from helpers import assert_right_where_particles_hardly_meet, assert_the_gradient_of_h_is_optional
 
 import ivfast
 from ivfast import testing
@@ -190,3 +190,9 @@ def test_extreme_units(isa, scale):
 
 def test_particles_that_hardly_meet(isa):
     assert_right_where_particles_hardly_meet("cpu")
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_gradient_of_the_bandwidth_is_optional(implementation, dtype, isa):
+    assert_the_gradient_of_h_is_optional(implementation, dtype)

@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from helpers import assert_right_where_particles_hardly_meet, by_cuda, same_bits_in_every_schedule, size
+from helpers import (
+    assert_right_where_particles_hardly_meet,
+    assert_the_gradient_of_h_is_optional,
+    by_cuda,
+    same_bits_in_every_schedule,
+    size,
+)
 
 import ivfast
 from ivfast import testing
@@ -64,6 +70,9 @@ class TestDirection:
         with ivfast.use("cuda"):
             row_sum = svgd._forward(x, None, torch.tensor(1e-9))[1]
         assert torch.equal(row_sum, torch.full_like(row_sum, 2.0))
+
+    def test_the_gradient_of_the_bandwidth_is_optional(self, simt):
+        assert_the_gradient_of_h_is_optional("cuda")
 
     def test_particles_that_hardly_meet(self, simt):
         assert_right_where_particles_hardly_meet("cuda")

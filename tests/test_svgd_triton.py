@@ -1,8 +1,15 @@
 """SVGD direction in Triton, interpreted if there is no GPU."""
 
+from collections import Counter
+
 import pytest
 import torch
-from helpers import assert_right_where_particles_hardly_meet, same_bits, size
+from helpers import (
+    assert_right_where_particles_hardly_meet,
+    assert_the_gradient_of_h_is_optional,
+    same_bits,
+    size,
+)
 from test_svgd_cuda import direction_case
 
 import ivfast
@@ -82,6 +89,35 @@ class TestDirection:
 
     def test_particles_that_hardly_meet(self):
         assert_right_where_particles_hardly_meet("triton", device)
+
+    def test_the_gradient_of_the_bandwidth_is_optional(self):
+        assert_the_gradient_of_h_is_optional("triton", device=device)
+
+    def test_the_gradient_of_a_detached_bandwidth_costs_no_launches(self):
+        from torch.utils._python_dispatch import TorchDispatchMode
+
+        from ivfast.kernels import svgd as kernels
+
+        class Calls(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                seen.append((function.overloadpacket.__name__, args))
+                return function(*args, **(kwargs or {}))
+
+        x, h, launches = torch.randn(9, 3, device=device), torch.tensor(2.0, device=device), []
+        for learned in (False, True):
+            leaf, bandwidth, seen = x.clone().requires_grad_(), h.clone().requires_grad_(learned), []
+            with ivfast.use("triton"):
+                phi = ivfast.svgd_direction(leaf, bandwidth=bandwidth)
+                with Calls():
+                    phi.backward(x)
+            ((*_, asked),) = [args for name, args in seen if name == "svgd_direction_backward"]
+            assert asked is learned
+            seen = []
+            with Calls():
+                kernels.backward(x, x, None, h, None, asked)
+            launches.append(Counter(name for name, _ in seen))
+        assert Counter(["cat", "sum", "div", "div", "_to_copy", "_to_copy"]) <= launches[1] - launches[0]
+        assert not launches[0] - launches[1]
 
     def test_equal_particles_share_their_scores(self):
         x, score = torch.randn(1, 7, device=device).expand(70, 7), torch.randn(70, 7, device=device)

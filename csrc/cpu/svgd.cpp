@@ -28,14 +28,14 @@ struct ParticleBlocks {
   int64_t last(int64_t block) const { return std::min(set.n, (block + 1) * size); }
 };
 
-// ∂h in the backward pass, and whether rounding shows
+// ∂h if the set asks for it, and whether rounding shows
 std::pair<double, bool> svgd_once(SvgdSet set, const SvgdStages& stages, bool threaded) {
   static thread_local Workspace workspace;
   set.workspace = workspace.reserve(stages.bytes(set.n, set.d));
   stages.centre(set);
   const ParticleBlocks blocks{set, stages, block_rows(set.n, set.d, svgd_tile(set.n))};
   Tournament(blocks, (set.n + blocks.size - 1) / blocks.size).run(threaded);
-  const double gradient = stages.bandwidth_gradient ? stages.bandwidth_gradient(set) : 0;
+  const double gradient = set.bandwidth_gradient ? stages.bandwidth_gradient(set) : 0;
   const bool lost = stages.lost(set);
   workspace.trim();
   return {gradient, lost};
@@ -110,29 +110,29 @@ std::tuple<Tensor, Tensor> svgd_direction(const Tensor& x_, const std::optional<
 // row_sum is not read: K' of a narrow kernel is lost in 1 + K', and its sums are recomputed with the tiles anyway.
 std::tuple<Tensor, Tensor, Tensor> svgd_direction_backward(const Tensor& grad_, const Tensor& x_,
                                                            const std::optional<Tensor>& score_, const Tensor& h_,
-                                                           const Tensor&) {
+                                                           const Tensor&, bool bandwidth_gradient) {
   const Shape shape(x_);
   const ScalarType dtype = x_.scalar_type(), wide = arithmetic(dtype);
   STD_TORCH_CHECK(h_.scalar_type() == wide, "bandwidth must be in the dtype of the arithmetic");
   const int64_t size = shape.n * shape.d;
   const Tensor grad = as_contiguous(grad_), x = as_contiguous(x_), h = as_contiguous(h_);
   const Tensor score = score_ ? as_contiguous(*score_) : x;
-  Tensor dx = empty(x, shape.full, dtype), dh = empty(x, shape.batch, wide);
+  Tensor dx = empty(x, shape.full, dtype);
+  Tensor dh = bandwidth_gradient ? empty(x, shape.batch, wide) : empty(x, {0}, wide);
   Tensor dscore = score_ ? empty(x, shape.full, dtype) : empty(x, {0}, dtype);
 
-  const Data grads(grad, size, dtype), xs(x, size, dtype), hs(h, 1, wide), dxs(dx, size, dtype), dhs(dh, 1, wide);
+  const Data grads(grad, size, dtype), xs(x, size, dtype), hs(h, 1, wide), dxs(dx, size, dtype);
+  const Data dhs = bandwidth_gradient ? Data(dh, 1, wide) : Data();
   const Data scores = score_ ? Data(score, size, dtype) : Data(), dscores = score_ ? Data(dscore, size, dtype) : Data();
   const auto set_of = [&](int64_t i) {
     SvgdSet set{};
     set.n = shape.n, set.d = shape.d, set.h = value(hs, i);
     set.x = xs[i], set.score = scores[i], set.grad = grads[i], set.dx = dxs[i], set.dscore = dscores[i];
+    set.bandwidth_gradient = bandwidth_gradient;
     return set;
   };
   run_batch(shape.sets, dtype, set_of, [&](int64_t i, double gradient) {
-    if (wide == ScalarType::Double)
-      *static_cast<double*>(dhs[i]) = gradient;
-    else
-      *static_cast<float*>(dhs[i]) = float(gradient);
+    if (bandwidth_gradient) set_value(dhs, i, gradient);
   });
   return {dx, dscore, dh};
 }

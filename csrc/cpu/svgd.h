@@ -13,6 +13,7 @@ struct SvgdSet {
   const void *x, *score, *grad;
   void *phi, *row_sum;  // forward; row_sum [n] is in the dtype of the arithmetic
   void *dx, *dscore;    // backward
+  bool bandwidth_gradient;
   void* workspace;  // Stages::bytes(n, d), aligned to 64
 };
 
@@ -28,7 +29,7 @@ struct SvgdStages {
   void (*begin)(const SvgdSet&, int64_t first, int64_t last);
   void (*pair)(const SvgdSet&, int64_t first, int64_t last, int64_t other_first, int64_t other_last);
   void (*finish)(const SvgdSet&, int64_t first, int64_t last);
-  double (*bandwidth_gradient)(const SvgdSet&);  // null in the forward pass
+  double (*bandwidth_gradient)(const SvgdSet&);  // of a set that asks for it; null in the forward pass
   bool (*lost)(const SvgdSet&);                  // after all: whether rounding of the distances shows in the result
 };
 

@@ -22,6 +22,7 @@ namespace {
 template <class T>
 struct View {
   int64_t n, d, width, ld, padded, edge;
+  bool bandwidth_gradient;
   T alpha, beta, gamma, two_over_h, exponent;
   T *centre, *half_norms, *r, *b, *p;            // r = r', b = B1, p_i = β g_i·x_i
   T *x_panels, *v_panels, *g_panels;
@@ -30,7 +31,7 @@ struct View {
   double* dh;                                  // a partial sum per 32 rows
   int64_t bytes;
 
-  View(const SvgdSet& set, bool backward) : n(set.n), d(set.d) {
+  View(const SvgdSet& set, bool backward) : n(set.n), d(set.d), bandwidth_gradient(set.bandwidth_gradient) {
     const double largest = sizeof(T) == 4 ? 3.4028234e38 : 1.7976931348623157e308, h = set.h;
     const auto finite = [&](double value) { return T(value < largest ? value : largest); };
     two_over_h = finite(2 / h);
@@ -116,8 +117,8 @@ void pack(const SvgdSet& set, const View<T>& w, int64_t first, int64_t last, boo
   }
 }
 
-// K and, in the backward pass, u. Padding rows have infinite norms, so that their k is 0. A tile on the
-// diagonal gets k_ii = 0.
+// K and, unless `U` is null, u. Padding rows have infinite norms, so that their k is 0. A tile on the diagonal gets
+// k_ii = 0.
 template <class T>
 IVFAST_INLINE void kernel_tile(T* K, T* U, const T* x, const T* half_norms, T exponent, Range t, int64_t d) {
   half_squares(K, x, half_norms, t, d, [&](Vec<T> u, int64_t i, int64_t j) __attribute__((always_inline)) {
@@ -167,13 +168,14 @@ void pair_tile(const View<T>& w, int64_t i, int64_t i_end, int64_t j, int64_t j_
     accumulate<1, tile>(out + j * w.ld, K, y + i * w.ld, col_groups, rows, w.ld, w.width);
   };
   alignas(64) T K[tile * tile], U[backward ? tile * tile : 1];
-  kernel_tile(K, backward ? U : nullptr, w.x_panels, w.half_norms, w.exponent, t, w.d);
+  kernel_tile(K, backward && w.bandwidth_gradient ? U : nullptr, w.x_panels, w.half_norms, w.exponent, t, w.d);
   add(K, w.r, backward ? w.kg : w.kv, backward ? w.g : w.v);
   if constexpr (backward) {
     alignas(64) T B[tile * tile];
     gradient_tile(B, K, w.g_panels, w.v_panels, w.p, t, w.d);
     add(B, w.b, w.bx, w.x);
-    w.dh[i / 32] += w.gamma * ((diagonal ? 1 : 2) * slope_tile(B, U, rows, t.cols) / double(w.n));
+    if (w.bandwidth_gradient)
+      w.dh[i / 32] += w.gamma * ((diagonal ? 1 : 2) * slope_tile(B, U, rows, t.cols) / double(w.n));
   }
 }
 
@@ -229,7 +231,7 @@ void finish_backward(const SvgdSet& set, int64_t first, int64_t last) {
       const Vec<T> D = per_n * (w.gamma * (b * at(x + k) - at(bx + k)));
       const Vec<T> E = per_n * (r * at(g + k) - at(kg + k)), dS = per_n * (at(g + k) + at(kg + k));
       const Vec<T> dX = w.two_over_h * (E - D);
-      dh -= 2 * E * at(x + k);
+      if (w.bandwidth_gradient) dh -= 2 * E * at(x + k);
       alignas(64) T dx_lanes[lanes<T>], dS_lanes[lanes<T>];
       at(dx_lanes) = dscore ? dX : dX - dS;  // S = −x
       at(dS_lanes) = dS;

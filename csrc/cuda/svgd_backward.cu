@@ -177,7 +177,7 @@ __global__ void sum_parts_kernel(const float* __restrict__ parts, float* __restr
 }
 
 std::tuple<Tensor, Tensor, Tensor> svgd_direction_backward(
-    Tensor grad, Tensor x, std::optional<Tensor> score, Tensor bandwidth, Tensor) {
+    Tensor grad, Tensor x, std::optional<Tensor> score, Tensor bandwidth, Tensor, bool bandwidth_gradient) {
   const Sets sets = direction_sets(x);
   grad = as_contiguous(grad);
   x = as_contiguous(x);
@@ -198,13 +198,13 @@ std::tuple<Tensor, Tensor, Tensor> svgd_direction_backward(
           bandwidth.const_data_ptr<float>(), dx.mutable_data_ptr<T>(), dscore.mutable_data_ptr<T>(),
           parts.mutable_data_ptr<float>(), sets.n, sets.d);
     });
-    if (blocks > 1) {
+    if (blocks > 1 && bandwidth_gradient) {
       launch(
           x, sum_parts_kernel, dim3((sets.count + kThreads - 1) / kThreads), kThreads, 0, parts.const_data_ptr<float>(),
           dbandwidth.mutable_data_ptr<float>(), sets.count, blocks);
     }
   });
-  return {dx, dscore, dbandwidth};
+  return {dx, dscore, bandwidth_gradient ? dbandwidth : empty(x, {0}, ScalarType::Float)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ivfast, IVFAST_CUDA_KEY, m) {

@@ -94,7 +94,7 @@ def _terms(x, score, bandwidth):
     return torch.where(own, 0 * h, torch.exp(-d2 / h)), X, S, h, d2  # NaN for an h of NaN, also where n = 1
 
 
-def _backward_reference(grad, x, score, bandwidth, row_sum):
+def _backward_reference(grad, x, score, bandwidth, row_sum, bandwidth_gradient):
     n = x.shape[-2]
     kernel, X, S, h, d2 = _terms(x, score, bandwidth)
     G, r = grad.double(), kernel.sum(-1, keepdim=True)
@@ -105,9 +105,11 @@ def _backward_reference(grad, x, score, bandwidth, row_sum):
     E, dS = (r * G - KG) / n, (G + KG) / n
     # ∂X = −(2/h)[(B1)∘X − B X − E]
     dX = (2 / h) * (B @ X - B.sum(-1, keepdim=True) * X + E)
-    # ∂h = (Σ W∘d² − 2⟨E, X⟩)/h²
-    dh = (W * d2).sum((-2, -1)) - 2 * (E * X).sum((-2, -1))
-    dh = (dh / bandwidth.double().square()).to(bandwidth.dtype)
+    dh = bandwidth.new_empty(0)
+    if bandwidth_gradient:
+        # ∂h = (Σ W∘d² − 2⟨E, X⟩)/h²
+        dh = (W * d2).sum((-2, -1)) - 2 * (E * X).sum((-2, -1))
+        dh = (dh / bandwidth.double().square()).to(bandwidth.dtype)
     if score is None:
         return (dX - dS).to(x.dtype), x.new_empty(0), dh
     return dX.to(x.dtype), dS.to(x.dtype), dh
@@ -131,8 +133,8 @@ _forward = register(
     prefer=_prefer,
 )
 _backward = register(
-    "svgd_direction_backward(Tensor grad, Tensor x, Tensor? score, Tensor bandwidth, Tensor row_sum)"
-    " -> (Tensor dx, Tensor dscore, Tensor dbandwidth)",
+    "svgd_direction_backward(Tensor grad, Tensor x, Tensor? score, Tensor bandwidth, Tensor row_sum,"
+    " bool bandwidth_gradient) -> (Tensor dx, Tensor dscore, Tensor dbandwidth)",
     reference=_backward_reference,
     triton="svgd.backward",
     cuda=True,
@@ -141,8 +143,8 @@ _backward = register(
 
 
 def _gradients(backward, grads, inputs, outputs, needed):
-    dx, dscore, dbandwidth = backward(*grads, *inputs, *outputs)
-    return dx, None if inputs[1] is None else dscore, dbandwidth
+    dx, dscore, dbandwidth = backward(*grads, *inputs, *outputs, needed[2])
+    return dx, None if inputs[1] is None else dscore, dbandwidth if needed[2] else None
 
 
 direction = differentiable(_forward, _gradients, backward=_backward, tensors=3, outputs=2, saved=slice(1, 2))

@@ -88,7 +88,7 @@ def _backward_reference(grad, states, bandwidths, row_sums, iterations, step_siz
     for step in reversed(range(states.shape[0])):
         if (step + 1) % iterations == 0:
             g = g + arithmetic(grad[(step + 1) // iterations])
-        dx, _, _ = svgd._backward(step_size * g, states[step], None, bandwidths[step], row_sums[step])
+        dx, _, _ = svgd._backward(step_size * g, states[step], None, bandwidths[step], row_sums[step], False)
         g = g + dx
     return (g + arithmetic(grad[0])).to(grad.dtype)
 
