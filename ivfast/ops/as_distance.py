@@ -120,24 +120,39 @@ def _log_means(sums, mu_r, mu_g, unbiased):
     return [s - math.log(p) for s, p in zip(sums.unbind(-1), pairs, strict=True)]
 
 
-def _differences(a, b):
-    """u_i − u_j `[..., n, m, d]`, within a batch constant on the diagonal: there the derivatives, up to 1/P, cancel in
-    exact arithmetic only."""
+BLOCK = 1 << 27  # bytes of an array over pairs and dimensions; about ten are held at once
+
+
+def _blocks(a, b):
+    """The samples of a in blocks of rows `(u, log l)`, with the pairs of a sample with itself, None between batches.
+
+    Their arrays over pairs and dimensions stay within `BLOCK`, unless a single row is larger.
+    """
+    u, log_l = a
+    n, m = u.shape[-2], b[0].shape[-2]
+    index = torch.arange(m, device=u.device)
+    size = max(1, BLOCK // max(1, u[..., :1, :].numel() * m * u.element_size()))
+    for first in range(0, n, size):
+        rows = slice(first, first + size)
+        own = index[rows].unsqueeze(-1) == index if a is b else None
+        yield (u[..., rows, :], log_l[..., rows, :]), own
+
+
+def _differences(a, b, own):
+    """u_i − u_j `[..., n, m, d]`, constant where i and j are the same sample: there the derivatives, up to 1/P, cancel
+    in exact arithmetic only."""
     difference = a[0].unsqueeze(-2) - b[0].unsqueeze(-3)
-    if a is not b:
-        return difference
-    eye = torch.eye(difference.shape[-2], dtype=torch.bool, device=difference.device).unsqueeze(-1)
-    return difference.masked_fill(eye, 0)
+    return difference if own is None else difference.masked_fill(own.unsqueeze(-1), 0)
 
 
 def _log_kernel(a, b, additive, prior, *, without_diagonal):
     """log k_ij `[..., n, m]`; −∞ on the diagonal if it is left out."""
-    l = _log_integral(a, b, prior)
-    log_k = l.logsumexp(-1) - math.log(l.shape[-1]) if additive else l.sum(-1)
-    if without_diagonal:
-        eye = torch.eye(log_k.shape[-1], dtype=torch.bool, device=log_k.device)
-        log_k = log_k.masked_fill(eye, -math.inf)
-    return log_k
+    blocks = []
+    for block, own in _blocks(a, b):
+        l = _log_integral(block, b, prior, own)
+        log_k = l.logsumexp(-1) - math.log(l.shape[-1]) if additive else l.sum(-1)
+        blocks.append(log_k.masked_fill(own, -math.inf) if without_diagonal else log_k)
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, -2)
 
 
 def _pairs(a, b, prior):
@@ -148,10 +163,10 @@ def _pairs(a, b, prior):
     return u_i, log_i, u_j, log_j, torch.logaddexp(log_P, log_i + log_j) if prior else log_P
 
 
-def _log_integral(a, b, prior):
+def _log_integral(a, b, prior, own):
     """ℓ per pair and dimension `[..., n, m, d]`."""
     u_i, log_i, u_j, log_j, log_P = _pairs(a, b, prior)
-    ratio = (_differences(a, b) * (-0.5 * log_P).exp()).square()
+    ratio = (_differences(a, b, own) * (-0.5 * log_P).exp()).square()
     if prior:
         ratio = ratio + (u_i * (0.5 * (log_j - log_P)).exp()).square() + (u_j * (0.5 * (log_i - log_P)).exp()).square()
     return -0.5 * (log_P + ratio) - (0.5 + 0.5 * prior) * math.log(2 * math.pi)
@@ -179,13 +194,22 @@ def _backward_reference(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, add
 def _pull(a, b, additive, prior, *, without_diagonal):
     """Gradient of log Σ_ij k_ij through a only: Σ_j w_ij ∂ℓ_ij/∂(u_i, log l_i), where w_ij is the share of k_ij."""
     log_k = _log_kernel(a, b, additive, prior, without_diagonal=without_diagonal)
-    w = log_k.flatten(-2).softmax(-1).view(log_k.shape).unsqueeze(-1)
+    shares, first, found = log_k.flatten(-2).softmax(-1).view(log_k.shape), 0, []
+    for block, own in _blocks(a, b):
+        rows = block[0].shape[-2]
+        found.append(_pull_rows(block, b, shares[..., first : first + rows, :], additive, prior, own))
+        first += rows
+    return found[0] if len(found) == 1 else tuple(torch.cat(x, -2) for x in zip(*found, strict=True))
+
+
+def _pull_rows(a, b, shares, additive, prior, own):
+    w = shares.unsqueeze(-1)
     if additive:
-        w = w * _log_integral(a, b, prior).softmax(-1)
+        w = w * _log_integral(a, b, prior, own).softmax(-1)
     u_i, log_i, _, log_j, log_P = _pairs(a, b, prior)
     # ∂ℓ/∂u_i = −A/P,  ∂ℓ/∂ log l_i = ½ (A² l_i/P² − c l_i/P)
     root, part = (-0.5 * log_P).exp(), (log_i - log_P).exp()  # 1/√P, l_i/P
-    A, c_part = _differences(a, b) * root, part  # A/√P, c l_i/P
+    A, c_part = _differences(a, b, own) * root, part  # A/√P, c l_i/P
     if prior:
         A, c_part = A + u_i * (log_j - 0.5 * log_P).exp(), part + (log_i + log_j - log_P).exp()
     return -(w * A * root).sum(-2), (0.5 * w * (A.square() * part - c_part)).sum(-2)

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .._registry import register
+from .._registry import forced, register
 from ._derivatives import differentiable
 from .frechet import factor, frechet_factor_trace, frechet_factor_trace_reference, squared_norm
+from .frechet_products import waits
 from .inverse_root import CONVERGED, MOST, few_rows_in_cuda, inverse_root_reference
 from .polar import polar
 
@@ -24,7 +25,9 @@ def fld(z: Tensor) -> Tensor:
         z: codes `[..., n, d]`, n >= 2; the covariance divides by n − 1.
 
     Result and errors are those of `frechet_distance`. Differentiable any number of times; forward mode and higher
-    orders decompose the centred codes by singular values.
+    orders decompose the centred codes by singular values. On a GPU, where min(n, d) <= 128 in float32 or less, a
+    direction whose standard deviation is below 1e-6 of the largest counts in part: its share of the value is off by
+    at most 3e-7 √(Tr Σ), and its gradient is a fraction. Where it is 0, both are exact.
 
     Source: S1 (IVAAE) section 4.
     """
@@ -42,10 +45,11 @@ def fld_reference(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
 
 def fld_op(z: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     """The same as the reference, by the cheapest method of the same accuracy."""
-    if min(z.shape[-2:]) > MOST:
+    exactly = waits(z) and z.dtype == torch.float64 and forced() is None
+    if exactly or min(z.shape[-2:]) > MOST:
         return _fld_by_factor(z, gradient, frechet_factor_trace)
     distance, grad, error = fld_gram(z, gradient)
-    if z.is_cuda:  # reading the error would wait for the device
+    if waits(z):  # reading the error would wait for the device
         return distance, grad
     failed = error > CONVERGED  # not where codes are NaN
     if bool(failed if error.dim() == 0 else failed.any()):

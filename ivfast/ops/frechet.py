@@ -3,8 +3,9 @@
 With Σ = CᵀC, Tr √(Σ₁Σ₂) = ‖C₁C₂ᵀ‖_* (nuclear norm), and the gradient uses the polar factor P of C₁C₂ᵀ. This stays exact
 for rank-deficient covariances, where square roots of Σ₁Σ₂ do not. Computed in float64, because these are metrics.
 
-When no gradient is needed, symmetric eigenvalues replace singular values at a fifth of the work, wherever an estimate
-of their rounding error allows it.
+On the CPU, when no gradient is needed, symmetric eigenvalues replace singular values at a fifth of the work, wherever
+an estimate of their rounding error allows it. On a GPU, where decompositions wait for the device, matrix products
+replace them (`frechet_products.py`); only higher derivatives decompose.
 """
 
 import torch
@@ -14,6 +15,7 @@ from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
 from ._finite import finite_matrices
+from .frechet_products import Trace, covariance_trace_by_products, factor_trace_by_products, waits
 from .polar import polar
 from .sqrtm_spd import sqrtm_spd
 
@@ -28,13 +30,25 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     Returns:
         distance `[...]` in squared units of the samples, float32 for half precision. Differentiable in all four
         arguments; at a singular covariance the gradient is the subgradient of least norm, and higher derivatives
-        are NaN.
+        are NaN. On a GPU nothing waits for the device up to the first derivative; eigenvalues below 3e-13 of the
+        largest count as 0, and a distance whose error bound exceeds 1e-5 √(Tr Σ₁ Tr Σ₂) is NaN
+        (`ops.frechet_error` returns the bound).
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit.
 
     Source: S1 (IVAAE) section 4; Heusel et al. 2017 (FID); Dowson & Landau 1982.
     """
+    mu1, sigma1, mu2, sigma2 = checked(mu1, sigma1, mu2, sigma2)
+    sigma1, sigma2 = sigma1.double(), sigma2.double()
+    trace = _root_trace(sigma1, sigma2)
+    totals = sum(sigma.diagonal(dim1=-2, dim2=-1).sum(-1) for sigma in (sigma1, sigma2))
+    distance = squared_norm(mu1.double() - mu2.double()) + totals - 2 * trace
+    return distance.to(torch.promote_types(mu1.dtype, torch.float32))
+
+
+def checked(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The arguments of `frechet_distance` in one dtype; an error if they do not fit."""
     mu1, sigma1, mu2, sigma2 = _check.promoted(mu1, sigma1, mu2, sigma2)
     _check.floating("mu1", mu1)
     if mu1.dim() < 1:
@@ -45,11 +59,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         _check.alike(name, sigma, "mu1", mu1)
         if sigma.shape != square:
             raise ValueError(f"{name} must have shape {square} for mu1 {tuple(mu1.shape)}, got {tuple(sigma.shape)}")
-    sigma1, sigma2 = sigma1.double(), sigma2.double()
-    trace = _root_trace(sigma1, sigma2)
-    totals = sum(sigma.diagonal(dim1=-2, dim2=-1).sum(-1) for sigma in (sigma1, sigma2))
-    distance = squared_norm(mu1.double() - mu2.double()) + totals - 2 * trace
-    return distance.to(torch.promote_types(mu1.dtype, torch.float32))
+    return mu1, sigma1, mu2, sigma2
 
 
 def frechet_distance_from_samples(x: Tensor, y: Tensor) -> Tensor:
@@ -126,6 +136,8 @@ def frechet_covariance_trace_reference(
 
 def frechet_factor_trace(c1: Tensor, c2: Tensor | None, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The same as the reference, by the cheapest method of the same accuracy."""
+    if waits(c1):
+        return _of_products(factor_trace_by_products(c1, c2), gradients)
     few = c1.shape[-2] <= c1.shape[-1] and (c2 is None or c2.shape[-2] <= c2.shape[-1])
     empty = c1.new_empty(0)
     if c2 is not None and few:  # C₁C₂ᵀ is smaller than C₁ and C₂
@@ -152,11 +164,18 @@ def frechet_factor_trace(c1: Tensor, c2: Tensor | None, gradients: bool) -> tupl
 
 def frechet_covariance_trace(sigma1: Tensor, sigma2: Tensor, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The same as the reference, by the cheapest method of the same accuracy."""
+    if waits(sigma1):
+        return _of_products(covariance_trace_by_products(sigma1, sigma2), gradients)
     if not gradients:
         trace, exact = _product_root_sum(_symmetric(sigma1), _symmetric(sigma2))
         if exact:
             return trace, sigma1.new_empty(0), sigma1.new_empty(0)
     return frechet_covariance_trace_reference(sigma1, sigma2, gradients)
+
+
+def _of_products(found: Trace, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
+    empty = found.trace.new_empty(0)
+    return found[:3] if gradients else (found.trace, empty, empty.clone())
 
 
 def _product_root_sum(sigma1: Tensor, sigma2: Tensor) -> tuple[Tensor, bool]:
