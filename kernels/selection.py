@@ -25,10 +25,14 @@ from .particles import OPTIONS, ROWS, Packed, add_product, half_distances
 TILE, SEGMENT = ROWS, 16  # a counting program processes TILE rows by up to SEGMENT tiles of TILE columns
 TILE_OPTIONS = OPTIONS | {"num_warps": 8}  # for every kernel with tiles of pairs
 BINS = 2048
-SAMPLED = 1 << 20  # pairs from which sampling pays off
-SAMPLES, SAMPLE_ROWS = 1 << 14, 64
+# Pairs from which a sample is drawn. Without one, the first pass adds every pair atomically to one of few bins, which
+# hold an exponent and three digits: at d = 64, a quarter of the pairs to the fullest. A window around the sample's
+# quantile holds about a tenth of the pairs, and no bin more than one in a thousand, unless distances tie.
+SAMPLED = 1 << 15
+SAMPLES, MANY, MANY_SAMPLES = 1 << 12, 1 << 20, 1 << 14  # sampled pairs; of many pairs, more
+SAMPLE_ROWS = 64
 FEW_OPTIONS = OPTIONS | {"num_warps": 16}
-MARGIN = 4 * 0.5 * math.sqrt(SAMPLES)  # four standard deviations of a sampled median's rank
+DEVIATIONS = 4  # of a sampled median's rank, on either side
 FEW, FEW_MARGIN = 512, 6 * 0.5 * math.sqrt(512)  # pairs for a lower bound of the median
 PRECISION = tl.constexpr("tf32x3")
 # Products lose less than 2^-22 of the norms q_i + q_j: at most 1e-5 of a u that is a larger share of them
@@ -293,11 +297,12 @@ def _window(packed, ranks):
     if ranks.pairs < SAMPLED:
         window[..., 1] = 31 - (BINS.bit_length() - 1)
         return window
-    sample = packed.X.new_empty(packed.sets, SAMPLES)
-    _sample_kernel[packed.sets, SAMPLES // SAMPLE_ROWS](
+    samples = MANY_SAMPLES if ranks.pairs >= MANY else SAMPLES
+    sample = packed.X.new_empty(packed.sets, samples)
+    _sample_kernel[packed.sets, samples // SAMPLE_ROWS](
         *(packed.x, sample, packed.n, packed.d, SAMPLE_ROWS, width(packed.D)), **OPTIONS
     )
-    centre = SAMPLES * ranks.first / ranks.pairs
-    low, high = max(0, int(centre - MARGIN)), min(SAMPLES - 1, math.ceil(centre + MARGIN))
-    _bracket_kernel[packed.sets,](sample, window, low, high, SAMPLES, BINS, **OPTIONS | {"num_warps": 16})
+    centre, margin = samples * ranks.first / ranks.pairs, DEVIATIONS * 0.5 * math.sqrt(samples)
+    low, high = max(0, int(centre - margin)), min(samples - 1, math.ceil(centre + margin))
+    _bracket_kernel[packed.sets,](sample, window, low, high, samples, BINS, **OPTIONS | {"num_warps": 16})
     return window

@@ -243,7 +243,7 @@ def median_variants() -> list[Variant]:
         ]
         apart = shape | {"p_count": "*i32:16", "sets": 1, "products": True}
         found += [filled("median_pairs.apart_kernel", selection.TILE_OPTIONS, **apart, FAR=far) for far in (0, 1)]
-    window = {"p_window": "*i32:16", "SAMPLES": selection.SAMPLES, "BINS": selection.BINS}
+    window = {"p_window": "*i32:16", "SAMPLES": selection.MANY_SAMPLES, "BINS": selection.BINS}
     return [*found, filled("selection._bracket_kernel", particles.OPTIONS | {"num_warps": 16}, **window)]
 
 

@@ -26,7 +26,6 @@ def streamed(request, monkeypatch):
 
     monkeypatch.setattr(median, "SMALL", 0)
     monkeypatch.setattr(selection, "SAMPLES", 64)
-    monkeypatch.setattr(selection, "MARGIN", 16)
     monkeypatch.setattr(selection, "SAMPLED", 1 << 62 if request.param == "all" else 0)
     if request.param in ("below", "above"):
         low = 0x7F000000 if request.param == "below" else 1
@@ -102,6 +101,32 @@ class TestMedian:
         x = torch.randn(1, d, device=device).expand(n, d).clone()
         x[: n // 8] = torch.randn(n // 8, d, device=device)  # three quarters of the pairs are of equal rows
         assert torch.equal(middles(x, False), torch.zeros(2, device=device))
+
+    @pytest.mark.filterwarnings("ignore:All-NaN slice:RuntimeWarning")  # in the interpreter's NumPy
+    def test_a_sample_of_a_few_hundred_particles(self):
+        """Clusters, ties, and particles that are not finite."""
+        n = size(257, 330)
+        clusters = 0.01 * torch.randn(n, 3, device=device) + 4.0 * torch.randint(3, (n, 1), device=device)
+        x = torch.stack([torch.randn(n, 3, device=device), clusters, whole_numbers(n, 3), whole_numbers(n, 3, 2)])
+        full = bool(size(0, 1))
+        found, wanted = middles(x, full).double(), expected_middles(x, full)
+        assert testing.error(found[:2], wanted[:2]) <= testing.TOLERANCES[torch.float32]
+        assert torch.equal(found[2:], wanted[2:])
+        x[0, size(0, n - 1), 1], x[1, size(0, n - 1), 0] = float("nan"), float("inf")
+        assert middles(x[:2], full).isnan().all()
+
+    @pytest.mark.parametrize("d", [2, 64])
+    def test_a_pass_adds_few_pairs_atomically(self, d):
+        from ivfast.kernels import particles, selection
+
+        n = size(257, 330)
+        x, ranks = torch.randn(n, d, device=device), selection.Ranks.of(n, False)
+        packed = particles.pack(x, selection.PRECISION.value, selection.width(particles.padded(d)))
+        low, shift = selection._window(packed, ranks)[0, 0].tolist()
+        bins = (torch.pdist(x.cpu()).square().view(torch.int32) - low) >> shift
+        counts = torch.bincount(bins[(bins >= 0) & (bins < selection.BINS)])
+        assert counts.sum() <= 0.25 * ranks.pairs
+        assert counts.max() <= 0.01 * ranks.pairs
 
     def test_strides(self):
         x = torch.randn(2, 5, 40, device=device).mT.requires_grad_()
