@@ -13,7 +13,7 @@ from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
 from .frechet import factor, frechet_factor_trace, frechet_factor_trace_reference, squared_norm
-from .inverse_root import CONVERGED, MOST, few_rows_in_cuda, inverse_root_reference
+from .inverse_root import CONVERGED, MOST, few_rows_in_cuda, inverse_root_reference, shared_of
 from .polar import polar
 
 
@@ -106,6 +106,7 @@ fld_gram = register(
     triton="fld.forward",
     cuda=True,
     prefer=lambda z, _: few_rows_in_cuda(min(z.shape[-2:])),
+    shared=lambda z, _: shared_of(min(z.shape[-2:])),
 )
 _fld = register(
     "fld(Tensor z, bool gradient) -> (Tensor distance, Tensor gradient)",
