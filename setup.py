@@ -72,7 +72,9 @@ def switch(name: str) -> bool | None:
 TOOLKIT = cuda_toolkit()
 ASKED = switch("IVFAST_CUDA")
 REQUIRED = bool(switch("IVFAST_REQUIRE_KERNELS"))
-ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or ";".join(gpus() if ASKED is not False else [])
+GIVEN = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+FOUND = [] if GIVEN or ASKED is False else gpus()
+ARCHITECTURES = GIVEN or ";".join(found for found in FOUND if float(found) >= 8.0)  # the CUDA kernels need 8.0
 LEFT_OUT: dict[str, str] = {}  # module: why
 
 
@@ -80,6 +82,8 @@ def without_cuda() -> str | None:
     """Why ivfast._cuda is not built."""
     if ASKED is False:
         return "IVFAST_CUDA=0"
+    if not ASKED and not ARCHITECTURES and FOUND:
+        return f"the CUDA kernels need compute capability 8.0, and the GPU has {', '.join(FOUND)}"
     if not ASKED and not ARCHITECTURES:
         return "no GPU was found when ivfast was installed"
     return None if TOOLKIT else "no CUDA toolkit was found (CUDA_HOME, /usr/local/cuda, nvcc)"

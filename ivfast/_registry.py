@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from . import _devices
 from ._torch import autocasting, carried, carry, has_kernel, without_autocast
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
@@ -96,13 +97,16 @@ def register(
     composition: Callable | None = None,
     parts: Sequence["Op"] = (),
     meta: Callable | None = None,
+    shared: Callable[..., int] | None = None,
 ) -> "Op":
     """Define `schema` and return its handle.
 
     `triton` names the launcher as `<module>.<function>` below `ivfast.kernels`. `cuda` declares a CUDA C++ kernel in
     csrc/cuda. `prefer(*args)` orders the two by shape (default: Triton, then CUDA C++, then the reference).
     `composition` computes the op from `parts`, other ops that have kernels; every device runs it. `meta` gives the
-    shapes where the reference would fix the sizes of fake tensors.
+    shapes where the reference would fix the sizes of fake tensors. `shared(*args)`, for a CUDA C++ kernel that not all
+    GPUs can run at every shape, is how many bytes of shared memory a block needs; elsewhere the next implementation
+    serves.
     """
     name, _, signature = schema.partition("(")
     reference, composition = exact(reference), composition and exact(composition)
@@ -111,6 +115,7 @@ def register(
     if composition or meta:  # a loop over chunks, for one, would fix the sizes of fake tensors
         _library.impl(name, meta or reference, "Meta")
     op = OPS[name] = Op(name, reference, triton, cuda, prefer or (lambda *args: ("triton", "cuda")), composition, parts)
+    op.shared = shared
     for overload, kernel in (("triton", triton), ("cuda", cuda)):
         if kernel or parts:
             _library.define(f"{name}.{overload}({signature}")
@@ -131,26 +136,31 @@ class Op:
         self.name, self.reference, self.triton, self.cuda, self.prefer = name, reference, triton, cuda, prefer
         self.composition, self.parts = composition, parts
         self.default = getattr(torch.ops.ivfast, name).default
-        self._served: dict[str, bool] = {}
+        self.shared: Callable[..., int] | None = None
+        self._served: dict[tuple[str, int | None], bool] = {}
 
     def __call__(self, *args):
         implementation = forced()
         if implementation is None:
             return self.default(*args)
-        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
-        if device == "meta":
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device
+        if device.type == "meta":
             return self.default(*args)  # nothing but shapes, which all implementations share
-        missing = self.missing(implementation, device)
+        missing = self.missing(implementation, device.type, device.index)
         if missing:
             raise RuntimeError(f"{self.name} has no {implementation!r} implementation here: {missing}")
         return self.implementation(implementation)(*args)
 
     def on_cuda(self, *args):
-        """The best implementation available for these CUDA tensors."""
+        """The best implementation available for these CUDA tensors on their device."""
+        index = next(a for a in args if isinstance(a, torch.Tensor)).device.index
         for name in self.prefer(*args):
-            if name not in self._served:
-                self._served[name] = not self.missing(name, "cuda")
-            if self._served[name]:
+            served = self._served.get((name, index))
+            if served is None:
+                served = self._served[name, index] = not self.missing(name, "cuda", index)
+            if served and name == "cuda" and self.shared is not None:
+                served = self.shared(*args) <= _devices.shared_memory(index)
+            if served:
                 return self.launch_triton(*args) if name == "triton" else self.implementation(name)(*args)
         return self.reference(*args)
 
@@ -169,12 +179,12 @@ class Op:
         module, function = self.triton.split(".")
         return exact(getattr(importlib.import_module(f"ivfast.kernels.{module}"), function))
 
-    def missing(self, name: str, device: str) -> str | None:
-        """Why implementation `name` cannot run on `device`; None if it can."""
+    def missing(self, name: str, device: str, index: int | None = None) -> str | None:
+        """Why implementation `name` cannot run on `device`, for CUDA on GPU `index`; None if it can."""
         if name == "reference":
             return None
         if self.parts:
-            reasons = (part.missing(name, device) for part in self.parts)
+            reasons = (part.missing(name, device, index) for part in self.parts)
             return next((reason for reason in reasons if reason), None)
         if name == "cpu":
             if device != "cpu":
@@ -185,13 +195,14 @@ class Op:
                 return f"{self.name} has no Triton kernel"
             if importlib.util.find_spec("triton") is None:
                 return "the package triton is not installed"
-            interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-            return None if device == "cuda" or interpreted else f"Triton does not run on {device} tensors"
+            if os.environ.get("TRITON_INTERPRET") == "1":
+                return None
+            return _devices.unserved(name, index) if device == "cuda" else f"Triton does not run on {device} tensors"
         if not self.cuda:
             return f"{self.name} has no CUDA C++ kernel"
         key = {"cuda": "CUDA", "cpu": "CPU"}.get(device)  # CPU: the shim of tests/simt
         if key and self._has_kernel(f"{self.name}.cuda", key):
-            return None
+            return _devices.unserved(name, index) if key == "CUDA" else None
         return (
             _no_kernel(self.name, "_cuda", "CUDA C++")
             if key == "CUDA"

@@ -68,6 +68,16 @@ class TestMultiJs:
         matches(js_case((classes * n, classes), weighted=True))
         matches(js_case((3, classes, n, classes), smoothing=0.5))
 
+    @dtypes
+    @pytest.mark.parametrize("classes", range(2, 9))
+    def test_many_rows_of_few_classes(self, classes, dtype):
+        # whole and partial tiles of a warp, in one block, a few and more; sets on 16-byte boundaries and off them
+        for n in (1024 // classes + 1, size(1200, 4000) // classes, size(1200, 4000) // classes // 8 * 8 + 8):
+            matches(js_case((classes * n, classes), weighted=True), dtype)
+        for n in (1040, 1041):
+            matches(js_case((2, classes, n // classes, classes), smoothing=0.25), dtype)
+            rows_match((torch.randn(n, classes) * 3).to(dtype), None, 0.1, first=size(0, n), n=n)
+
     def test_paper_sizes(self):
         for n in (64, 100, 128):
             matches(js_case((5 * n, 5)))
@@ -136,7 +146,7 @@ class TestMultiJs:
             assert loss.shape == (0,)
             assert torch.autograd.grad(loss.sum(), x)[0].shape == x.shape
 
-    @pytest.mark.parametrize(("n", "classes"), [(700, 5), (5, 32), (60, 40), (1, 300)])
+    @pytest.mark.parametrize(("n", "classes"), [(700, 5), (600, 8), (5, 32), (60, 40), (1, 300)])
     def test_every_schedule_gives_the_same_bits(self, simt, n, classes):
         x = torch.randn(2, classes, n, classes)
 

@@ -9,12 +9,13 @@
 namespace ivfast {
 
 constexpr int kSide = 16;  // rows and columns of a tile
+constexpr int kMostTiles = (kMostParticles / kSide) * (kMostParticles / kSide);  // of one kind
 
 struct AsPlan {
   int n, m, d;
   Panels panels;
   AsForm form;
-  unsigned long long signature;
+  Ticket signature;
 };
 
 __host__ __device__ constexpr int sides_of(int n) { return (n + kSide - 1) / kSide; }
@@ -35,16 +36,16 @@ __device__ __forceinline__ void log_sum_lanes(float& most, float& sum) {
 template <bool IsAdditive, bool Prior, class T>
 __global__ void __launch_bounds__(kThreads, 1) as_distance_kernel(
     const T* __restrict__ mu_r, const T* __restrict__ logvar_r, const T* __restrict__ mu_g,
-    const T* __restrict__ logvar_g, float* __restrict__ value, double* __restrict__ sums, volatile Report<2>* reports,
+    const T* __restrict__ logvar_g, float* __restrict__ value, double* __restrict__ sums, double* reports,
     AsPlan plan) {
   // this block: a tile of (r, r'), (g, g') or (r, g)
   const int64_t set = blockIdx.x;
-  reports += set * gridDim.y;
+  const Reports<2> blocks(reports, set, plan.signature);
   const int64_t at_r = set * plan.n * plan.d, at_g = set * plan.m * plan.d;
   const int tiles_r = sides_of(plan.n), tiles_g = sides_of(plan.m);
-  const int ends[3] = {triangle(tiles_r), triangle(tiles_r) + triangle(tiles_g), static_cast<int>(gridDim.y)};
-  const int block = blockIdx.y, kind = (block >= ends[0]) + (block >= ends[1]);
-  int tile_i = block - (kind == 0 ? 0 : ends[kind - 1]), tile_j = 0;
+  const int end_r = triangle(tiles_r), end_g = end_r + triangle(tiles_g);  // of the blocks of each kind; the third follow
+  const int block = blockIdx.y, kind = (block >= end_r) + (block >= end_g);
+  int tile_i = block - (kind == 0 ? 0 : kind == 1 ? end_r : end_g), tile_j = 0;
   if (kind == 2) {
     tile_j = tile_i % tiles_g, tile_i /= tiles_g;
   } else {
@@ -65,6 +66,8 @@ __global__ void __launch_bounds__(kThreads, 1) as_distance_kernel(
                whole_quads(pool.theirs[0], plan.d) && whole_quads(pool.theirs[1], plan.d);
 
   __shared__ float warp_most[kThreads / 32], warp_sums[kThreads / 32];
+  __shared__ double terms[3];
+  __shared__ bool last;
   float* U = reinterpret_cast<float*>(dynamic_shared);
   float* L = U + plan.panels.floats;
   fill_panels(U, plan.panels, pool, 0, Variances());
@@ -108,39 +111,42 @@ __global__ void __launch_bounds__(kThreads, 1) as_distance_kernel(
   log_sum_lanes(most, sum);
   if (threadIdx.x % 32 == 0) warp_most[threadIdx.x / 32] = most, warp_sums[threadIdx.x / 32] = sum;
   __syncthreads();
-  if (threadIdx.x >= 32) return;
-  const bool is_warp = threadIdx.x < kThreads / 32;
-  most = is_warp ? warp_most[threadIdx.x] : -INFINITY, sum = is_warp ? warp_sums[threadIdx.x] : 0.f;
-  log_sum_lanes(most, sum);
-  if (threadIdx.x == 0) send(reports + block, {most, sum}, plan.signature);
-  __syncwarp();
-
-  // the log-sums of all blocks, and D
-  const int blocks = gridDim.y;
-  if (!all_sent(reports, blocks, plan.signature)) return;
-  double log_sums[3];
-#pragma unroll
-  for (int of = 0; of < 3; ++of) {
-    most = -INFINITY, sum = 0.f;
-    for (int from = (of ? ends[of - 1] : 0) + threadIdx.x; from < ends[of]; from += 32) {
-      const float other = reports[from].values[0], top = max(most, other);
-      sum = moved(sum, most, top) + moved(reports[from].values[1], other, top);
-      most = top;
-    }
+  const int of = threadIdx.x / 32, at = threadIdx.x % 32;
+  if (of == 0) {
+    const bool is_warp = at < kThreads / 32;
+    most = is_warp ? warp_most[at] : -INFINITY, sum = is_warp ? warp_sums[at] : 0.f;
     log_sum_lanes(most, sum);
-    log_sums[of] = most + log(static_cast<double>(sum)) - plan.form.constant;
+    if (at == 0) last = blocks.send({most, sum});
   }
-  if (threadIdx.x == 0) {
-    double D = 0;
+  __syncthreads();
+  if (!last) return;
+
+  // the log-sums of all blocks, a warp for each of the three, and D
+  if (of < 3) {
+    const int begin = of == 0 ? 0 : of == 1 ? end_r : end_g, end = of == 0 ? end_r : of == 1 ? end_g : blocks.blocks;
+    float each_most[kMostTiles / 32], each_sum[kMostTiles / 32];
 #pragma unroll
-    for (int of = 0; of < 3; ++of) {
-      const double log_mean = log_sums[of] - plan.form.log_pairs[of];
-      D += (of == 2 ? -2 : 1) * (plan.form.log ? log_mean : exp(log_mean));
-      sums[3 * set + of] = log_sums[of];
+    for (int i = 0; i < kMostTiles / 32; ++i) {
+      const int from = begin + at + 32 * i;
+      each_most[i] = from < end ? static_cast<float>(blocks.at(from, 0)) : -INFINITY;
+      each_sum[i] = from < end ? static_cast<float>(blocks.at(from, 1)) : 0.f;
     }
-    value[set] = static_cast<float>(D);
+    most = -INFINITY, sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < kMostTiles / 32; ++i) most = max(most, each_most[i]);
+#pragma unroll
+    for (int i = 0; i < kMostTiles / 32; ++i) sum += moved(each_sum[i], each_most[i], most);
+    log_sum_lanes(most, sum);
+    if (at == 0) {
+      const AsForm& form = plan.form;  // a kernel parameter, which only takes constant indices
+      const double log_sum = most + log(static_cast<double>(sum)) - form.constant;
+      const double log_mean = log_sum - (of == 0 ? form.log_pairs[0] : of == 1 ? form.log_pairs[1] : form.log_pairs[2]);
+      terms[of] = (of == 2 ? -2 : 1) * (form.log ? log_mean : exp(log_mean));
+      sums[3 * set + of] = log_sum;
+    }
   }
-  erase(reports, blocks);
+  __syncthreads();
+  if (threadIdx.x == 0) value[set] = static_cast<float>(terms[0] + terms[1] + terms[2]);
 }
 
 std::tuple<Tensor, Tensor> as_distance(
@@ -165,7 +171,7 @@ std::tuple<Tensor, Tensor> as_distance(
           mu_r, as_distance_kernel<is_additive, has_prior, T>, dim3(sets.x.count, blocks), kThreads,
           2 * sizeof(float) * plan.panels.floats, mu_r.const_data_ptr<T>(), logvar_r.const_data_ptr<T>(),
           mu_g.const_data_ptr<T>(), logvar_g.const_data_ptr<T>(), value.mutable_data_ptr<float>(),
-          sums.mutable_data_ptr<double>(), reports_in<2>(reports), plan);
+          sums.mutable_data_ptr<double>(), reports.mutable_data_ptr<double>(), plan);
     });
   });
   return {value, sums};

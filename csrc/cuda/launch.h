@@ -6,6 +6,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -59,12 +60,21 @@ inline cudaStream_t current_stream([[maybe_unused]] const torch::stable::Tensor&
 
 // Bytes of shared memory that a block on the device of `x` may request.
 inline int shared_limit([[maybe_unused]] const torch::stable::Tensor& x) {
-  int device = 0, bytes = 0;
-#ifndef IVFAST_SIMT
-  device = x.get_device_index();
-#endif
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  const auto ask = [](int device) {
+    int bytes = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+  };
+#ifdef IVFAST_SIMT
+  return ask(0);  // tests change it
+#else
+  static std::atomic<int> known[64];
+  const int device = x.get_device_index();
+  if (device >= 64) return ask(device);
+  int bytes = known[device].load(std::memory_order_relaxed);
+  if (bytes == 0) known[device].store(bytes = ask(device), std::memory_order_relaxed);
   return bytes;
+#endif
 }
 
 // Starts `kernel` on the device and current stream of `x`, with `shared` bytes of dynamic shared memory.
@@ -77,6 +87,10 @@ void launch(
 #endif
   constexpr size_t without_opt_in = 48 * 1024;
   if (shared > without_opt_in) {
+    const size_t limit = shared_limit(x);
+    STD_TORCH_CHECK(
+        shared <= limit, "this CUDA C++ kernel needs ", shared, " bytes of shared memory per block for these shapes, and "
+        "the device has ", limit);
     check(cudaFuncSetAttribute(
         reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   }

@@ -24,12 +24,13 @@ struct MmdPlan {
   double w_x, w_y, w_xy;
   Panels panels;
   Scales scales;
-  unsigned long long signature;
+  Ticket signature;
 };
 
 struct MmdShared {
   double sums[kMostColumns / 32];
   float inverse[kMostScales];  // 1/c_s
+  bool last;  // whether all other blocks have reported
   int apart;  // whether a squared distance of the four rows overflows
   float4 slopes[kMostColumns];  // of the four rows with each column
 };
@@ -37,10 +38,11 @@ struct MmdShared {
 template <bool Imq, class T>
 __global__ void __launch_bounds__(kMostColumns, 1) mmd_kernel(
     const T* __restrict__ x, const T* __restrict__ y, const float* __restrict__ bandwidth, float* __restrict__ value,
-    float* __restrict__ dx, float* __restrict__ dy, volatile Report<1>* reports, MmdPlan plan) {
+    float* __restrict__ dx, float* __restrict__ dy, double* reports, MmdPlan plan) {
   // this block: four rows of x against both samples, or four of y, whose pairs with x count only for the gradient
   const int64_t set = blockIdx.x, n = plan.n, m = plan.m, d = plan.d;
-  x += set * n * d, y += set * m * d, reports += set * gridDim.y;
+  x += set * n * d, y += set * m * d;
+  const Reports<1> blocks(reports, set, plan.signature);
   const int tile = blockIdx.y, x_tiles = (plan.n + kRows - 1) / kRows;
   const bool in_x = tile < x_tiles;
   float* const gradient = in_x ? (dx ? dx + set * n * d : nullptr) : (dy ? dy + set * m * d : nullptr);
@@ -116,7 +118,7 @@ __global__ void __launch_bounds__(kMostColumns, 1) mmd_kernel(
   __syncthreads();
   if (column < 32) {
     sum = warp_sum(column < static_cast<int>(blockDim.x) / 32 ? shared.sums[column] : 0.);
-    if (column == 0) send(reports + tile, {sum}, plan.signature);
+    if (column == 0) shared.last = blocks.send({sum});  // what follows hides how long that takes
   }
 
   if (gradient) {
@@ -161,14 +163,9 @@ __global__ void __launch_bounds__(kMostColumns, 1) mmd_kernel(
   }
 
   __syncthreads();
-  const int blocks = gridDim.y;
-  if (column < 32 && all_sent(reports, blocks, plan.signature)) {
-    sum = 0;
-    for (int block = column; block < blocks; block += 32) sum += reports[block].values[0];
-    sum = warp_sum(sum);
-    if (column == 0) value[set] = static_cast<float>(sum);
-    erase(reports, blocks);
-  }
+  if (!shared.last) return;
+  sum = blocks.total(shared.sums);
+  if (column == 0) value[set] = static_cast<float>(sum);
 }
 
 std::tuple<Tensor, Tensor, Tensor> mmd(
@@ -200,7 +197,7 @@ std::tuple<Tensor, Tensor, Tensor> mmd(
         sizeof(MmdShared) + sizeof(float) * floats, x.const_data_ptr<T>(), y.const_data_ptr<T>(),
         bandwidth ? bandwidth->const_data_ptr<float>() : nullptr, value.mutable_data_ptr<float>(),
         x_gradient ? dx.mutable_data_ptr<float>() : nullptr, y_gradient ? dy.mutable_data_ptr<float>() : nullptr,
-        reports_in<1>(reports), plan);
+        reports.mutable_data_ptr<double>(), plan);
   });
   return {value, dx, dy};
 }

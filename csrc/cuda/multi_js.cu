@@ -1,8 +1,8 @@
 // Multi-class Jensen–Shannon loss. Depending on the number of classes, a thread, part of a warp, a warp or a block
-// handles a row.
+// handles a row, or a thread several rows.
 //
 // loss = Σ_rows w (lse − Σ_c target_c x_c),  ∂loss/∂x = w (softmax(x) − target),  w = π_c/n of the row's own class c
-#include "multi_js.h"
+#include "multi_js_few.h"
 
 #include <optional>
 #include <tuple>
@@ -11,7 +11,7 @@ namespace ivfast {
 
 constexpr int kMostStaged = 32;  // classes up to which one thread handles a row, from shared memory
 constexpr int kMostRows = 1024;  // rows of a set up to which one block of such threads handles them
-constexpr int kMostBlocks = 512;  // of all sets together: each reads the reports of all others in its set
+constexpr int kMostBlocks = 512;  // of all sets together, if they add up a loss: the last of a set reads all reports
 constexpr int64_t kMostInGrid = 65535;  // of a set, where no block waits for another
 constexpr int kFewTiles = 4;  // up to this many, one block is faster than several that report to each other
 
@@ -20,11 +20,11 @@ constexpr int kFewTiles = 4;  // up to this many, one block is faster than sever
 template <class T>
 __global__ void __launch_bounds__(kMostRows, 1) staged_kernel(
     const T* x, T* gradient, const float* __restrict__ grad, const float* __restrict__ weights, float* __restrict__ lse,
-    float* __restrict__ loss, volatile Report<1>* reports, Rows rows) {
+    float* __restrict__ loss, double* reports, Rows rows) {
   const int64_t set = blockIdx.x;
+  const Reports<1> blocks(reports, set, rows.signature);
   const int C = rows.classes, stride = C | 1;  // odd: the rows of a warp are on different banks
   x += set * rows.count * C, gradient += gradient ? set * rows.count * C : 0, lse += lse ? set * rows.count : 0;
-  reports += reports ? set * gridDim.y : 0;
   const float scale = grad ? grad[set] : 1.f;
   float* tile = reinterpret_cast<float*>(dynamic_shared);
   float* row = tile + static_cast<int>(threadIdx.x) * stride;
@@ -82,20 +82,20 @@ __global__ void __launch_bounds__(kMostRows, 1) staged_kernel(
       });
     }
   }
-  if (loss) sum_over_blocks(sum, loss + set, reports, rows.signature);
+  if (loss) sum_over_blocks(sum, loss + set, blocks);
 }
 
 // Each block: kThreads / Team rows at a time.
 template <int Team, class T>
 __global__ void __launch_bounds__(kThreads, 3) team_kernel(
     const T* x, T* gradient, const float* __restrict__ grad, const float* __restrict__ weights, float* __restrict__ lse,
-    float* __restrict__ loss, volatile Report<1>* reports, Rows rows) {
+    float* __restrict__ loss, double* reports, Rows rows) {
   constexpr int teams = kThreads / Team;
   __shared__ float scratch[kThreads / 32];
   const int64_t set = blockIdx.x;
+  const Reports<1> blocks(reports, set, rows.signature);
   const int C = rows.classes, lane = threadIdx.x % Team;
   x += set * rows.count * C, gradient += gradient ? set * rows.count * C : 0, lse += lse ? set * rows.count : 0;
-  reports += reports ? set * gridDim.y : 0;
   const float scale = grad ? grad[set] : 1.f;
   double sum = 0;
 
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, 3) team_kernel(
       }
     }
   }
-  if (loss) sum_over_blocks(sum, loss + set, reports, rows.signature);
+  if (loss) sum_over_blocks(sum, loss + set, blocks);
 }
 
 Rows rows_of(const char* op, int64_t first, int64_t count, int64_t n, int64_t classes, double smoothing) {
@@ -154,9 +154,17 @@ void launch_rows(
     if (loss && blocks > 1) reports = new_reports<1>(x, sets, blocks);
     launch(
         x, kernel, dim3(sets, blocks), threads, shared, x.const_data_ptr<T>(), gradient, grad,
-        weights ? weights->const_data_ptr<float>() : nullptr, lse, loss, reports ? reports_in<1>(*reports) : nullptr,
+        weights ? weights->const_data_ptr<float>() : nullptr, lse, loss, reports ? reports->mutable_data_ptr<double>() : nullptr,
         rows);
   };
+  const auto starts_on_boundary = [&](const T* at) { return past_boundary(at) == 0; };
+  const bool aligned = starts_on_boundary(x.const_data_ptr<T>()) && (!gradient || starts_on_boundary(gradient)) &&
+                       (sets == 1 || rows.count * rows.classes % kPack<T> == 0);
+  if (rows.classes <= kMostFew && rows.count > kMostRows && aligned) {
+    return by_few(rows.classes, [&](auto C) {
+      start(few_kernel<C, T>, kThreads / 32 * Few<C, T>::kTile, kThreads, 0);
+    });
+  }
   if (rows.classes <= kMostStaged) {
     const int stride = rows.classes | 1, fit = 48 * 1024 / static_cast<int>(sizeof(float)) / stride / 32 * 32;
     const int wanted = rows.count > kMostRows ? kThreads : round_up(std::max(1, static_cast<int>(rows.count)), 32);

@@ -3,7 +3,8 @@
 // −Σ_c target_c log softmax(x)_c = lse − Σ_c target_c x_c,  target = keep onehot + share,  lse = shift + log Σ e^{x − shift}
 #pragma once
 
-#include "pooled.h"
+#include "particles.h"
+#include "reports.h"
 #include "vectors.h"
 
 namespace ivfast {
@@ -14,7 +15,7 @@ struct Rows {
   int classes;
   float keep, share;
   double uniform;  // 1/(C n): the weight of a row's cross-entropy without block weights
-  unsigned long long signature;
+  Ticket signature;
 
   __device__ __forceinline__ int class_of(int64_t row) const { return static_cast<int>(quotient(first + row, n)); }
 
@@ -88,26 +89,18 @@ __device__ __forceinline__ Row row_of(const T* x, int classes, float own, float*
   return {finite(all), sum, team_reduce<Team>(total, scratch, plus)};
 }
 
-// loss = Σ over all threads of the set's blocks, computed by the last block to report
-__device__ __forceinline__ void sum_over_blocks(
-    double sum, float* loss, volatile Report<1>* reports, unsigned long long signature) {
+// loss = Σ over all threads of the set's blocks
+__device__ __forceinline__ void sum_over_blocks(double sum, float* loss, const Reports<1>& reports) {
   __shared__ double of_warps[32];
-  const int lane = threadIdx.x % 32, blocks = gridDim.y;
-  sum = warp_sum(sum);
-  if (lane == 0) of_warps[threadIdx.x / 32] = sum;
-  __syncthreads();
-  if (threadIdx.x >= 32) return;
-  sum = warp_sum(lane < static_cast<int>(blockDim.x) / 32 ? of_warps[lane] : 0.);
-  if (blocks > 1) {
-    if (lane == 0) send(reports + blockIdx.y, {sum}, signature);
-    __syncwarp();
-    if (!all_sent(reports, blocks, signature)) return;
-    sum = 0;
-    for (int block = lane; block < blocks; block += 32) sum += reports[block].values[0];
-    sum = warp_sum(sum);
-    erase(reports, blocks);
+  __shared__ bool last;
+  sum = block_sum(sum, of_warps);
+  if (reports.blocks > 1) {
+    if (threadIdx.x == 0) last = reports.send({sum});
+    __syncthreads();
+    if (!last) return;
+    sum = reports.total(of_warps);
   }
-  if (lane == 0) *loss = static_cast<float>(sum);
+  if (threadIdx.x == 0) *loss = static_cast<float>(sum);
 }
 
 }  // namespace ivfast

@@ -1,13 +1,11 @@
 // Two samples of up to 256 rows each, processed by a thread block that owns a few rows of one of them.
 //
 // A thread owns a column: a row of the block's own sample or of the other one. The gradient of the block's rows needs
-// no other block. Sums over blocks are reported, and added by any block that sees all reports.
+// no other block. Sums over blocks are reported, and added by the last block to report (reports.h).
 #pragma once
 
-#include <atomic>
-#include <random>
-
 #include "particles.h"
+#include "reports.h"
 
 namespace ivfast {
 
@@ -135,75 +133,6 @@ __device__ __forceinline__ void sum_slices(float* scratch, const float (&sums)[R
     for (int slice = 0; slice < slices.count; ++slice) total += scratch[slice * Rows * width + at];
     f(at / width, at % width, total);
   }
-}
-
-// What each block of a set adds to a sum, in memory that need not be cleared first. A signature, new at every launch,
-// marks a report as present. A block looks for the reports of all others after writing its own, so the last to look
-// sees them all. Every block that does computes the same result, and erases the signatures for a graph that repeats
-// the launch.
-template <int Width>
-struct Report {
-  double values[Width];
-  unsigned long long signature;
-};
-
-template <int Width>
-__device__ __forceinline__ void send(
-    volatile Report<Width>* report, const double (&values)[Width], unsigned long long signature) {
-#pragma unroll
-  for (int at = 0; at < Width; ++at) report->values[at] = values[at];
-  __threadfence();
-  report->signature = signature;
-  __threadfence();
-}
-
-// True for a warp that sees the reports of all blocks. Before the call, one thread of the block must have sent its own,
-// followed by a barrier.
-template <int Width>
-__device__ __forceinline__ bool all_sent(const volatile Report<Width>* reports, int blocks, unsigned long long signature) {
-  bool all = true;
-  __threadfence();
-  for (int at = threadIdx.x % 32; at < blocks; at += 32) all = all && reports[at].signature == signature;
-  __threadfence();
-  return __all_sync(~0u, all);
-}
-
-template <int Width>
-__device__ __forceinline__ void erase(volatile Report<Width>* reports, int blocks) {
-  for (int at = threadIdx.x % 32; at < blocks; at += 32) reports[at].signature = 0;
-}
-
-// Never 0, never repeated, and not a value that other data contain.
-inline unsigned long long new_signature() {
-  static const unsigned long long seed = [] {
-    std::random_device random;
-    return static_cast<unsigned long long>(random()) << 32 | random();
-  }();
-  static std::atomic<unsigned long long> launches{0};
-  unsigned long long z = seed + 0x9E3779B97F4A7C15ull * ++launches;  // splitmix64, a bijection
-  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
-  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
-  z ^= z >> 31;
-  return z ? z : 1;
-}
-
-template <int Width>
-Tensor new_reports(const Tensor& like, int64_t sets, int64_t blocks) {
-  return empty(like, {sets, blocks, Width + 1}, ScalarType::Double);
-}
-
-template <int Width>
-Report<Width>* reports_in(const Tensor& tensor) {
-  static_assert(sizeof(Report<Width>) == sizeof(double) * (Width + 1));
-  return reinterpret_cast<Report<Width>*>(tensor.mutable_data_ptr<double>());
-}
-
-// The sum over the lanes of a warp
-template <class T>
-__device__ __forceinline__ T warp_sum(T value) {
-#pragma unroll
-  for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(~0u, value, lane);
-  return value;
 }
 
 // x [..., n, d] and y [..., m, d]

@@ -94,8 +94,11 @@ def versions_table() -> Table:
     table.add_row(
         "torch", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build")
     )
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    table.add_row("GPU", ", ".join(gpus) or "none")
+    gpus = [
+        "{}, compute capability {}.{}".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
+        for i in range(torch.cuda.device_count())
+    ]
+    table.add_row("GPU", "; ".join(gpus) or "none")
     table.add_row(
         "CPU", f"{os.cpu_count()} cores, threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
     )

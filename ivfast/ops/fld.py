@@ -14,7 +14,7 @@ from .._registry import forced, register
 from ._derivatives import differentiable
 from .frechet import factor, frechet_factor_trace, frechet_factor_trace_reference, squared_norm
 from .frechet_products import waits
-from .inverse_root import CONVERGED, MOST, few_rows_in_cuda, inverse_root_reference
+from .inverse_root import CONVERGED, MOST, few_rows_in_cuda, inverse_root_reference, shared_of
 from .polar import polar
 
 
@@ -110,6 +110,7 @@ fld_gram = register(
     triton="fld.forward",
     cuda=True,
     prefer=lambda z, _: few_rows_in_cuda(min(z.shape[-2:])),
+    shared=lambda z, _: shared_of(min(z.shape[-2:])),
 )
 _fld = register(
     "fld(Tensor z, bool gradient) -> (Tensor distance, Tensor gradient)",

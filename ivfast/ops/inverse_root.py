@@ -67,10 +67,17 @@ def few_rows_in_cuda(rows: int) -> tuple[str, ...]:
     return ("cuda", "triton") if 1 <= rows <= MOST else ()
 
 
+def shared_of(rows: int) -> int:
+    """Bytes of shared memory that the CUDA C++ kernels need: two halves of a matrix in float64, in tiles of 4 x 4."""
+    side = 16 if rows <= 64 else 32
+    return 2 * 8 * 16 * (side * (side + 1) // 2)
+
+
 inverse_root = register(
     "inverse_root(Tensor a) -> (Tensor inverse, Tensor trace, Tensor error)",
     reference=inverse_root_reference,
     triton="inverse_root.forward",
     cuda=True,
     prefer=lambda a: few_rows_in_cuda(a.shape[-1]),
+    shared=lambda a: shared_of(a.shape[-1]),
 )

@@ -125,6 +125,12 @@ def _prefer(x, *_):
     return ("cuda", "triton") if n <= 256 else ("triton", "cuda")
 
 
+def _backward_shared(grad, x, *_):
+    """Bytes of shared memory that the gradient needs in CUDA C++: six tiles of rows, two of pairs and two of sums."""
+    width = next((w for w in (32, 64) if x.shape[-1] <= w), 128)
+    return 4 * 32 * (6 * (width + 4) + 2 * 36 + 2)
+
+
 _forward = register(
     "svgd_direction(Tensor x, Tensor? score, Tensor bandwidth) -> (Tensor phi, Tensor row_sum)",
     reference=svgd_direction_reference,
@@ -139,6 +145,7 @@ _backward = register(
     triton="svgd.backward",
     cuda=True,
     prefer=lambda grad, x, *_: _prefer(x),
+    shared=_backward_shared,
 )
 
 

@@ -23,7 +23,8 @@ COMPILE = [
     *("-std=c++17", "-O2", "-fPIC"),
     # self-contained: no symbol binds to another shim build in the same process
     *("-fvisibility=hidden", "-fno-gnu-unique", "-fno-extern-tls-init"),
-    *(f"-I{HERE / 'include'}", f"-isystem{TORCH / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+    *(f"-I{HERE / 'include'}", f"-I{CSRC / 'cuda'}", f"-isystem{TORCH / 'include'}"),
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]
 
 
@@ -73,6 +74,11 @@ def load() -> ctypes.CDLL:
     library = build("kernels", sorted(CSRC.glob("cuda/*.cu")))
     torch.ops.load_library(str(library))
     return ctypes.CDLL(str(library))
+
+
+def shared_memory(kib: int = 163) -> None:
+    """Sets how much of it a block may have: 163 KiB on sm_80, 99 on sm_86, sm_89 and sm_120, 227 on sm_90 and sm_100."""
+    load().simt_shared(ctypes.c_uint64(kib << 10))
 
 
 def schedule(seed: int) -> None:

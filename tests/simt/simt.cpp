@@ -14,7 +14,7 @@
 #include <vector>
 
 namespace ivfast {
-constexpr size_t kShared = 166912;  // bytes that a block may have on sm_80, the smallest limit of the supported devices
+constexpr size_t kShared = 232448;  // the most bytes that a block may have on any device: 227 KiB on sm_90 and sm_100
 constexpr size_t kGuard = 4096;
 alignas(16) thread_local float4 dynamic_shared[(kShared + kGuard) / sizeof(float4)];
 }  // namespace ivfast
@@ -51,6 +51,7 @@ const std::function<void()>* body;
 std::exception_ptr failure;
 std::mt19937_64 random_source(0);
 std::map<const void*, size_t> opted_in;
+size_t shared_limit = 166912;  // bytes that a block may have; by default those of sm_80
 
 std::string where(Site site) {
   const std::string file = site.file;
@@ -213,6 +214,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const s
   if (!size || size > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
   const auto limit = opted_in.find(kernel);
   if (config.dynamicSmemBytes > (limit == opted_in.end() ? 48 << 10 : limit->second)) return cudaErrorInvalidValue;
+  if (config.dynamicSmemBytes > shared_limit) return cudaErrorInvalidValue;
 
   count = static_cast<int>(size);
   body = &kernel_body;
@@ -243,14 +245,19 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = ivfast::kShared;
+  *value = static_cast<int>(simt::shared_limit);
   return cudaSuccess;
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
-  if (value < 0 || static_cast<size_t>(value) > ivfast::kShared) return cudaErrorInvalidValue;
+  if (value < 0 || static_cast<size_t>(value) > simt::shared_limit) return cudaErrorInvalidValue;
   simt::opted_in[kernel] = value;
   return cudaSuccess;
+}
+
+// Sets the bytes of shared memory that a block may have.
+extern "C" __attribute__((visibility("default"))) void simt_shared(uint64_t bytes) {
+  simt::shared_limit = std::min<size_t>(bytes, ivfast::kShared);
 }
 
 // Sets the order of threads and blocks in the following launches.

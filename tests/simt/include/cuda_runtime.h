@@ -52,6 +52,10 @@ T __ldg(const T* p) {
   return *p;
 }
 template <class T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <class T>
 void __stcg(T* p, T value) {
   std::memcpy(static_cast<void*>(p), &value, sizeof(T));
 }
