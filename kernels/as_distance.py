@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import on
 from .particles import OPTIONS, check_dtype, shares
 
 OWNED = 128  # Gaussians per program, one per thread
@@ -25,10 +26,11 @@ CHUNK = tl.constexpr(64)  # dimensions summed before they are added to the total
 LOG2E = tl.constexpr(math.log2(math.e))
 LOG2_2PI = tl.constexpr(math.log2(2 * math.pi))
 OTHERS = 8  # Gaussians that a program compares its own with at once: the most that fit in registers, not measured yet
-SUMS_OPTIONS = OPTIONS | {"maxnreg": 168}  # three programs per SM; without the bound ptxas targets 96 and spills a few
+BLOCKS = 3  # programs per SM
+SUMS_OPTIONS = OPTIONS | {"maxnreg": 168}  # for BLOCKS; without the bound ptxas targets 96 and spills a few
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "D"])
 def _pack_kernel(
     p_mu, p_logvar, p_u, p_l, p_wide, n, d, N, D, PRIOR: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -138,7 +140,7 @@ def existing(first_i, first_j, n, m, DIAGONAL: tl.constexpr, OTHERS: tl.constexp
     return there if DIAGONAL else there & (i != j)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "d", "D"])
 def _sums_kernel(
     p_u,
     p_l,
@@ -205,7 +207,7 @@ def _combined(p_parts, parts, BLOCK: tl.constexpr):
     return tl.log(tl.sum(total, 0)) + M * 0.6931471805599453
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rr_parts", "gg_parts", "rg_parts", "n", "m"])
 def _combine_kernel(
     p_rr,
     p_gg,
@@ -251,7 +253,7 @@ def pack(mu, logvar, prior) -> tuple[Batch, int]:
     u, l = (torch.empty(sets, D, N, dtype=torch.float32, device=mu.device) for _ in range(2))
     wide = torch.empty(sets, N, dtype=torch.int32, device=mu.device)
     _pack_kernel[sets * (N // PACK_ROWS),](
-        *(mu.contiguous(), logvar.contiguous(), u, l, wide, n, d, N, D, prior, PACK_ROWS, PACK_WIDTH), **OPTIONS
+        *(mu.contiguous(), logvar.contiguous(), u, l, wide, n, d, N, D, prior, PACK_ROWS, PACK_WIDTH), **on(mu, OPTIONS)
     )
     return Batch(u, l, wide, n, N), D
 
@@ -269,14 +271,14 @@ def forward(mu_r, logvar_r, mu_g, logvar_g, additive, prior, log, unbiased):
     parts = []
     for own, other in ((r, r), (g, g), (r, g)):
         programs = own.N // OWNED
-        splits, share = shares(other.N // OTHERS, sets * programs)
+        splits, share = shares(other.N // OTHERS, sets * programs, mu_r.device, BLOCKS)
         parts.append(torch.empty(sets, programs * splits, 2, dtype=torch.float64, device=mu_r.device))
         _sums_kernel[sets * programs, splits](
             *(*own[:3], *other[:3], parts[-1], own.n, other.n, d, D, own.N, other.N, share * OTHERS),
             *(own is other, own is not other or not unbiased, additive, prior, OTHERS, OWNED),
-            **SUMS_OPTIONS,
+            **on(mu_r, SUMS_OPTIONS),
         )
     _combine_kernel[sets,](
-        *(*parts, value, sums, *(part.shape[1] for part in parts), r.n, g.n, log, unbiased, PARTS), **OPTIONS
+        *(*parts, value, sums, *(part.shape[1] for part in parts), r.n, g.n, log, unbiased, PARTS), **on(mu_r, OPTIONS)
     )
     return value, sums

@@ -21,13 +21,15 @@ from .as_distance import (
     log_kernel,
     pack,
 )
+from .card import on
 from .particles import OPTIONS, check_dtype, shares
 
 OTHERS = 8  # see `as_distance`
-GRADIENT_OPTIONS = OPTIONS | {"maxnreg": 192}  # two programs per SM; without the bound ptxas spills a few registers
+BLOCKS = 2  # programs per SM
+GRADIENT_OPTIONS = OPTIONS | {"maxnreg": 192}  # for BLOCKS; without the bound ptxas spills a few registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets", "n", "m", "d", "D"])
 def _gradient_kernel(
     p_u,
     p_l,
@@ -104,7 +106,7 @@ def _gradient_kernel(
             tl.store(p_dl + to, tl.load(p_dl + to) + tl.sum(w_k * (t * t - c * inverse), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets", "n", "D", "parts"])
 def _finish_kernel(p_l, p_du, p_dl, p_dmu, p_dlogvar, sets, n, d, N, D, parts, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """∂u = −Σ_j w t and ∂log l = ½ l Σ_j w (t² − c/P), transposed back."""
     i_set, row = (
@@ -138,7 +140,7 @@ def backward(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prio
     for side, own in enumerate((r, g)):
         programs = own.N // OWNED
         pairs = [(own, side), ((g, r)[side], 2)]
-        split = [shares(other.N // OTHERS, sets * programs) for other, _ in pairs]
+        split = [shares(other.N // OTHERS, sets * programs, mu_r.device, BLOCKS) for other, _ in pairs]
         du, dl = torch.zeros(
             2, sum(splits for splits, _ in split), sets, D, own.N, dtype=torch.float32, device=mu_r.device
         )
@@ -147,12 +149,12 @@ def backward(mu_r, logvar_r, mu_g, logvar_g, sums, dvalue, dsums, additive, prio
             _gradient_kernel[sets * programs, splits](
                 *(*own[:3], *other[:3], *given, du[first:], dl[first:], sets, own.n, other.n, d, D, own.N, other.N),
                 *(share * OTHERS, kind, log, kind == 2 or not unbiased, additive, prior, OTHERS, OWNED),
-                **GRADIENT_OPTIONS,
+                **on(mu_r, GRADIENT_OPTIONS),
             )
             first += splits
         _finish_kernel[sets * (own.N // PACK_ROWS), triton.cdiv(d, PACK_WIDTH)](
             *(own.l, du, dl, *gradients[2 * side : 2 * side + 2], sets, own.n, d, own.N, D, first),
             *(PACK_ROWS, PACK_WIDTH),
-            **OPTIONS,
+            **on(mu_r, OPTIONS),
         )
     return tuple(gradients)

@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import on
+
 # chosen by register count (tests/test_cubins.py), not yet timed: eight elements per thread, two loads of 16 bytes
 ELEMENTS = 1024
 # fusion is explicit, because its default differs between Triton versions
@@ -38,7 +40,7 @@ def _cos_sin(k, t, dtype: tl.constexpr):
     return tl.where(far, sin, cos), tl.where(far, cos, sin)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["d", "width", "t"])
 def _blockwise_kernel(p_z, p_draws, p_bridges, size, d, width, t, ELEMENTS: tl.constexpr):
     at, inside, _, _, column = _elements(size, d, ELEMENTS)
     block = column // width
@@ -48,7 +50,7 @@ def _blockwise_kernel(p_z, p_draws, p_bridges, size, d, width, t, ELEMENTS: tl.c
         tl.store(p_bridges + tl.cast(size, tl.int64) * k + at, tl.where(block < k, b_draws, b_z), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["d", "width", "t"])
 def _blockwise_backward_kernel(p_grad, p_dz, size, d, width, t, ELEMENTS: tl.constexpr):
     dtype: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
     at, inside, _, _, column = _elements(size, d, ELEMENTS)
@@ -61,7 +63,7 @@ def _blockwise_backward_kernel(p_grad, p_dz, size, d, width, t, ELEMENTS: tl.con
     tl.store(p_dz + at, b_dz, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def _radial_kernel(p_z, p_draws, p_bridges, size, t, ELEMENTS: tl.constexpr):
     dtype: tl.constexpr = tl.float64 if p_z.dtype.element_ty == tl.float64 else tl.float32
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
@@ -76,7 +78,7 @@ def _radial_kernel(p_z, p_draws, p_bridges, size, t, ELEMENTS: tl.constexpr):
     tl.store(p_bridges + tl.cast(size, tl.int64) * t + at, b_draws, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["t"])
 def _radial_backward_kernel(p_grad, p_dz, size, t, ELEMENTS: tl.constexpr):
     dtype: tl.constexpr = tl.float64 if p_grad.dtype.element_ty == tl.float64 else tl.float32
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
@@ -89,7 +91,7 @@ def _radial_backward_kernel(p_grad, p_dz, size, t, ELEMENTS: tl.constexpr):
     tl.store(p_dz + at, b_dz, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size", "d", "width"])
 def _substitute_kernel(p_z, p_draws, p_index, p_out, size, d, width, ELEMENTS: tl.constexpr):
     """Without draws, replace with zeros: this is the gradient of z."""
     at, inside, row_0, row, column = _elements(size, d, ELEMENTS)
@@ -106,7 +108,7 @@ def blockwise(z, draws, t):
     if size := z.numel():
         d = z.shape[-1]
         _blockwise_kernel[triton.cdiv(size, ELEMENTS),](
-            z.contiguous(), draws.contiguous(), bridges, size, d, d // t, t, ELEMENTS, **OPTIONS
+            z.contiguous(), draws.contiguous(), bridges, size, d, d // t, t, ELEMENTS, **on(z, OPTIONS)
         )
     return bridges
 
@@ -117,7 +119,7 @@ def blockwise_backward(grad, t):
     if size := dz.numel():
         d = dz.shape[-1]
         _blockwise_backward_kernel[triton.cdiv(size, ELEMENTS),](
-            grad.contiguous(), dz, size, d, d // t, t, ELEMENTS, **OPTIONS
+            grad.contiguous(), dz, size, d, d // t, t, ELEMENTS, **on(grad, OPTIONS)
         )
     return dz
 
@@ -127,7 +129,7 @@ def radial(z, draws, t):
     bridges = torch.empty(t + 1, *z.shape, dtype=z.dtype, device=z.device)
     if size := z.numel():
         _radial_kernel[triton.cdiv(size, ELEMENTS),](
-            z.contiguous(), draws.contiguous(), bridges, size, t, ELEMENTS, **OPTIONS
+            z.contiguous(), draws.contiguous(), bridges, size, t, ELEMENTS, **on(z, OPTIONS)
         )
     return bridges
 
@@ -136,7 +138,9 @@ def radial_backward(grad, t):
     """∂L/∂z `[..., n, d]`, given grad = ∂L/∂bridges `[t+1, ..., n, d]`."""
     dz = torch.empty(grad.shape[1:], dtype=grad.dtype, device=grad.device)
     if size := dz.numel():
-        _radial_backward_kernel[triton.cdiv(size, ELEMENTS),](grad.contiguous(), dz, size, t, ELEMENTS, **OPTIONS)
+        _radial_backward_kernel[triton.cdiv(size, ELEMENTS),](
+            grad.contiguous(), dz, size, t, ELEMENTS, **on(grad, OPTIONS)
+        )
     return dz
 
 
@@ -155,6 +159,6 @@ def _substituted(z, draws, index, k):
     if size := z.numel():
         d = z.shape[-1]
         _substitute_kernel[triton.cdiv(size, ELEMENTS),](
-            z.contiguous(), draws, index.contiguous(), out, size, d, d // k, ELEMENTS, **OPTIONS
+            z.contiguous(), draws, index.contiguous(), out, size, d, d // k, ELEMENTS, **on(z, OPTIONS)
         )
     return out

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import on
 from .math import parts
 
 BLOCK = 1024  # samples at once; chosen by register count (tests/test_cubins.py), not yet timed
@@ -74,7 +75,7 @@ def forward(reconstruction, kl, a, b, alpha):
         _forward_kernel[sets,](
             *(reconstruction.contiguous(), kl.contiguous(), loss, kl.shape[-1]),
             *(*parts(a), *parts(b), *parts(alpha), a != 0, b != 0, BLOCK),
-            **OPTIONS,
+            **on(kl, OPTIONS),
         )
     return loss
 
@@ -87,6 +88,6 @@ def backward(grad, reconstruction, kl, a, b, alpha):
         _backward_kernel[sets * triton.cdiv(n, BLOCK),](
             *(grad.contiguous(), reconstruction.contiguous(), kl.contiguous(), dreconstruction, dkl, n),
             *(*parts(a), *parts(b), *parts(alpha), a != 0, b != 0, BLOCK),
-            **OPTIONS,
+            **on(kl, OPTIONS),
         )
     return dreconstruction, dkl

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 
 from ..ops._pairwise import arithmetic
+from .card import card
 from .inverse_root import BUFFERS, WIDTH, load_tile, root, shape_of, store_symmetric, trace, unit
 
 ROWS = 32  # of the axis l, at a time
 CHUNKS = 32  # per set at most; one program merges them
-PROGRAMS = 264  # enough to fill a GPU
+BLOCKS = 2  # programs per SM that fill a GPU
 
 
 @triton.jit
@@ -29,7 +30,7 @@ def _centred(x, mean, l, i, count, m):
     return tl.where((l < count)[:, None] & (i < m)[None, :], x - mean, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "span", "chunks"])
 def _scatter_kernel(
     p_z, p_parts, p_means, n, d, m, span, chunks,
     WIDE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -110,7 +111,7 @@ def _merge(p_parts, p_means, p_mu, p_a, n, m, span, chunks, WIDE: tl.constexpr, 
     return square
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "d", "m", "span", "chunks"])
 def _root_kernel(
     p_parts, p_means, p_mu, p_work, p_distance, p_error, n, d, m, span, chunks,
     WIDE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr,
@@ -140,7 +141,7 @@ def _root_kernel(
     tl.store(p_error + i_set, error.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m", "blocks"])
 def _gradient_kernel(
     p_z, p_mu, p_work, p_gradient, n, d, m, blocks,
     WIDE: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -177,7 +178,7 @@ def forward(z, gradient):
     """The distance `[...]`, its gradient in z's dtype (empty unless requested) and the iteration's error `[...]`."""
     (n, d), batch = z.shape[-2:], z.shape[:-2]
     wide, m, length, sets = n <= d, min(n, d), max(n, d), batch.numel()
-    (N, block), options = shape_of("fld_gram", z.dtype, m)
+    (N, block), options = shape_of("fld_gram", z, m)
     out = torch.empty(z.shape if gradient else 0, dtype=z.dtype, device=z.device)
     z = arithmetic(z).contiguous()  # Triton 3.8 aborts if a float64 product reads values loaded in half precision
     distance = torch.empty(batch, dtype=z.dtype, device=z.device)
@@ -185,8 +186,9 @@ def forward(z, gradient):
     if sets == 0:
         return distance, out, error
 
-    span = max(2 * ROWS, triton.cdiv(length, max(1, min(CHUNKS, PROGRAMS // sets))))
-    chunks, blocks = triton.cdiv(length, span), min(triton.cdiv(length, ROWS), 16 * PROGRAMS)
+    programs = card(z.device).programs(BLOCKS)
+    span = max(2 * ROWS, triton.cdiv(length, max(1, min(CHUNKS, programs // sets))))
+    chunks, blocks = triton.cdiv(length, span), min(triton.cdiv(length, ROWS), 16 * programs)
     parts, means, mu, work = (
         torch.empty(sets, *shape, dtype=torch.float64, device=z.device)
         for shape in ((chunks, N, N), (chunks, N), (N,), (BUFFERS, N, N))

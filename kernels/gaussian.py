@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import on
 from .math import expm1, expm1_minus
 
 # A tile is ROWS posteriors by COLUMNS dimensions; chosen by register count (tests/test_cubins.py), not yet timed.
@@ -15,7 +16,7 @@ TILE = 512  # elements
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _forward_kernel(p_mu, p_logvar, p_draws, p_z, p_kl, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     dtype = p_kl.dtype.element_ty  # dtype of the arithmetic
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -37,7 +38,7 @@ def _forward_kernel(p_mu, p_logvar, p_draws, p_z, p_kl, n, d, ROWS: tl.constexpr
     tl.store(p_kl + first + row, 0.5 * total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _backward_kernel(
     p_dz, p_dkl, p_mu, p_logvar, p_draws, p_dmu, p_dlogvar, n, d, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -81,7 +82,7 @@ def _forward(mu, logvar, draws):
         tile = _tile(n, d)
         draws = None if draws is None else draws.contiguous()
         _forward_kernel[triton.cdiv(n, tile[0]),](
-            mu.contiguous(), logvar.contiguous(), draws, z, kl, n, d, *tile, **OPTIONS
+            mu.contiguous(), logvar.contiguous(), draws, z, kl, n, d, *tile, **on(mu, OPTIONS)
         )
     return z, kl
 
@@ -111,6 +112,6 @@ def reparameterize_backward(dz, dkl, mu, logvar, draws):
         dz, draws = (None, None) if dz is None else (dz.contiguous(), draws.contiguous())
         mu, dkl = (None, None) if dkl is None else (mu.contiguous(), dkl.contiguous())
         _backward_kernel[triton.cdiv(n, tile[0]),](
-            dz, dkl, mu, logvar.contiguous(), draws, dmu, dlogvar, n, d, *tile, **OPTIONS
+            dz, dkl, mu, logvar.contiguous(), draws, dmu, dlogvar, n, d, *tile, **on(logvar, OPTIONS)
         )
     return dmu, dlogvar

@@ -9,9 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import card, on
+
 ROWS = 32  # per tile: with twice as many, the code for sm_80 spills
 BLOCK = 64  # dimensions per tile; a program computes the products of one pair of such blocks
-PROGRAMS = 264  # enough to fill a GPU: two per SM of an H100
+BLOCKS = 2  # programs per SM that fill a GPU
 CHUNK = 4096  # rows per chunk at most: a float32 sum of this many squares has a relative error of 1e-6
 # fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True}
@@ -41,7 +43,7 @@ def _origin(p_x, first, last, column, d, ROWS: tl.constexpr):
     return c, tl.where(largest > 0, (254 - exponent) << 23, 127 << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "share"])
 def _scatter_kernel(p_x, p_means, p_parts, n, d, share, BLOCKS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     i_part = tl.program_id(0).to(tl.int64)
     # the pair i <= j of dimension blocks
@@ -89,12 +91,12 @@ def forward(x):
     x = x.float()  # Triton 3.6 fails for Blackwell where products take what was loaded in half precision
     blocks = triton.cdiv(d, BLOCK)
     tiles = triton.cdiv(n, ROWS)
-    share = min(CHUNK, ROWS * max(1, triton.cdiv(tiles * blocks, PROGRAMS)))
+    share = min(CHUNK, ROWS * max(1, triton.cdiv(tiles * blocks, card(x.device).programs(BLOCKS))))
     chunks = triton.cdiv(n, share)
     means, parts = (torch.empty(chunks, *shape, dtype=torch.float64, device=x.device) for shape in ((d,), (d, d)))
     if chunks:
         with torch.cuda.device_of(x):
             _scatter_kernel[chunks, blocks * blocks](
-                *(x.contiguous(), means, parts, n, d, share, blocks, ROWS, BLOCK), **OPTIONS
+                *(x.contiguous(), means, parts, n, d, share, blocks, ROWS, BLOCK), **on(x, OPTIONS)
             )
     return share, means, parts.triu().sum(0)

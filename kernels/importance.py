@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import on
 from .math import softplus
 
 BLOCK = 1024  # logits at once; chosen by register count (tests/test_cubins.py), not yet timed
@@ -67,7 +68,7 @@ def forward(logits):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     loss = torch.empty(logits.shape[:-1], dtype=dtype, device=logits.device)
     if sets := loss.numel():
-        _forward_kernel[sets,](logits.contiguous(), loss, logits.shape[-1], BLOCK, **OPTIONS)
+        _forward_kernel[sets,](logits.contiguous(), loss, logits.shape[-1], BLOCK, **on(logits, OPTIONS))
     return loss
 
 
@@ -75,5 +76,7 @@ def backward(grad, logits):
     """∂L/∂logits, given grad = ∂L/∂loss `[...]`."""
     dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if sets := grad.numel():
-        _backward_kernel[sets,](grad.contiguous(), logits.contiguous(), dlogits, logits.shape[-1], BLOCK, **OPTIONS)
+        _backward_kernel[sets,](
+            grad.contiguous(), logits.contiguous(), dlogits, logits.shape[-1], BLOCK, **on(logits, OPTIONS)
+        )
     return dlogits

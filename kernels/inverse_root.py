@@ -15,6 +15,7 @@ import triton.language as tl
 from ..ops.inverse_root import LAST as _LAST
 from ..ops.inverse_root import MOST
 from ..ops.inverse_root import STEPS as _STEPS
+from .card import on
 
 STEPS = tl.constexpr(_STEPS)
 LAST = tl.constexpr(_LAST)
@@ -177,21 +178,22 @@ def _root_kernel(p_a, p_inverse, p_trace, p_error, p_work, m, N: tl.constexpr, B
     tl.store(p_error + i_set, error.to(tl.float32))
 
 
-def shape_of(op: str, dtype: torch.dtype, m: int) -> tuple[tuple[int, int], dict]:
-    """N and BLOCK for matrices of m rows, and the options of their programs."""
+def shape_of(op: str, x: torch.Tensor, m: int) -> tuple[tuple[int, int], dict]:
+    """N and BLOCK for matrices of m rows, and the options of their programs on x's card."""
     if not 1 <= m <= MOST:
         raise RuntimeError(f"{op} in Triton takes matrices of 1 to {MOST} rows, got {m}")
-    if dtype not in ACCEPTED:
-        raise TypeError(f"{op} in Triton takes float32, float64, bfloat16 or float16, got {dtype}")
+    if x.dtype not in ACCEPTED:
+        raise TypeError(f"{op} in Triton takes float32, float64, bfloat16 or float16, got {x.dtype}")
     N = max(16, triton.next_power_of_2(m))
     # fusion is explicit, because its default differs between Triton versions
-    return (N, min(N, 64)), {"num_warps": 8 if N > 32 else 4, "num_stages": 2, "enable_fp_fusion": True}
+    options = {"num_warps": 8 if N > 32 else 4, "num_stages": 2, "enable_fp_fusion": True}
+    return (N, min(N, 64)), on(x, options)
 
 
 def forward(a):
     """a^−½ `[..., d, d]`, Σ √λ `[...]` and the iteration's error `[...]` in float32."""
     m, batch = a.shape[-1], a.shape[:-2]
-    (N, block), options = shape_of("inverse_root", a.dtype, m)
+    (N, block), options = shape_of("inverse_root", a, m)
     inverse = torch.empty(a.shape, dtype=a.dtype, device=a.device)
     total = torch.empty(batch, dtype=a.dtype, device=a.device)
     error = torch.empty(batch, dtype=torch.float32, device=a.device)

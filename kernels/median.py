@@ -8,11 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import on
 from .far import CUT, differences, direct_half_distances, half_distances_of_row
 from .median_pairs import apart_kernel
 from .particles import (
     OPTIONS,
     check_dtype,
+    exact,
     half_diagonal,
     half_distances,
     mark_of,
@@ -22,7 +24,6 @@ from .particles import (
     within,
 )
 from .selection import (
-    PRECISION,
     TILE,
     TILE_OPTIONS,
     Ranks,
@@ -37,6 +38,7 @@ from .selection import (
 )
 
 SMALL = 64  # one tile without spills; not measured yet
+SMALL_OPTIONS = OPTIONS | {"num_stages": 1}  # two spill on sm_80
 
 
 @triton.jit
@@ -75,7 +77,7 @@ def _centred(p_x, i_set, n, d, start, N: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+def _small_distances(p_x, i_set, n, d, D: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """The bits of d²_ij [N, N] for j < i < n, elsewhere the largest number; the mean of d²_i0; whether rows are far."""
     xx, spread, mark = tl.zeros([N, N], tl.float32), tl.zeros([N], tl.float32), tl.zeros([N], tl.int32)
     i = tl.arange(0, N)
@@ -107,7 +109,7 @@ def small_middles(bits, rank_0, rank_1):
     return value_of(tl.where(is_before, before, second)), value_of(second)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "rank_0", "rank_1"])
 def _small_kernel(
     p_x,
     p_h,
@@ -121,10 +123,11 @@ def _small_kernel(
     D: tl.constexpr,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     i_set = tl.program_id(0).to(tl.int64)
 
-    bits, spread, _ = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
+    bits, spread, _ = _small_distances(p_x, i_set, n, d, D, N, WIDTH, PRECISION)
     m_0, m_1 = small_middles(bits, rank_0, rank_1)
 
     h = bandwidth(m_0, m_1, spread, divisor, SQUARED)
@@ -133,7 +136,7 @@ def _small_kernel(
     tl.store(p_h + i_set, h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _small_backward_kernel(
     p_grad,
     p_x,
@@ -146,13 +149,14 @@ def _small_backward_kernel(
     D: tl.constexpr,
     N: tl.constexpr,
     WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     i_set, row = tl.program_id(0).to(tl.int64), tl.arange(0, N)
     m_0, m_1 = tl.load(p_middles + 2 * i_set), tl.load(p_middles + 2 * i_set + 1)
     grad = tl.load(p_grad + i_set) / divisor + 0.0 * m_0  # NaN if a particle is
 
     # c_ij, the share of a pair in the two middles: tied pairs share
-    bits, _, far = _small_distances(p_x, i_set, n, d, D, N, WIDTH)
+    bits, _, far = _small_distances(p_x, i_set, n, d, D, N, WIDTH, PRECISION)
     is_0, is_1 = (bits == bits_of(m_0)).to(tl.float32), (bits == bits_of(m_1)).to(tl.float32)
     share_0 = grad * _slope(m_0, m_1, SQUARED) / tl.maximum(tl.sum(tl.sum(is_0, 1), 0), 1.0)
     share_1 = grad * _slope(m_1, m_0, SQUARED) / tl.maximum(tl.sum(tl.sum(is_1, 1), 0), 1.0)
@@ -176,7 +180,7 @@ def _small_backward_kernel(
             tl.store(p_dx + (i_set * n + row)[:, None] * d + column[None, :], dx, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _finish_kernel(
     p_x,
     p_q,
@@ -211,9 +215,9 @@ def _finish_kernel(
     tl.store(p_h + i_set, h)
 
 
-def _small_shape(n: int, d: int) -> tuple[tuple[int, int, int], dict]:
-    N, D = max(16, triton.next_power_of_2(n)), padded(d)
-    return (D, N, width(D)), TILE_OPTIONS
+def _small_shape(n: int, d: int) -> tuple[int, int, int]:
+    """D, N, and width of the products."""
+    return padded(d), max(16, triton.next_power_of_2(n)), width(padded(d))
 
 
 def forward(x, full, squared, divisor):
@@ -225,17 +229,17 @@ def forward(x, full, squared, divisor):
     if h.numel() == 0:
         return h, middles
     if n <= SMALL:
-        shape, options = _small_shape(n, d)
+        shape = _small_shape(n, d)
         arguments = x.contiguous(), h, middles, n, d, ranks.first, ranks.second, divisor
-        _small_kernel[h.numel(),](*arguments, squared, *shape, **options)
+        _small_kernel[h.numel(),](*arguments, squared, *shape, exact(x.device), **on(x, SMALL_OPTIONS))
         return h, middles
 
-    packed = pack(x, PRECISION.value, width(padded(d)))
+    packed = pack(x, exact(x.device), width(padded(d)))
     window = select(packed, ranks)
     _finish_kernel[packed.sets,](
         *(packed.x, packed.q, window, h, middles, n, d, packed.N, divisor),
         *(squared, TILE, width(packed.D), ranks.first < ranks.second),
-        **OPTIONS,
+        **on(x, OPTIONS),
     )
     return h, middles
 
@@ -249,19 +253,20 @@ def backward(grad, x, middles, squared, divisor):
         return dx
     grad, middles = grad.contiguous(), middles.contiguous()
     if n <= SMALL:
-        shape, options = _small_shape(n, d)
+        shape = _small_shape(n, d)
         arguments = grad, x.contiguous(), middles, dx, n, d, divisor
-        _small_backward_kernel[grad.numel(),](*arguments, squared, *shape, **options)
+        _small_backward_kernel[grad.numel(),](*arguments, squared, *shape, exact(x.device), **on(x, SMALL_OPTIONS))
         return dx
 
-    packed = pack(x, PRECISION.value, width(padded(d)))
+    packed = pack(x, exact(x.device), width(padded(d)))
     sets, N, D = packed.sets, packed.N, packed.D
     apart = torch.zeros(2, sets, N, D, dtype=torch.float32, device=x.device)
     count = torch.zeros(2, sets, N, dtype=torch.int32, device=x.device)
     read = tiles(packed)
     for far in (False, True):
         apart_kernel[sets * (N // TILE), 2](
-            *(*read, middles, apart, count, sets, n, d, N, far, D, TILE, width(D)), **TILE_OPTIONS
+            *(*read, middles, apart, count, sets, n, d, N, far, D, TILE, width(D), exact(x.device)),
+            **on(x, TILE_OPTIONS),
         )
     # ∂h/∂x_i = Σ_a (∂h/∂m_a) · mean of 2 (x_i − x_j) over the pairs at distance m_a
     m = middles.view(sets, 2).T

@@ -38,7 +38,7 @@ def _add_rows(p_apart, both, p_x, i, j, n, d, D: tl.constexpr, TILE: tl.constexp
                 tl.store(p_row, tl.load(p_row) + apart)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets", "n"])
 def apart_kernel(
     p_x,
     p_X,
@@ -57,6 +57,7 @@ def apart_kernel(
     D: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """Σ_j (x_i − x_j) over the middle pairs, and how many of them have i as the later row; FAR: in tiles that need
     differences, otherwise in the others."""
@@ -70,7 +71,7 @@ def apart_kernel(
         if not FAR or reach + tl.load(p_reach + (base + j) // TILE) > lost:
             u, pair, differ, far = tile_distances(
                 *(p_x, p_X, p_q, p_mark, p_reach, p_lost, i_set, tl.maximum(i, j), tl.minimum(i, j)),
-                *(n, d, N, FAR, D, TILE, WIDTH),
+                *(n, d, N, FAR, D, TILE, WIDTH, PRECISION),
             )
             if far == FAR:
                 count, both = _hits(u, pair, differ, wanted, i, j)

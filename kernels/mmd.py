@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from . import mmd_far
+from .card import Card, card, on
 from .far import centre, is_far, limit
 from .mmd_far import SCALES
 from .mmd_forms import form, scale
@@ -22,7 +23,6 @@ from .particles import (
     add_product,
     as_operand,
     bandwidth_at,
-    capability,
     check_dtype,
     half_distances,
     pack,
@@ -42,21 +42,30 @@ class Tile(NamedTuple):
     values: int  # gradient dimensions per program; each program recomputes its kernel values
     width: int  # dimensions per product
     warps: int = 8
+    stages: int = 2
 
     @property
     def options(self) -> dict:
-        return OPTIONS | {"num_warps": self.warps}
+        return OPTIONS | {"num_warps": self.warps, "num_stages": self.stages}
+
+    @property
+    def blocks(self) -> int:
+        """Programs per SM: each thread has nearly all of the 255 registers there are."""
+        return max(1, 8 // self.warps)
 
 
-# Nothing here is measured yet: these are the largest tiles that Triton 3.9 compiles without spills.
-def tile_of(D: int, major: int, gradient: bool) -> Tile:
-    """For rows of D numbers on compute capability `major`.x."""
+# Nothing here is measured yet: these are the largest tiles that Triton 3.6, 3.8 and 3.9 compile without spills. Eight
+# warps on 64 rows do every product twice, but with four the gradient of more than 64 dimensions spills.
+def tile_of(D: int, card: Card, gradient: bool) -> Tile:
+    """For rows of D numbers."""
     width = min(D, 32)
     if not gradient:
-        return Tile(128, 64, D, min(D, 64) if major >= 9 else width)
-    if D <= 16 or (D <= 64 and major >= 9):
+        return Tile(128, 64, D, min(D, 64) if card.wide else width)
+    if D <= 16 or (D <= 64 and card.wide):
         return Tile(128, 32, D, width)
-    return Tile(64, 32 if major >= 9 else 16, min(D, 128), width)
+    if D <= 64:
+        return Tile(64, 16, D, width, 4, 1)
+    return Tile(64, 32 if card.wide else 16, 128, width)
 
 
 @triton.jit
@@ -116,7 +125,7 @@ def _walk(
     return total, r, SZ
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets", "n", "m"])
 def _sums_kernel(
     p_X,
     p_q_x,
@@ -197,7 +206,7 @@ def _sums_kernel(
         tl.store(p_parts + tl.program_id(0) * tl.num_programs(2) + i_split, near)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets", "n", "parts"])
 def _finish_kernel(
     p_X, p_SZ, p_r, p_dx, sets, n, d, N, parts, D: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -223,7 +232,7 @@ def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, s
     values = x.D // shape.values if gradient else 1
     rows = x.N // shape.rows
     columns = (x.N + (y.N if gradient or between else 0)) // shape.columns
-    splits, share = shares(columns, x.sets * rows * values)
+    splits, share = shares(columns, x.sets * rows * values, x.x.device, shape.blocks)
     at_once = SCALES if imq else RBF_SCALES
     launches = [scales[k : k + at_once] for k in range(0, len(scales), at_once)]
     SZ, r = (x.X.new_empty(len(launches) * splits, x.sets, x.N, *width) if gradient else None for width in ((x.D,), ()))
@@ -237,7 +246,7 @@ def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, s
             *[1.0] * (SCALES - len(some)),
             *(len(some), imq, unbiased, between, gradient, x.D, shape.width, in_products),
             *(shape.rows, shape.columns, shape.values if gradient else 16),
-            **shape.options,
+            **on(x.x, shape.options),
         )
 
     def both(dx):
@@ -247,7 +256,8 @@ def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, s
         return both(None), None
     dx = torch.empty(x.sets, x.n, x.d, dtype=torch.float32, device=x.X.device)
     _finish_kernel[x.sets * (x.N // FINISH_ROWS), triton.cdiv(x.D, FINISH_WIDTH)](
-        *(x.X, SZ, r, dx, x.sets, x.n, x.d, x.N, len(SZ), x.D, FINISH_ROWS, min(x.D, FINISH_WIDTH)), **OPTIONS
+        *(x.X, SZ, r, dx, x.sets, x.n, x.d, x.N, len(SZ), x.D, FINISH_ROWS, min(x.D, FINISH_WIDTH)),
+        **on(x.x, OPTIONS),
     )
     return both(dx), dx
 
@@ -255,14 +265,14 @@ def _side(x: Packed, y: Packed, bandwidth, imq, scales, unbiased, in_products, s
 def forward(x, y, bandwidth, imq, scales, unbiased, x_gradient, y_gradient):
     """MMD² `[...]`, ∂x and ∂y in float32; a gradient that is not requested is an empty tensor."""
     check_dtype("mmd", x)
-    batch, in_products = x.shape[:-2], precision()
+    batch, in_products = x.shape[:-2], precision(x.device)
     value = torch.zeros(batch, dtype=torch.float32, device=x.device)
     dx, dy = (value.new_empty(t.shape if wanted else 0) for t, wanted in ((x, x_gradient), (y, y_gradient)))
     if value.numel() == 0:
         return value, dx, dy
     bandwidth = None if bandwidth is None else bandwidth.contiguous()
     about = centre(y)
-    shapes = [tile_of(padded(x.shape[-1]), capability(x.device), gradient) for gradient in (x_gradient, y_gradient)]
+    shapes = [tile_of(padded(x.shape[-1]), card(x.device), gradient) for gradient in (x_gradient, y_gradient)]
     packed = {w: [pack(t, in_products, w, centre=about) for t in (x, y)] for w in {shape.width for shape in shapes}}
     (X, Y), (other_X, other_Y) = (packed[shape.width] for shape in shapes)
     given = bandwidth, imq, scales, unbiased, in_products

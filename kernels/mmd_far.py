@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import on
 from .far import half_distances_of_row, holds, is_far, row_differences, rows_of_program, shape
 from .mmd_forms import form, scale
 from .particles import OPTIONS, Packed, bandwidth_at
@@ -57,7 +58,7 @@ def _add(
     return total, pull
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "m"])
 def _rows_kernel(
     p_x,
     p_q_x,
@@ -131,6 +132,6 @@ def add(x: Packed, y: Packed, bandwidth, imq, launches, unbiased, between, dx):
             *some,
             *[1.0] * (SCALES - len(some)),
             *(len(some), imq, unbiased, between, dx is not None, k == 0, rows, columns, width),
-            **ROWS_OPTIONS,
+            **on(x.x, ROWS_OPTIONS),
         )
     return parts

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import on
 from .math import parts as two_parts
 
 # A tile is ROWS rows by COLUMNS columns of logits; chosen by register count (tests/test_cubins.py), not yet timed.
@@ -71,7 +72,7 @@ def _derivative(b_x, b_max, b_sum, row_label, column, s, C, b_scale):
     return (tl.exp(b_x - b_max[:, None]) / b_sum[:, None] - b_target) * b_scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "R"])
 def _forward_kernel(
     p_logits, p_weights, p_out, p_lse, s_high, s_low, n, R, C,
     SMOOTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -94,7 +95,7 @@ def _forward_kernel(
     tl.store(p_out + i_set * tl.num_programs(1) + i_part, mean)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _sum_kernel(p_parts, p_loss, parts, BLOCK: tl.constexpr):
     i_set = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
@@ -102,7 +103,7 @@ def _sum_kernel(p_parts, p_loss, parts, BLOCK: tl.constexpr):
     tl.store(p_loss + i_set, tl.sum(b_parts, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "R"])
 def _backward_kernel(
     p_grad, p_logits, p_weights, p_lse, p_dlogits, s_high, s_low, n, R, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -136,7 +137,7 @@ def _backward_kernel(
             tl.store(p_dlogits + tile + offset, b_dx, mask=mask)
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(do_not_specialize=["start", "n", "R"])
 def _rows_kernel(
     p_logits, p_weights, p_out, s_high, s_low, start, n, R, C,
     SMOOTH: tl.constexpr, GRADIENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -212,10 +213,10 @@ def forward(logits, weights, label_smoothing):
     _forward_kernel[shape.sets, parts](
         *(logits.contiguous(), weights, out, lse, *two_parts(label_smoothing)),
         *(shape.n, shape.R, shape.C, label_smoothing > 0, *shape.tile),
-        **FORWARD_OPTIONS,
+        **on(logits, FORWARD_OPTIONS),
     )
     if parts > 1:
-        _sum_kernel[shape.sets,](out, loss, parts, triton.next_power_of_2(parts), **OPTIONS)
+        _sum_kernel[shape.sets,](out, loss, parts, triton.next_power_of_2(parts), **on(logits, OPTIONS))
     return loss, lse
 
 
@@ -231,7 +232,7 @@ def backward(grad, logits, weights, lse, label_smoothing):
         *(grad.contiguous(), logits.contiguous(), weights, lse.contiguous(), dlogits),
         *two_parts(label_smoothing),
         *(shape.n, shape.R, shape.C, *shape.tile),
-        **OPTIONS,
+        **on(logits, OPTIONS),
     )
     return dlogits
 
@@ -252,10 +253,10 @@ def rows(logits, weights, label_smoothing, first, n, gradient):
     _rows_kernel[parts,](
         *(x, None if weights is None else weights.contiguous(), out, *two_parts(label_smoothing)),
         *(first, n, R, C, label_smoothing > 0, gradient, *shape.tile),
-        **OPTIONS,
+        **on(logits, OPTIONS),
     )
     if parts > 1:
-        _sum_kernel[1,](out, loss, parts, triton.next_power_of_2(parts), **OPTIONS)
+        _sum_kernel[1,](out, loss, parts, triton.next_power_of_2(parts), **on(logits, OPTIONS))
     if gradient and x is not logits:
         logits.copy_(x)
     return loss

@@ -11,7 +11,6 @@ The rounding of a product may depend on a row's position, so equal rows, whose d
 a hash of their bits. Rows far from the centre need more (far.py).
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -20,12 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import far
+from .card import card, on
 from .far import CUT
 
 # fusion is explicit, because its default differs between Triton versions
 OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 ROWS = 64  # per packing program; n is padded to a multiple of twice as many
-PROGRAMS = 264  # enough to fill a GPU: two per SM of an H100
 WIDE = 128  # up to this many dimensions, d is padded to a power of two
 
 HALF = (torch.bfloat16, torch.float16)
@@ -120,7 +119,7 @@ def factors(h):
     return alpha, tl.where(wide, two_over_h, 1.0), tl.where(wide, 1.0, two_over_h), exponent
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _pack_kernel(
     p_x,
     p_centre,
@@ -206,12 +205,13 @@ def padded(d: int) -> int:
     return max(16, triton.next_power_of_2(d)) if d <= WIDE else triton.cdiv(d, WIDE) * WIDE
 
 
-def shares(tiles: int, programs: int) -> tuple[int, int]:
-    """How many parts `tiles` are split into to fill a GPU if each part has `programs` programs, and tiles per part.
+def shares(tiles: int, programs: int, device: torch.device, blocks: int) -> tuple[int, int]:
+    """How many parts `tiles` are split into to fill a GPU that holds `blocks` programs per multiprocessor, if each part
+    has `programs` programs; and tiles per part.
 
-    Depends only on shapes, which therefore determine the order of every sum.
+    Depends only on shapes and the GPU's size, which therefore determine the order of every sum.
     """
-    share = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // max(1, programs))))
+    share = triton.cdiv(tiles, max(1, min(tiles, card(device).programs(blocks) // max(1, programs))))
     return triton.cdiv(tiles, share), share
 
 
@@ -220,19 +220,18 @@ def check_dtype(op: str, x: Tensor) -> None:
         raise TypeError(f"{op} in Triton takes float32, bfloat16 or float16, got {x.dtype}")
 
 
-def precision() -> str:
-    """Precision of float32 products, following PyTorch's setting.
+def precision(device: torch.device) -> str:
+    """Precision of float32 products on this card, following PyTorch's setting.
 
     This is the setting that torch.backends.fp32_precision and torch.set_float32_matmul_precision also change;
     torch.get_float32_matmul_precision raises once the former was used.
     """
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    return card(device).precision("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3")
 
 
-@functools.cache
-def capability(device: torch.device) -> int:
-    """The major compute capability; the newest when interpreted."""
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 10
+def exact(device: torch.device) -> str:
+    """Precision of products on this card that are accurate to float32, whatever PyTorch's setting."""
+    return card(device).precision("tf32x3")
 
 
 def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, grad=None, centre=None) -> Packed:
@@ -261,6 +260,6 @@ def pack(x: Tensor, precision: str, width: int, *, score=None, bandwidth=None, g
     _pack_kernel[sets * (N // ROWS),](
         *(x, centre, *tensors, packed.X, V, G, packed.q, packed.mark, reach, p, n, d, N),
         *(bandwidth is not None, D, ROWS, width, precision),
-        **OPTIONS,
+        **on(x, OPTIONS),
     )
     return packed

@@ -6,12 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .card import on
 from .math import log1p
 from .particles import shares
 
 # A tile is ROWS samples by COLUMNS pixels; chosen by register count (tests/test_cubins.py), not yet timed.
 TILE = 1024  # elements
 ONE_PROGRAM = 16  # tiles of a row up to which one program sums, so that a typical image takes one launch
+BLOCKS = 2  # programs per SM that fill a GPU
 PARTS = 256  # per row at most: as many as one program adds up
 L2, L1 = tl.constexpr(0), tl.constexpr(1)
 # fusion is explicit, because its default differs between Triton versions
@@ -25,7 +27,7 @@ def _finite(x):
     return tl.where(x == float("inf"), most, tl.where(x == float("-inf"), -most, x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "share"])
 def _forward_kernel(
     p_output, p_target, p_loss, n, m, share, KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
@@ -54,7 +56,7 @@ def _forward_kernel(
     tl.store(p_loss + (first + row) * tl.num_programs(1) + i_part, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _sum_kernel(p_parts, p_loss, parts, BLOCK: tl.constexpr):
     i_row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, BLOCK)
@@ -62,7 +64,7 @@ def _sum_kernel(p_parts, p_loss, parts, BLOCK: tl.constexpr):
     tl.store(p_loss + i_row, tl.sum(b_parts, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _backward_kernel(
     p_grad, p_output, p_target, p_doutput, p_dtarget, n, m,
     KIND: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -110,16 +112,16 @@ def forward(output, target, kind):
     m = output.numel() // n
     rows, columns = _tile(n, m)
     programs, tiles = triton.cdiv(n, rows), triton.cdiv(m, columns)
-    parts, share = (1, tiles) if tiles <= ONE_PROGRAM else shares(tiles, programs)
+    parts, share = (1, tiles) if tiles <= ONE_PROGRAM else shares(tiles, programs, output.device, BLOCKS)
     if parts > PARTS:
         share = triton.cdiv(tiles, PARTS)
         parts = triton.cdiv(tiles, share)
     out = loss if parts == 1 else loss.new_empty(n, parts)
     _forward_kernel[programs, parts](
-        output.contiguous(), target.contiguous(), out, n, m, share, kind, rows, columns, **OPTIONS
+        output.contiguous(), target.contiguous(), out, n, m, share, kind, rows, columns, **on(output, OPTIONS)
     )
     if parts > 1:
-        _sum_kernel[n,](out, loss, parts, PARTS, **OPTIONS)
+        _sum_kernel[n,](out, loss, parts, PARTS, **on(output, OPTIONS))
     return loss
 
 
@@ -134,6 +136,6 @@ def backward(grad, output, target, kind, target_gradient):
         _backward_kernel[triton.cdiv(n, rows) * triton.cdiv(m, columns),](
             *(grad.contiguous(), output.contiguous(), target.contiguous()),
             *(doutput, dtarget if target_gradient else None, n, m, kind, rows, columns),
-            **OPTIONS,
+            **on(output, OPTIONS),
         )
     return doutput, dtarget

@@ -6,8 +6,8 @@ rank, until a bin is one number wide: eleven bits per pass, so three passes from
 of a sample saves one pass; if it misses the rank, the following passes start over on the side where the rank is. The
 number of passes is fixed, and a pass without work returns at once, so the host never waits.
 
-All passes compute a distance by the same instructions (always 3xTF32), so that ranks agree and backward finds the
-pairs. Counts are integers, so the order of atomic additions does not matter.
+All passes compute a distance by the same instructions, always accurate to float32, so that ranks agree and backward
+finds the pairs. Counts are integers, so the order of atomic additions does not matter.
 """
 
 import math
@@ -18,12 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .card import on
 from .far import HUGE, direct_half_distances
-from .particles import OPTIONS, ROWS, Packed, add_product, half_distances
+from .particles import OPTIONS, ROWS, Packed, add_product, exact, half_distances
 
 # Nothing here is measured yet.
 TILE, SEGMENT = ROWS, 16  # a counting program processes TILE rows by up to SEGMENT tiles of TILE columns
-TILE_OPTIONS = OPTIONS | {"num_warps": 8}  # for every kernel with tiles of pairs
+# for every kernel with tiles of pairs: with four warps, which would not do products twice, counting spills
+TILE_OPTIONS = OPTIONS | {"num_warps": 8}
 BINS = 2048
 # Pairs from which a sample is drawn. Without one, the first pass adds every pair atomically to one of few bins, which
 # hold an exponent and three digits: at d = 64, a quarter of the pairs to the fullest. A window around the sample's
@@ -31,10 +33,9 @@ BINS = 2048
 SAMPLED = 1 << 15
 SAMPLES, MANY, MANY_SAMPLES = 1 << 12, 1 << 20, 1 << 14  # sampled pairs; of many pairs, more
 SAMPLE_ROWS = 64
-FEW_OPTIONS = OPTIONS | {"num_warps": 16}
+FEW_OPTIONS = BRACKET_OPTIONS = OPTIONS | {"num_warps": 16}
 DEVIATIONS = 4  # of a sampled median's rank, on either side
 FEW, FEW_MARGIN = 512, 6 * 0.5 * math.sqrt(512)  # pairs for a lower bound of the median
-PRECISION = tl.constexpr("tf32x3")
 # Products lose less than 2^-22 of the norms q_i + q_j: at most 1e-5 of a u that is a larger share of them
 SHARE = tl.constexpr(2.0**-5)
 
@@ -73,7 +74,7 @@ def _sampled(p_x, i_set, pair, n, d, WIDTH: tl.constexpr):
     return d2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _sample_kernel(p_x, p_sample, n, d, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     i_set = tl.program_id(0).to(tl.int64)
     pair = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -81,7 +82,7 @@ def _sample_kernel(p_x, p_sample, n, d, ROWS: tl.constexpr, WIDTH: tl.constexpr)
     tl.store(p_sample + i_set * tl.num_programs(1) * ROWS + pair, d2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "rank"])
 def _lost_kernel(p_x, p_lost, n, d, rank, FEW: tl.constexpr, WIDTH: tl.constexpr):
     """The norms q_i + q_j above which products may lose what matters beside the median."""
     i_set = tl.program_id(0).to(tl.int64)
@@ -99,7 +100,7 @@ def _shift(span, BINS: tl.constexpr):
     return tl.sum(((tl.full([32], BINS, tl.int64) << tl.arange(0, 32).to(tl.int64)) < span).to(tl.int32), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["low_rank", "high_rank"])
 def _bracket_kernel(p_sample, p_window, low_rank, high_rank, SAMPLES: tl.constexpr, BINS: tl.constexpr):
     """The window for both ranks: between two ranks of the sample."""
     i_set = tl.program_id(0).to(tl.int64)
@@ -142,6 +143,7 @@ def tile_distances(
     D: tl.constexpr,
     TILE: tl.constexpr,
     WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """u between the tiles of rows starting at i and j <= i, which entries are pairs of particles, which differ, and
     whether the tile is one of far rows, which needs differences: u has them if DIRECT."""
@@ -171,7 +173,7 @@ def _count_target(bits, pair, p_counts, low, shift, BINS: tl.constexpr):
     return tl.sum((pair & (bits < low)).to(tl.int32), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _count_kernel(
     p_x,
     p_X,
@@ -188,6 +190,7 @@ def _count_kernel(
     TILE: tl.constexpr,
     SEGMENT: tl.constexpr,
     WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
     BINS: tl.constexpr,
     TWO: tl.constexpr,
 ):
@@ -205,7 +208,7 @@ def _count_kernel(
     for j_tile in range(first, end):
         u, pair, differ, _far = tile_distances(
             *(p_x, p_X, p_q, p_mark, p_reach, p_lost, i_set, i_tile * TILE, j_tile * TILE),
-            *(n, d, N, True, D, TILE, WIDTH),
+            *(n, d, N, True, D, TILE, WIDTH, PRECISION),
         )
         bits = bits_of_pairs(u, differ)
         below_0 += _count_target(bits, pair, p_counts, low_0, shift_0, BINS)
@@ -218,7 +221,7 @@ def _count_kernel(
             tl.atomic_add(p_counts + 2 * BINS + 1, tl.sum(below_1, 0).to(p_counts.dtype.element_ty), sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rank_0", "rank_1"])
 def _narrow_kernel(p_counts, p_window, rank_0, rank_1, BINS: tl.constexpr):
     """The next window for one rank, from the counts in the last one; resets the counts to 0."""
     i_set, target = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -272,7 +275,7 @@ def tiles(packed: Packed) -> tuple[Tensor, ...]:
     """What every pass reads of the particles."""
     lost, ranks = packed.q.new_empty(packed.sets), Ranks.of(packed.n, True)  # the lower of either form
     rank = max(0, math.floor(FEW * ranks.first / max(ranks.pairs, 1) - FEW_MARGIN))
-    _lost_kernel[packed.sets,](packed.x, lost, packed.n, packed.d, rank, FEW, width(packed.D), **FEW_OPTIONS)
+    _lost_kernel[packed.sets,](packed.x, lost, packed.n, packed.d, rank, FEW, width(packed.D), **on(lost, FEW_OPTIONS))
     return packed.x, packed.X, packed.q, packed.mark, packed.reach, lost
 
 
@@ -284,10 +287,10 @@ def select(packed: Packed, ranks: Ranks) -> Tensor:
     grid = sets * (N // TILE), triton.cdiv(N // TILE, SEGMENT)
     for _ in range(4 if ranks.pairs >= SAMPLED else 3):
         _count_kernel[grid](
-            *(*read, window, counts, n, packed.d, N, D, TILE, SEGMENT, width(D), BINS, two),
-            **TILE_OPTIONS,
+            *(*read, window, counts, n, packed.d, N, D, TILE, SEGMENT, width(D), exact(device), BINS, two),
+            **on(packed.x, TILE_OPTIONS),
         )
-        _narrow_kernel[sets, 1 + two](counts, window, ranks.first, ranks.second, BINS, **OPTIONS)
+        _narrow_kernel[sets, 1 + two](counts, window, ranks.first, ranks.second, BINS, **on(counts, OPTIONS))
     return window
 
 
@@ -300,9 +303,9 @@ def _window(packed, ranks):
     samples = MANY_SAMPLES if ranks.pairs >= MANY else SAMPLES
     sample = packed.X.new_empty(packed.sets, samples)
     _sample_kernel[packed.sets, samples // SAMPLE_ROWS](
-        *(packed.x, sample, packed.n, packed.d, SAMPLE_ROWS, width(packed.D)), **OPTIONS
+        *(packed.x, sample, packed.n, packed.d, SAMPLE_ROWS, width(packed.D)), **on(sample, OPTIONS)
     )
     centre, margin = samples * ranks.first / ranks.pairs, DEVIATIONS * 0.5 * math.sqrt(samples)
     low, high = max(0, int(centre - margin)), min(samples - 1, math.ceil(centre + margin))
-    _bracket_kernel[packed.sets,](sample, window, low, high, samples, BINS, **OPTIONS | {"num_warps": 16})
+    _bracket_kernel[packed.sets,](sample, window, low, high, samples, BINS, **on(sample, BRACKET_OPTIONS))
     return window

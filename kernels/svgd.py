@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from . import svgd_far
+from .card import Card, card, on
 from .particles import (
     HALF,
     OPTIONS,
@@ -25,7 +26,6 @@ from .particles import (
     add_product,
     as_operand,
     bandwidth_at,
-    capability,
     check_dtype,
     factors,
     half_distances,
@@ -51,8 +51,13 @@ class Tile(NamedTuple):
     def options(self) -> dict:
         return OPTIONS | {"num_warps": self.warps, "num_stages": self.stages}
 
+    @property
+    def blocks(self) -> int:
+        """Programs per SM: each thread has nearly all of the 255 registers there are."""
+        return max(1, 8 // self.warps)
 
-# Nothing here is measured yet: these are the largest tiles that Triton 3.6 and 3.9 compile without spills.
+
+# Nothing here is measured yet: these are the largest tiles that Triton 3.6, 3.8 and 3.9 compile without spills.
 #
 # The products are the bottleneck. Forward, a pair costs 4 D flop, three times over in 3xTF32, and one exponential: at
 # D = 64 that is 768 flop, 0.36 clocks of an H100's tensor cores, against 0.06 for its special functions. A tile reads
@@ -60,16 +65,23 @@ class Tile(NamedTuple):
 # H100 needs 30 (165 Tflop/s in 3xTF32 over 5.5 TB/s). If width < D, the rows' X is read again with every tile and 20
 # remain: enough for an A100, whose mma holds both parts of an operand in registers and leaves no room for more;
 # Hopper's wgmma reads them from shared memory. Above 128 dimensions K is recomputed for every 128 of them.
-def forward_tile(D: int, major: int) -> Tile:
-    """For rows of D numbers on compute capability `major`.x."""
+#
+# A warp takes 16 of the rows: eight warps on 64 rows would do every product twice. Of four, an SM has room for two or
+# more programs, one of which multiplies while another waits.
+def forward_tile(D: int, card: Card) -> Tile:
+    """For rows of D numbers."""
     if D > 64:
-        return Tile(64, 32, 128, 32, 8)
-    return Tile(128, 64, D, D, 8) if major >= 9 else Tile(128, 32, D, min(D, 32), 8)
+        return Tile(64, 32 if card.wide else 16, 128, 32, 4)
+    if card.wide:
+        return Tile(64, 64, D, D, 4) if D <= 16 else Tile(128, 64, D, D, 8)
+    return Tile(128, 32, D, min(D, 32), 8)
 
 
 # Five products and two sums of [rows, values]: registers limit this to 10 to 15 flop per byte.
-def backward_tile(D: int, major: int) -> Tile:
-    return Tile(64, 32 if major >= 9 else 16, min(D, 64), 16, 8)
+def backward_tile(D: int, card: Card) -> Tile:
+    if card.wide:
+        return Tile(64, 32, min(D, 64), 32 if D == 32 or (D > 32 and card.tensor_memory) else 16, 4)
+    return Tile(64, 32, D, 16, 4) if D == 32 else Tile(64, 16, min(D, 64), min(D, 32), 4)
 
 
 @triton.jit
@@ -78,7 +90,7 @@ def kernel_tile(u, i, j, exponent):
     return tl.where(i[:, None] == j[None, :], 0.0, tl.exp2(-u * exponent))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets"])
 def _forward_kernel(
     p_X,
     p_V,
@@ -120,7 +132,7 @@ def _forward_kernel(
         tl.store(p_r + to, r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets"])
 def _backward_kernel(
     p_X,
     p_V,
@@ -176,7 +188,7 @@ def _backward_kernel(
         tl.store(p_b + to, b)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets", "n", "splits"])
 def _finish_forward_kernel(
     p_x,
     p_score,
@@ -222,7 +234,7 @@ def _finish_forward_kernel(
         tl.store(p_row_sum + i_set * n + row, 1 + r, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets", "n", "splits"])
 def _finish_backward_kernel(
     p_grad,
     p_bandwidth,
@@ -282,18 +294,18 @@ def _finish_backward_kernel(
 
 
 def _grid(packed: Packed, tile: Tile) -> tuple[tuple[int, int, int], int]:
-    """Programs of the middle pass, and how many columns each covers. Depends only on shapes, which therefore determine
-    the order of every sum."""
+    """Programs of the middle pass, and how many columns each covers."""
     rows, values = packed.sets * packed.N // tile.rows, packed.D // tile.values
-    parts, share = shares(packed.N // tile.columns, rows * values)
+    parts, share = shares(packed.N // tile.columns, rows * values, packed.x.device, tile.blocks)
     return (rows, values, parts), share * tile.columns
 
 
 def forward(x, score, bandwidth):
     """φ `[..., n, d]` and the row sums r = K1 `[..., n]` of K."""
     check_dtype("svgd_direction", x)
-    in_products = "tf32" if x.dtype in HALF else precision()  # half precision has no more bits than TF32
-    tile = forward_tile(padded(x.shape[-1]), capability(x.device))
+    # half precision has no more bits than TF32
+    in_products = card(x.device).precision("tf32") if x.dtype in HALF else precision(x.device)
+    tile = forward_tile(padded(x.shape[-1]), card(x.device))
     packed = pack(x, in_products, tile.width, score=score, bandwidth=bandwidth)
     sets, n, d, N, D = packed[:5]
     phi = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -306,12 +318,12 @@ def forward(x, score, bandwidth):
     _forward_kernel[grid](
         *(packed.X, packed.V, packed.q, packed.mark, bandwidth, KV, r, sets, N, share),
         *(D, tile.width, in_products, tile.rows, tile.columns, tile.values),
-        **tile.options,
+        **on(x, tile.options),
     )
     _finish_forward_kernel[sets * (N // FINISH_ROWS), triton.cdiv(D, FINISH_WIDTH)](
         *(packed.x, score, bandwidth, packed.X, KV, r, phi, row_sum, sets, n, d, N, grid[2]),
         *(D, FINISH_ROWS, min(D, FINISH_WIDTH)),
-        **OPTIONS,
+        **on(x, OPTIONS),
     )
     svgd_far.forward(packed, score, bandwidth, r, phi, row_sum)
     return phi, row_sum
@@ -321,8 +333,8 @@ def backward(grad, x, score, bandwidth, row_sum, bandwidth_gradient):
     """∂L/∂x, ∂L/∂score (empty without a score) and ∂L/∂h (empty unless asked for). r' is recomputed, because 1 + r'
     has lost a small r'."""
     check_dtype("svgd_direction_backward", x)
-    in_products = precision()  # half precision too: ∂h is a sum that cancels
-    tile = backward_tile(padded(x.shape[-1]), capability(x.device))
+    in_products = precision(x.device)  # half precision too: ∂h is a sum that cancels
+    tile = backward_tile(padded(x.shape[-1]), card(x.device))
     packed = pack(x, in_products, tile.width, score=score, bandwidth=bandwidth, grad=grad)
     sets, n, d, N, D = packed[:5]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -335,14 +347,14 @@ def backward(grad, x, score, bandwidth, row_sum, bandwidth_gradient):
         _backward_kernel[grid](
             *(packed.X, packed.V, packed.G, packed.q, packed.mark, packed.p, bandwidth, *sums, sets, N, share),
             *(D, tile.width, in_products, tile.rows, tile.columns, tile.values),
-            **tile.options,
+            **on(x, tile.options),
         )
         finish = N // FINISH_ROWS, triton.cdiv(D, FINISH_WIDTH)
         parts = packed.X.new_empty(sets, finish[0] * finish[1]) if bandwidth_gradient else None  # of h² ∂h
         _finish_backward_kernel[sets * finish[0], finish[1]](
             *(grad, bandwidth, packed.X, packed.G, packed.q, *sums, dx, dscore, parts, sets, n, d, N, grid[2]),
             *(D, FINISH_ROWS, min(D, FINISH_WIDTH)),
-            **OPTIONS,
+            **on(x, OPTIONS),
         )
         far_parts = svgd_far.backward(packed, grad, score, bandwidth, sums[2], dx, dscore, bandwidth_gradient)
         if bandwidth_gradient:

@@ -10,12 +10,13 @@ import triton.language as tl
 
 from ..ops.median import heuristic
 from . import median, svgd
+from .card import Card, card, on
 from .far import CUT, is_far
 from .particles import (
     OPTIONS,
     as_operand,
-    capability,
     check_dtype,
+    exact,
     factors,
     half_diagonal,
     half_distances,
@@ -30,7 +31,7 @@ from .selection import Ranks, bits_of_pairs, shows
 
 # largest n and d of a set that one program holds without spills (tests/test_cubins.py); not measured yet
 SMALL_N, SMALL_D = 64, 16
-SMALL_N_IN_TENSOR_MEMORY = 32  # capability 10 on: Triton 3.6 does not compile 64 there
+SMALL_N_IN_TENSOR_MEMORY = 32  # Triton 3.6 does not compile 64 there
 ELEMENTS = 1024
 
 
@@ -72,7 +73,7 @@ def _direct_sums(x, k, alpha, beta, d, D: tl.constexpr):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "t", "iterations", "rank_0", "rank_1"])
 def _forward_kernel(
     p_z,
     p_draws,
@@ -93,6 +94,7 @@ def _forward_kernel(
     D: tl.constexpr,
     N: tl.constexpr,
     PRECISION: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     i_set = tl.program_id(0).to(tl.int64)
     i, c = tl.arange(0, N), tl.arange(0, D)
@@ -105,8 +107,7 @@ def _forward_kernel(
     for bridge in range(1, t):
         for step in range((bridge - 1) * iterations, bridge * iterations):
             now = size * step
-            # the median in full precision, whatever the precision of φ's products
-            _X, q, mark, u = _distances(x, n, d, D, "tf32x3")
+            _X, q, mark, u = _distances(x, n, d, D, EXACT)
             pair = (i[None, :] < i[:, None]) & (i < n)[:, None]
             if shows(u, q[:, None] + q[None, :], pair, 0.0):
                 u = _direct_distances(x, n, d, D)
@@ -141,7 +142,7 @@ def _forward_kernel(
     tl.store(p_bridges + size * t + at, prior, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _step_kernel(p_x, p_phi, p_draw, p_next, p_bridge, size, step_size, noise, ELEMENTS: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     x = tl.load(p_x + at, mask=at < size) + step_size * tl.load(p_phi + at, mask=at < size)
@@ -152,12 +153,12 @@ def _step_kernel(p_x, p_phi, p_draw, p_next, p_bridge, size, step_size, noise, E
         tl.store(p_bridge + at, x, mask=at < size)
 
 
-def _one_program(n: int, d: int, major: int) -> tuple[tuple[int, int], dict] | None:
+def _one_program(n: int, d: int, card: Card) -> tuple[tuple[int, int], dict] | None:
     """D, N and options of the program that holds a whole set, or None if none can."""
-    if n > (SMALL_N if major < 10 else min(SMALL_N, SMALL_N_IN_TENSOR_MEMORY)) or d > SMALL_D:
+    if n > (SMALL_N_IN_TENSOR_MEMORY if card.tensor_memory else SMALL_N) or d > SMALL_D:
         return None
     N = max(16, triton.next_power_of_2(n))
-    return (padded(d), N), OPTIONS | {"num_warps": 8 if N > 32 else 4}
+    return (padded(d), N), OPTIONS
 
 
 def forward(z, draws, t, iterations, step_size, scale, noise):
@@ -174,12 +175,13 @@ def forward(z, draws, t, iterations, step_size, scale, noise):
     full, squared, divisor = heuristic(n, "paper")
     if sets == 0:
         return bridges, states, bandwidths, row_sums
-    if program := _one_program(n, d, capability(z.device)):
+    if program := _one_program(n, d, card(z.device)):
         (shape, options), ranks = program, Ranks.of(n, full)
         _forward_kernel[sets,](
             *(z, draws, bridges, states, bandwidths, row_sums, n, d, t, iterations),
-            *(step_size, scale, noise, ranks.first, ranks.second, divisor, *shape, precision()),
-            **options,
+            *(step_size, scale, noise, ranks.first, ranks.second, divisor),
+            *(*shape, precision(z.device), exact(z.device)),
+            **on(z, options),
         )
         return bridges, states, bandwidths, row_sums
 
@@ -194,7 +196,8 @@ def forward(z, draws, t, iterations, step_size, scale, noise):
         following = states[step + 1] if step + 1 < steps else None
         kept = bridges[(step + 1) // iterations] if (step + 1) % iterations == 0 else None
         _step_kernel[triton.cdiv(z.numel(), ELEMENTS),](
-            *(states[step], phi, draws[step], following, kept, z.numel(), step_size, noise, ELEMENTS), **OPTIONS
+            *(states[step], phi, draws[step], following, kept, z.numel(), step_size, noise, ELEMENTS),
+            **on(z, OPTIONS),
         )
     return bridges, states, bandwidths, row_sums
 

@@ -11,6 +11,7 @@ far rows; with a near row, which has its share from x_j in svgd.py, the first fa
 import triton
 import triton.language as tl
 
+from .card import on
 from .far import half_distances_of_row, holds, is_far, row_differences, rows, rows_of_program, shape
 from .particles import OPTIONS, Packed, bandwidth_at, factors
 
@@ -49,7 +50,7 @@ def _kernel_values(u, i, j, n, exponent):
     return tl.where((j == i) | (j >= n), 0.0, tl.exp2(-u * exponent))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets", "n", "splits"])
 def _forward_kernel(
     p_x,
     p_score,
@@ -92,7 +93,7 @@ def _forward_kernel(
                 tl.store(p_row_sum + i_set * n + i, 1 + tl.sum(r_i, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sets", "n", "splits"])
 def _backward_kernel(
     p_grad,
     p_x,
@@ -172,7 +173,8 @@ def forward(packed: Packed, score, bandwidth, r, phi, row_sum) -> None:
     sets, n, d, N, D = packed[:5]
     rows, columns, width = shape(D, FORWARD)
     _forward_kernel[sets * (N // rows), triton.cdiv(d, width)](
-        *(packed.x, score, bandwidth, packed.q, r, phi, row_sum, sets, n, d, N, len(r), rows, columns, width), **OPTIONS
+        *(packed.x, score, bandwidth, packed.q, r, phi, row_sum, sets, n, d, N, len(r), rows, columns, width),
+        **on(phi, OPTIONS),
     )
 
 
@@ -184,6 +186,6 @@ def backward(packed: Packed, grad, score, bandwidth, r, dx, dscore, bandwidth_gr
     _backward_kernel[sets * (N // rows), triton.cdiv(d, width)](
         *(grad, packed.x, score, bandwidth, packed.X, packed.q, r, dx, dscore, parts, sets, n, d, N, len(r), D),
         *(rows, columns, width),
-        **BACKWARD_OPTIONS,
+        **on(dx, BACKWARD_OPTIONS),
     )
     return parts

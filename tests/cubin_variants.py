@@ -4,7 +4,20 @@ from typing import NamedTuple
 
 import torch
 
-TARGETS = (80, 90, 100)  # A100, H100 and H200, B200
+from ivfast.kernels.card import Card
+
+CARDS = {
+    80: Card("cuda", 80, 163 * 1024, 108),  # A100
+    86: Card("cuda", 86, 99 * 1024, 84),  # RTX 30; RTX 40 is much the same
+    90: Card("cuda", 90, 227 * 1024, 132),  # H100 and H200
+    100: Card("cuda", 100, 227 * 1024, 148),  # B200
+    120: Card("cuda", 120, 99 * 1024, 170),  # RTX 50; GB10 is much the same
+    "gfx942": Card("hip", "gfx942", 64 * 1024, 304, 64),  # MI300
+    "gfx950": Card("hip", "gfx950", 160 * 1024, 256, 64),  # MI350
+    "gfx1100": Card("hip", "gfx1100", 64 * 1024, 96, 32),  # Radeon RX 7900
+}
+TARGETS = (80, 90, 100, 120)
+AMD = ("gfx942", "gfx950", "gfx1100")
 
 
 class Variant(NamedTuple):
@@ -147,7 +160,7 @@ def frechet_variants() -> list[Variant]:
 
     found = []
     for m, dtype, wide, ones in ((128, "fp32", 0, {}), (64, "bf16", 1, {}), (1, "fp64", 0, {"m": 1, "d": 1})):
-        (N, block), options = inverse_root.shape_of("fld_gram", torch.float64, m)
+        (N, block), options = inverse_root.shape_of("fld_gram", torch.empty(0, dtype=torch.float64), m)
         given = dict.fromkeys(("p_gradient", "p_a", "p_inverse", "p_trace"), f"*{dtype}:16")
         given["p_z"] = "*fp32:16" if dtype == "bf16" else f"*{dtype}:16"
         given |= dict.fromkeys(("p_parts", "p_means", "p_mu", "p_work"), "*fp64:16")
@@ -168,7 +181,7 @@ def svgd_variants() -> list[Variant]:
     found = []
     for D, dtype, backward in ((16, "fp32", True), (64, "bf16", False), (512, "fp16", True)):
         x, y = f"*{dtype}:16", "*fp32:16" if backward else "None"
-        width = svgd.backward_tile(D, 9).width if backward else svgd.forward_tile(D, 9).width
+        width = svgd.backward_tile(D, CARDS[90]).width if backward else svgd.forward_tile(D, CARDS[90]).width
         shape = {"D": D, "ROWS": particles.ROWS, "WIDTH": width, "PRECISION": "tf32x3" if backward else "tf32"}
         gradient = {"p_grad": x, "p_G": y, "p_p": y} if backward else dict.fromkeys(("p_grad", "p_G", "p_p"), "None")
         pack = {"p_x": x, "p_score": x if backward else "None", "WITH_V": 1, **gradient}
@@ -199,8 +212,8 @@ def svgd_variants() -> list[Variant]:
             (512, "tf32x3"),
         ):
             for kernel, tile in (
-                ("forward", svgd.forward_tile(D, target // 10)),
-                ("backward", svgd.backward_tile(D, target // 10)),
+                ("forward", svgd.forward_tile(D, CARDS[target])),
+                ("backward", svgd.backward_tile(D, CARDS[target])),
             ):
                 shape = {"D": D, "WIDTH": tile.width, "PRECISION": precision}
                 shape |= {"ROWS": tile.rows, "COLUMNS": tile.columns, "VALUES": tile.values}
@@ -213,13 +226,14 @@ def median_variants() -> list[Variant]:
     from ivfast.kernels import median, particles, selection
 
     found = []
+    exact = {"PRECISION": "tf32x3"}
     for n, d, dtype, squared in ((3, 1, "bf16", 1), (64, 512, "fp32", 0)):
-        (D, N, width), options = median._small_shape(n, d)
-        given = {"D": D, "N": N, "WIDTH": width, "SQUARED": squared, "products": True}
-        x = f"*{dtype}:16"
+        D, N, width = median._small_shape(n, d)
+        given = {"D": D, "N": N, "WIDTH": width, "SQUARED": squared, "divisor": "fp32", "products": True} | exact
+        x, options = f"*{dtype}:16", median.SMALL_OPTIONS
         found += [
-            filled("median._small_kernel", options, p_x=x, n="i32", divisor="fp32", **given),
-            filled("median._small_backward_kernel", options, p_x=x, p_dx=x, n="i32", divisor="fp32", **given),
+            filled("median._small_kernel", options, p_x=x, **given),
+            filled("median._small_backward_kernel", options, p_x=x, p_dx=x, **given),
         ]
     for D, counts, rank in ((16, "i32", "i32"), (512, "i64", "i64")):
         shape = {"D": D, "TILE": selection.TILE, "WIDTH": selection.width(D)}
@@ -232,6 +246,7 @@ def median_variants() -> list[Variant]:
                 selection.TILE_OPTIONS,
                 **window,
                 **shape,
+                **exact,
                 SEGMENT=selection.SEGMENT,
                 TWO=1,
                 products=True,
@@ -241,10 +256,10 @@ def median_variants() -> list[Variant]:
             filled("selection._lost_kernel", selection.FEW_OPTIONS, WIDTH=shape["WIDTH"], FEW=selection.FEW),
             filled("median._finish_kernel", particles.OPTIONS, **tail, TILE=shape["TILE"], WIDTH=shape["WIDTH"]),
         ]
-        apart = shape | {"p_count": "*i32:16", "sets": 1, "products": True}
+        apart = shape | exact | {"p_count": "*i32:16", "sets": 1, "products": True}
         found += [filled("median_pairs.apart_kernel", selection.TILE_OPTIONS, **apart, FAR=far) for far in (0, 1)]
     window = {"p_window": "*i32:16", "SAMPLES": selection.MANY_SAMPLES, "BINS": selection.BINS}
-    return [*found, filled("selection._bracket_kernel", particles.OPTIONS | {"num_warps": 16}, **window)]
+    return [*found, filled("selection._bracket_kernel", selection.BRACKET_OPTIONS, **window)]
 
 
 def bridge_variants() -> list[Variant]:
@@ -253,10 +268,11 @@ def bridge_variants() -> list[Variant]:
     found = []
     numbers = {"step_size": "fp32", "scale": "fp32", "noise": "fp32", "divisor": "fp32"}
     for n, dtype, ones in ((2, "fp32", {"d": 1, "iterations": 1, "rank_0": 1}), (32, "fp16", {}), (64, "bf16", {})):
-        targets = tuple(cc for cc in TARGETS if svgd_bridge._one_program(n, 16, cc // 10))
-        (D, N), options = svgd_bridge._one_program(n, 16, 9)
+        targets = tuple(target for target in TARGETS if svgd_bridge._one_program(n, 16, CARDS[target]))
+        (D, N), options = svgd_bridge._one_program(n, 16, CARDS[90])
         x = f"*{dtype}:16"
-        given = {"p_z": x, "p_draws": x, "p_bridges": x, "D": D, "N": N, "PRECISION": "tf32x3", "targets": targets}
+        given = {"p_z": x, "p_draws": x, "p_bridges": x, "D": D, "N": N, "targets": targets}
+        given |= {"PRECISION": "tf32x3", "EXACT": "tf32x3"}
         found.append(filled("svgd_bridge._forward_kernel", options, **numbers, **ones, **given, products=True))
         step = {"p_draw": x, "p_bridge": x, "step_size": "fp32", "noise": "fp32", "ELEMENTS": svgd_bridge.ELEMENTS}
         found.append(filled("svgd_bridge._step_kernel", particles.OPTIONS, **step))
@@ -275,7 +291,7 @@ def mmd_variants() -> list[Variant]:
             (16, "tf32x3", 1, 7, 1), (32, "tf32x3", 1, 8, 0), (64, "tf32x3", 1, 7, 1), (64, "tf32", 1, 7, 1),
             (64, "tf32x3", 0, mmd.RBF_SCALES, 1), (128, "tf32x3", 1, 8, 0), (512, "tf32x3", 1, 8, 1),
         ):  # fmt: skip
-            tile = mmd.tile_of(D, target // 10, bool(gradient))
+            tile = mmd.tile_of(D, CARDS[target], bool(gradient))
             shape = {"D": D, "WIDTH": tile.width, "PRECISION": precision, "ROWS": tile.rows, "COLUMNS": tile.columns}
             shape |= {"IMQ": imq, "COUNT": scales, "GRADIENT": gradient, "VALUES": tile.values if gradient else 16}
             shape |= {f"s_{k}": "fp32" for k in range(mmd.SCALES)} | {"UNBIASED": 1, "BETWEEN": 1}

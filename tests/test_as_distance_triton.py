@@ -117,13 +117,15 @@ class TestAsDistance:
 
     def test_splits_strides_and_bits(self, monkeypatch):
         from ivfast.kernels import as_distance, as_distance_backward, particles
+        from ivfast.kernels.card import card
 
         monkeypatch.setattr(as_distance, "OTHERS", 32)
         monkeypatch.setattr(as_distance_backward, "OTHERS", 64)
         q = [torch.randn(2, 3, n, device=device).mT.requires_grad_() for n in (40, 40, 9, 9)]
         results = []
-        for programs in (1, 264, 264):
-            monkeypatch.setattr(particles, "PROGRAMS", programs)
+        for processors in (0, 132, 132):
+            found = card(q[0].device)._replace(processors=processors)
+            monkeypatch.setattr(particles, "card", lambda device, found=found: found)
             with ivfast.use("triton"):
                 value = ivfast.as_distance(*q, log=True)
                 results.append([value.detach(), *torch.autograd.grad(value.sum(), q)])

@@ -28,8 +28,9 @@ class TestTriton:
     @pytest.mark.parametrize("dimensions", [16, 64])
     def test_chunks_of_several_tiles(self, monkeypatch, dimensions):
         from ivfast.kernels import gaussian_statistics
+        from ivfast.kernels.card import card
 
-        monkeypatch.setattr(gaussian_statistics, "PROGRAMS", 2)
+        monkeypatch.setattr(gaussian_statistics, "card", lambda device: card(device)._replace(processors=1))
         monkeypatch.setattr(gaussian_statistics, "BLOCK", dimensions)
         x = normal(500, 20, torch.float32).to(device)
         rows, means, _ = gaussian_statistics.forward(x)

@@ -53,7 +53,7 @@ class TestMmd:
         from ivfast.kernels import mmd as kernels
 
         # loops are slow in the interpreter: fewer parts than on a GPU, but several
-        monkeypatch.setattr(kernels, "tile_of", lambda D, major, gradient: kernels.Tile(128, 128, min(D, 128), D // 2))
+        monkeypatch.setattr(kernels, "tile_of", lambda D, card, gradient: kernels.Tile(128, 128, min(D, 128), D // 2))
         check(mmd_case(n, m, d, unbiased=False))
 
     def test_a_median_for_each_set_and_more_scales_than_a_launch_takes(self):
@@ -104,11 +104,13 @@ class TestMmd:
 
     def test_splits_strides_and_bits(self, monkeypatch):
         from ivfast.kernels import particles
+        from ivfast.kernels.card import card
 
         x, y = (torch.randn(2, 5, n, device=device).mT.requires_grad_() for n in (150, 20))
         results = []
-        for programs in (1, 264, 264):
-            monkeypatch.setattr(particles, "PROGRAMS", programs)
+        for processors in (1, 132, 132):
+            found = card(x.device)._replace(processors=processors)
+            monkeypatch.setattr(particles, "card", lambda device, found=found: found)
             with ivfast.use("triton"):
                 value = ivfast.mmd(x, y)
                 results.append([value.detach(), *torch.autograd.grad(value.sum(), (x, y))])

@@ -42,7 +42,7 @@ class TestDirection:
         from ivfast.kernels import svgd as kernels
 
         monkeypatch.setattr(
-            kernels, "backward_tile", lambda D, major: kernels.Tile(64, 64, 64, 32 if D == 64 else 128, 4)
+            kernels, "backward_tile", lambda D, card: kernels.Tile(64, 64, 64, 32 if D == 64 else 128, 4)
         )
         check(direction_case(n, d, score=bool(size(0, 1))), dtype)
 
@@ -50,11 +50,12 @@ class TestDirection:
     def test_products_of_one_and_of_several_parts(self, monkeypatch, d, width):
         from ivfast.kernels import particles
         from ivfast.kernels import svgd as kernels
+        from ivfast.kernels.card import card
 
         tile = kernels.Tile(32, 32, 16, width, 4)
-        monkeypatch.setattr(kernels, "forward_tile", lambda D, major: tile)
-        monkeypatch.setattr(kernels, "backward_tile", lambda D, major: tile)
-        monkeypatch.setattr(particles, "PROGRAMS", size(1, 40))
+        monkeypatch.setattr(kernels, "forward_tile", lambda D, card: tile)
+        monkeypatch.setattr(kernels, "backward_tile", lambda D, card: tile)
+        monkeypatch.setattr(particles, "card", lambda device: card(device)._replace(processors=size(1, 20)))
         check(direction_case(size(20, 60), d))
 
     def test_strides(self):
@@ -76,7 +77,7 @@ class TestDirection:
     def test_many_dimensions(self, monkeypatch):
         from ivfast.kernels import svgd as kernels
 
-        monkeypatch.setattr(kernels, "backward_tile", lambda D, major: kernels.Tile(64, 64, 128, 256, 4))
+        monkeypatch.setattr(kernels, "backward_tile", lambda D, card: kernels.Tile(64, 64, 128, 256, 4))
         check(direction_case(17, 512))
 
     @pytest.mark.parametrize("d", [7, 64])
@@ -178,11 +179,11 @@ class TestDirection:
 
         try:
             setting()
-            assert precision() == expected
+            assert precision(torch.device(device)) == expected
         finally:
             torch.set_float32_matmul_precision("highest")
             torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
-        assert precision() == "tf32x3"
+        assert precision(torch.device(device)) == "tf32x3"
         assert torch.get_float32_matmul_precision() == "highest"
 
     def test_every_run_gives_the_same_bits(self):
@@ -197,8 +198,10 @@ class TestDirection:
 
     def test_a_set_gives_the_same_bits_in_any_batch(self, monkeypatch):
         from ivfast.kernels import particles
+        from ivfast.kernels.card import card
 
-        monkeypatch.setattr(particles, "PROGRAMS", 1)  # otherwise a smaller batch is split further
+        # otherwise a smaller batch is split further
+        monkeypatch.setattr(particles, "card", lambda device: card(device)._replace(processors=1))
         x, h = torch.randn(3, 40, 5, device=device), torch.rand(3, device=device) + 3
         with ivfast.use("triton"):
             together = ivfast.svgd_direction(x, bandwidth=h)

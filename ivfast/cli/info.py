@@ -15,6 +15,7 @@ from rich.text import Text
 import ivfast
 
 from .._registry import EXTENSION_ERRORS, OPS, Op, instruction_set
+from ..kernels.card import card
 
 COLUMNS = (("cpu", "cpu", "C++"), ("triton", "cuda", "Triton"), ("cuda", "cuda", "CUDA C++"))
 
@@ -91,14 +92,8 @@ def versions_table() -> Table:
     table.add_column(overflow="fold")
     table.add_row("ivfast", f"{ivfast.__version__} from {Path(ivfast.__file__).parent}")
     table.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    table.add_row(
-        "torch", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build")
-    )
-    gpus = [
-        "{}, compute capability {}.{}".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
-        for i in range(torch.cuda.device_count())
-    ]
-    table.add_row("GPU", "; ".join(gpus) or "none")
+    table.add_row("torch", f"{torch.__version__}, {built_for()}")
+    table.add_row("GPU", ", ".join(gpu(i) for i in range(torch.cuda.device_count())) or "none")
     table.add_row(
         "CPU", f"{os.cpu_count()} cores, threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
     )
@@ -107,6 +102,17 @@ def versions_table() -> Table:
     for module, language in (("_C", "C++"), ("_cuda", "CUDA C++")):
         table.add_row(f"ivfast.{module}", kernels(module, language))
     return table
+
+
+def built_for() -> str:
+    cuda, rocm = torch.version.cuda, torch.version.hip
+    return f"CUDA {cuda}" if cuda else f"ROCm {rocm}" if rocm else "CPU build"
+
+
+def gpu(index: int) -> str:
+    """A GPU's name, and what Triton compiles for."""
+    found = card(torch.device("cuda", index))
+    return f"{torch.cuda.get_device_name(index)} ({'sm_' * (found.backend == 'cuda')}{found.architecture})"
 
 
 def kernels(module: str, language: str) -> str:
