@@ -102,6 +102,21 @@ def poisoned():
 
 
 @pytest.fixture
+def bounds():
+    """Interpreted Triton kernels may touch nothing but their tensors; counts the accesses that were checked."""
+    from bounds import checked
+
+    with checked() as check:
+        yield check
+
+
+@pytest.fixture(autouse=True)
+def _bounds_everywhere(request):
+    if os.environ.get("IVFAST_BOUNDS") == "1" and request.node.path.name.endswith("_triton.py"):
+        request.getfixturevalue("bounds")
+
+
+@pytest.fixture
 def simt(poisoned):
     """The kernels of csrc/cuda run on CPU tensors, through tests/simt."""
     from simt import build
