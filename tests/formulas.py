@@ -7,7 +7,7 @@ order of operations that loses no more digits than the problem does.
 import math
 
 import torch
-from rounded import bent, factorized, levers, others, squares
+from rounded import bent, factorized, levers, others, scaled, squares
 from torch import Tensor
 
 FULL = ("liu-wang", "numpyro")  # conventions that count the diagonal and each pair twice
@@ -250,7 +250,7 @@ def finite(m: Tensor) -> Tensor:
 def nuclear_norm(m: Tensor) -> Tensor:
     """The sum of the singular values; those that are 0 up to rounding have no gradient."""
     m, mark = finite(m), spoiled(m)[..., 0, 0]
-    S = torch.linalg.svdvals(factorized(m))
+    S = scaled(torch.linalg.svdvals(factorized(m)))
     there = 1e-13 * S[..., :1] < S
     return torch.where(there, S, 0).sum(-1) + bent(m, torch.where(there, S, math.inf)) + mark
 
@@ -294,7 +294,7 @@ def polar(m):
     """m (mᵀm)^−½, or (mmᵀ)^−½ m; U Vᵀ over the rank where m has none of full rank."""
     if m.shape[-2] < m.shape[-1]:
         return polar(m.mT).mT
-    U, S, Vh = torch.linalg.svd(finite(m).detach(), full_matrices=False)
+    U, S, Vh = torch.linalg.svd(factorized(finite(m)).detach(), full_matrices=False)
     if (S[..., -1] > 1e-6 * S[..., 0]).all():
         factor = torch.linalg.solve(sqrtm_spd(m.mT @ m), m, left=False)
     else:

@@ -121,7 +121,7 @@ class TestMedian:
 
         n = size(257, 330)
         x, ranks = torch.randn(n, d, device=device), selection.Ranks.of(n, False)
-        packed = particles.pack(x, selection.PRECISION.value, selection.width(particles.padded(d)))
+        packed = particles.pack(x, particles.exact(x.device), selection.width(particles.padded(d)))
         low, shift = selection._window(packed, ranks)[0, 0].tolist()
         bins = (torch.pdist(x.cpu()).square().view(torch.int32) - low) >> shift
         counts = torch.bincount(bins[(bins >= 0) & (bins < selection.BINS)])
