@@ -298,7 +298,7 @@ def polar(m):
     if (S[..., -1] > 1e-6 * S[..., 0]).all():
         factor = torch.linalg.solve(sqrtm_spd(m.mT @ m), m, left=False)
     else:
-        factor = (U * (1e-13 * S[..., :1] < S).unsqueeze(-2)) @ Vh
+        factor = (U * (1e-11 * S[..., :1] < S).unsqueeze(-2)) @ Vh  # rounding stays below
     return factor + spoiled(m)
 
 
