@@ -15,7 +15,8 @@ ROWS = 16  # per program of the kernels that compute far rows by differences
 SAMPLE = 127  # rows whose columns' medians are the centre; no result depends on it but by rounding
 CUT = tl.constexpr(1e17)  # centred rows are cut here: q of up to 8192 dimensions stays finite,
 HUGE = tl.constexpr(1e33)  # and above this for every row that was cut
-# q/h of rows that products and their sums serve: for two of them k is off by 2^-22 · 4 NEAR = 3e-5 at the very most
+# q/h of rows that products and their sums serve: for two of them k is off by 2^-22 · 4 NEAR = 3e-5 at most, if sums are
+# rounded
 NEAR = tl.constexpr(32.0)
 
 

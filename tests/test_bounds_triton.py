@@ -114,7 +114,6 @@ def direction(monkeypatch):
 def median(monkeypatch):
     run(median_case(5, 3, batch=(2,)), far(median_case(7, 17)))
     monkeypatch.setattr(selection, "SAMPLES", 64)
-    monkeypatch.setattr(selection, "MARGIN", 16)
     monkeypatch.setattr(selection, "SAMPLED", 0)
     run(median_case(66, 3, "paper"), dtype=torch.float16)
     monkeypatch.setattr(median_kernels, "SMALL", 0)

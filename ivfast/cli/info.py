@@ -112,7 +112,8 @@ def built_for() -> str:
 def gpu(index: int) -> str:
     """A GPU's name, and what Triton compiles for."""
     found = card(torch.device("cuda", index))
-    return f"{torch.cuda.get_device_name(index)} ({'sm_' * (found.backend == 'cuda')}{found.architecture})"
+    architecture = f"sm_{found.architecture}" if found.backend == "cuda" else found.architecture
+    return f"{torch.cuda.get_device_name(index)} ({architecture})"
 
 
 def kernels(module: str, language: str) -> str:

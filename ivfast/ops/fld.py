@@ -27,7 +27,7 @@ def fld(z: Tensor) -> Tensor:
     Result and errors are those of `frechet_distance`. Differentiable any number of times; forward mode and higher
     orders decompose the centred codes by singular values. On a GPU, where min(n, d) <= 128 in float32 or less, a
     direction whose standard deviation is below 1e-6 of the largest counts in part: its share of the value is off by
-    at most 3e-7 √(Tr Σ), and its gradient is a fraction. Where it is 0, both are exact.
+    at most 6e-7 √(Tr Σ), and its gradient is a fraction. Where it is 0, both are exact.
 
     Source: S1 (IVAAE) section 4.
     """

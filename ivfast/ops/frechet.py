@@ -30,8 +30,9 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     Returns:
         distance `[...]` in squared units of the samples, float32 for half precision. Differentiable in all four
         arguments; at a singular covariance the gradient is the subgradient of least norm, and higher derivatives
-        are NaN. On a GPU nothing waits for the device up to the first derivative; eigenvalues below 3e-13 of the
-        largest count as 0, and a distance whose error bound exceeds 1e-5 √(Tr Σ₁ Tr Σ₂) is NaN
+        are NaN. On a GPU value and first derivative call no operator that waits for the device; eigenvalues below 3e-13
+        of the largest count as 0, and a distance is NaN where the bound on the error of 2 Tr √(Σ₁Σ₂) exceeds about
+        2e-5 √(Tr Σ₁ Tr Σ₂)
         (`ops.frechet_error` returns the bound).
 
     Raises:

@@ -21,7 +21,8 @@ def bounded_frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: T
 
     The bound takes the arguments as exact. It consists of the distance between an upper and a lower bound on
     Tr √(Σ₁Σ₂), of what eigenvalues that count as 0 may contribute, and of rounding, to first order. A distance is NaN
-    where the bound exceeds 2e-5 √(Tr Σ₁ Tr Σ₂); the bound says by how much. Nothing waits for the device.
+    where the bound without rounding exceeds about 2e-5 √(Tr Σ₁ Tr Σ₂); it says by how much. No operator is called that
+    waits for the device.
 
     Arguments and errors are those of `frechet_distance`.
     """
