@@ -104,7 +104,7 @@ def within(x, low, high):
 def mean_of_rows(x, n):
     """The mean of n rows of x, whose others are 0: Σx/n, exact where Σx is, so that equal distances stay equal; where
     float32 does not hold Σx, Σ(x/n), and a little less, so that no rounding overflows either."""
-    mean = tl.sum(x, 0) / n
+    mean = tl.div_rn(tl.sum(x, 0), n.to(tl.float32))  # `/` is off by an ulp or two on a GPU
     return tl.where(tl.abs(mean) < float("inf"), mean, tl.sum(x * (0.99999 / n), 0))
 
 
