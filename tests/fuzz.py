@@ -85,7 +85,8 @@ class Noise(TorchDispatchMode):
     def rounded(self, x: Tensor) -> Tensor:
         if x.dtype != torch.float64:
             return x
-        return torch.addcmul(x, x, self.noise(x), value=self.size)
+        noisy = torch.addcmul(x, x, self.noise(x), value=self.size)
+        return torch.where(noisy.isnan(), x, noisy)  # ∞ − ∞
 
     def noise(self, x: Tensor) -> Tensor:
         """Standard normal numbers: a piece of the pool that no other operation of this evaluation has, if it is short."""
