@@ -113,8 +113,9 @@ def compile_share(share: int, seed: int) -> list[dict]:
 
 
 def without_tensor_cores(row: dict) -> bool:
-    """Triton 3.6 and 3.7 multiply float64 on sm_100 without them."""
-    return TRITON < (3, 8) and row["target"] == 100 and row["variant"].startswith(("fld.", "inverse_root."))
+    """Float64 is multiplied without them on sm_120, and by Triton 3.6 and 3.7 on sm_100."""
+    targets = (100, 120) if TRITON < (3, 8) else (120,)
+    return row["target"] in targets and row["variant"].startswith(("fld.", "inverse_root."))
 
 
 @pytest.mark.parametrize("share", range(SHARES))

@@ -70,7 +70,7 @@ def square(rows):
 
 
 def direction(d):
-    return torch.randn(40, d), torch.randn(40, d), None, torch.tensor(float(d)), torch.ones(40), True
+    return torch.randn(40, d), torch.randn(40, d), None, torch.tensor(float(d)), torch.ones(40), False
 
 
 SIZED = [("inverse_root", lambda size: square(size)), ("fld_gram", lambda size: (torch.randn(150, size), True)),
