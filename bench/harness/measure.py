@@ -7,13 +7,15 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from .problem import Call, Provider
+
+T = TypeVar("T")
 
 BLOCK = 2e-3  # seconds of calls per sample of a short call
 ROUNDS = 31  # samples at most, odd
@@ -74,19 +76,25 @@ def in_turns(calls: Mapping[Provider, tuple[Call, float]], budget: float, cuda: 
     return {p: Timing(statistics.median(s), min(s), len(s), plans[p][1]) for p, s in samples.items()}
 
 
+def recorded(call: Callable[[], T], copies: int = 1) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of `copies` calls, recorded after a few that warm up, and what the last of them returned."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(copies):
+            result = call()
+    return graph, result
+
+
 def on_device(call: Call, copies: int = 10) -> float | None:
     """Seconds of a call in a CUDA graph of several calls; None if it cannot be captured."""
     try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(copies):
-                call()
+        graph, _ = recorded(call, copies)
         graph.replay()
         return statistics.median(clock(graph.replay, 3, True) for _ in range(11)) / copies
     except RuntimeError as error:

@@ -18,6 +18,7 @@ from ivfast.train import Settings, checkpoint
 from ivfast.train.loop import Interrupted, fit
 
 from .checks import Row, compared, judged, row_of
+from .measure import recorded
 
 REPLAYS = 3
 LOOSE = 5e-3  # error of an op with TF32 or bf16 products, relative to its largest value
@@ -58,31 +59,16 @@ def replayed(device: str, case: testing.Case) -> Row:
     drawn = [testing.inputs(case, torch.float32, device=device) for _ in range(REPLAYS)]
     expected = [outputs_and_gradients(case, x) for x in drawn]
     held = testing.inputs(case, torch.float32, device=device)
-    replay, found = recorded(lambda: outputs_and_gradients(case, held))
+    graph, found = recorded(lambda: outputs_and_gradients(case, held))
     for inputs, wanted in zip(drawn, expected, strict=True):
         with torch.no_grad():
             for place, new in zip(held, inputs, strict=True):
                 place.copy_(new)
-        replay()
+        graph.replay()
         row = different(found, wanted)
         if row["status"] != "ok":
             return row
     return {"status": "ok"}
-
-
-def recorded(call: Callable[[], list[torch.Tensor]]) -> tuple[Callable, list[torch.Tensor]]:
-    """A function that repeats `call` as a CUDA graph, and the tensors that it writes."""
-    results = []
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results += call()
-    return graph.replay, results
 
 
 def side_by_side(device: str, case: testing.Case) -> Row:
