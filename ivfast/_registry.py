@@ -114,8 +114,8 @@ def register(
     _library.impl(name, composition or reference, "CompositeExplicitAutograd")
     if composition or meta:  # a loop over chunks, for one, would fix the sizes of fake tensors
         _library.impl(name, meta or reference, "Meta")
-    op = OPS[name] = Op(name, reference, triton, cuda, prefer or (lambda *args: ("triton", "cuda")), composition, parts)
-    op.shared = shared
+    prefer = prefer or (lambda *args: ("triton", "cuda"))
+    op = OPS[name] = Op(name, reference, triton, cuda, prefer, composition, parts, shared)
     for overload, kernel in (("triton", triton), ("cuda", cuda)):
         if kernel or parts:
             _library.define(f"{name}.{overload}({signature}")
@@ -132,11 +132,10 @@ def register(
 class Op:
     """Handle of one operator; it calls the dispatcher or the implementation that `use` forces."""
 
-    def __init__(self, name: str, reference, triton, cuda, prefer, composition, parts):
+    def __init__(self, name: str, reference, triton, cuda, prefer, composition, parts, shared):
         self.name, self.reference, self.triton, self.cuda, self.prefer = name, reference, triton, cuda, prefer
-        self.composition, self.parts = composition, parts
+        self.composition, self.parts, self.shared = composition, parts, shared
         self.default = getattr(torch.ops.ivfast, name).default
-        self.shared: Callable[..., int] | None = None
         self._served: dict[tuple[str, int | None], bool] = {}
 
     def __call__(self, *args):

@@ -18,7 +18,6 @@ from ivfast._registry import OPS
 Row = dict[str, object]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLEMENTATIONS = ("default", "triton", "cuda", "reference")
-BAD = ("wrong", "error")
 # the words with which an implementation rejects a size or dtype
 REFUSAL = re.compile(r"implementation here|in (CUDA C\+\+|Triton) (computes in float32 and )?takes")
 

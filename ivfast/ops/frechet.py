@@ -15,7 +15,7 @@ from .. import _check
 from .._registry import register
 from ._derivatives import differentiable
 from ._finite import finite_matrices
-from .frechet_products import Trace, covariance_trace_by_products, factor_trace_by_products, waits
+from .frechet_products import Trace, covariance_trace_by_products, factor_trace_by_products, symmetric, waits
 from .polar import polar
 from .sqrtm_spd import sqrtm_spd
 
@@ -32,8 +32,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
         arguments; at a singular covariance the gradient is the subgradient of least norm, and higher derivatives
         are NaN. On a GPU value and first derivative call no operator that waits for the device; eigenvalues below 3e-13
         of the largest count as 0, and a distance is NaN where the bound on the error of 2 Tr √(Σ₁Σ₂) exceeds about
-        2e-5 √(Tr Σ₁ Tr Σ₂)
-        (`ops.frechet_error` returns the bound).
+        2e-5 √(Tr Σ₁ Tr Σ₂) (`ops.frechet_error` returns the bound).
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit.
@@ -43,8 +42,7 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
     mu1, sigma1, mu2, sigma2 = checked(mu1, sigma1, mu2, sigma2)
     sigma1, sigma2 = sigma1.double(), sigma2.double()
     trace = _root_trace(sigma1, sigma2)
-    totals = sum(sigma.diagonal(dim1=-2, dim2=-1).sum(-1) for sigma in (sigma1, sigma2))
-    distance = squared_norm(mu1.double() - mu2.double()) + totals - 2 * trace
+    distance = squared_norm(mu1.double() - mu2.double()) + total_variance(sigma1, sigma2) - 2 * trace
     return distance.to(torch.promote_types(mu1.dtype, torch.float32))
 
 
@@ -80,6 +78,12 @@ def frechet_distance_from_samples(x: Tensor, y: Tensor) -> Tensor:
     trace = _nuclear_norm(c1, c2)
     distance = squared_norm(mu1 - mu2) + c1.square().sum((-2, -1)) + c2.square().sum((-2, -1)) - 2 * trace
     return distance.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def total_variance(sigma1: Tensor, sigma2: Tensor) -> Tensor:
+    """Tr Σ₁ + Tr Σ₂ `[...]` of covariances `[..., d, d]`."""
+    one, other = (sigma.diagonal(dim1=-2, dim2=-1).sum(-1) for sigma in (sigma1, sigma2))
+    return one + other
 
 
 def squared_norm(x: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ def frechet_covariance_trace_reference(
     trace, P = _polar(R1 @ R2.mT)
     if not gradients:
         return trace, sigma1.new_empty(0), sigma1.new_empty(0)
-    return trace, _symmetric(0.5 * inverse1 @ (P @ R2)), _symmetric(0.5 * inverse2 @ (P.mT @ R1))
+    return trace, symmetric(0.5 * inverse1 @ (P @ R2)), symmetric(0.5 * inverse2 @ (P.mT @ R1))
 
 
 def frechet_factor_trace(c1: Tensor, c2: Tensor | None, gradients: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +172,7 @@ def frechet_covariance_trace(sigma1: Tensor, sigma2: Tensor, gradients: bool) ->
     if waits(sigma1):
         return _of_products(covariance_trace_by_products(sigma1, sigma2), gradients)
     if not gradients:
-        trace, exact = _product_root_sum(_symmetric(sigma1), _symmetric(sigma2))
+        trace, exact = _product_root_sum(symmetric(sigma1), symmetric(sigma2))
         if exact:
             return trace, sigma1.new_empty(0), sigma1.new_empty(0)
     return frechet_covariance_trace_reference(sigma1, sigma2, gradients)
@@ -238,13 +242,9 @@ def _root_sum_and_inverse(a: Tensor) -> tuple[Tensor, Tensor, bool]:
     return roots.sum(-1), (V / roots.unsqueeze(-2)) @ V.mT, exact
 
 
-def _symmetric(a: Tensor) -> Tensor:
-    return (a + a.mT).div_(2)  # a second array (33 MB at d = 2048) would double the time
-
-
 def _root(sigma: Tensor) -> tuple[Tensor, Tensor]:
     """R with RᵀR = Σ, and the pseudo-inverse of R."""
-    finite, nan = finite_matrices(_symmetric(sigma))
+    finite, nan = finite_matrices(symmetric(sigma))
     values, V = torch.linalg.eigh(finite)
     floor = values[..., -1:] * values.shape[-1] * torch.finfo(values.dtype).eps
     kept = values > floor.clamp_min(0)
@@ -298,7 +298,7 @@ def _covariance_pull(grads, inputs, needed):
 
 def _kink(sigma: Tensor) -> Tensor:
     """0 `[..., 1, 1]`, whose derivative is NaN at a singular matrix."""
-    values = torch.linalg.eigvalsh(finite_matrices(_symmetric(sigma.detach()))[0])
+    values = torch.linalg.eigvalsh(finite_matrices(symmetric(sigma.detach()))[0])
     singular = values[..., :1] <= values[..., -1:] * ROUNDING**2
     nothing = (0 * sigma).sum((-2, -1)).unsqueeze(-1)
     return torch.where(singular, torch.where(singular, nothing, 1).sqrt(), 0).unsqueeze(-1)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .frechet import checked, squared_norm
+from .frechet import checked, squared_norm, total_variance
 from .frechet_products import covariance_trace_by_products
 from .polar_products import EPS
 
@@ -28,7 +28,6 @@ def bounded_frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: T
     """
     mu1, sigma1, mu2, sigma2 = (x.double() for x in checked(mu1, sigma1, mu2, sigma2))
     found = covariance_trace_by_products(sigma1, sigma2)
-    totals = sum(sigma.diagonal(dim1=-2, dim2=-1).sum(-1) for sigma in (sigma1, sigma2))
-    others = squared_norm(mu1 - mu2) + totals
+    others = squared_norm(mu1 - mu2) + total_variance(sigma1, sigma2)
     rounding = EPS * (mu1.shape[-1] ** 0.5 + 4) * (others + squared_norm(mu1) + squared_norm(mu2))
     return BoundedDistance(others - 2 * found.trace, 2 * found.error + rounding)
